@@ -1,0 +1,1 @@
+"""CUDA sources, one family of operations a file; installed as the package data `dpnn.kernels`."""
