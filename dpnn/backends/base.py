@@ -1,0 +1,137 @@
+"""The contract between the plan, which knows who computes what and when, and a backend, which knows how.
+
+Shape letters, in every comment of every backend:
+    N images · C channels in · H W rows and columns in · K channels out · R S rows and columns of the filter
+    P Q rows and columns out · G groups
+Canonical arrays: activations NCHW, filters KCRS (C counts one group's channels), dense weights (K, C).
+
+The rule of accumulation, once for all backends: an op *assigns* what it writes (outputs, gradients of its inputs).
+Only gradients of parameters are assigned by the first micro-batch of a step and added to by the later ones, because
+all micro-batches share them: `put` is that rule. A tensor with several readers passes through a Fork, whose backward
+adds.
+
+A group of nodes becomes an op once for each slot and mode, while the plan is built; `forward` and `backward` take no
+arguments. What changes from step to step stands in `Step`. Buffers have room for the largest micro-batch: an op
+reads and writes the first `step.rows` rows. With 0 rows it writes zero gradients of parameters.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpnn.nn.graph import Node
+
+Array = NDArray[Any]
+Mode = Literal["train", "eval"]
+
+
+class NotSuitable(Exception):
+    """A backend doesn't compute this node; the next one in the list is asked."""
+
+
+@dataclass
+class Step:
+    """What ops read that changes from step to step."""
+
+    seed: int = 0
+    epoch: int = 0
+    rows: int = 0
+    """Samples of this rank's micro-batch."""
+    batch: int = 0
+    """Samples of this micro-batch on all replicas together."""
+    total: int = 0
+    """Samples of the whole step: all micro-batches, all replicas. Losses divide by it."""
+    first: bool = True
+    """Whether this is the step's first micro-batch: parameter gradients are assigned, not added to."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Nodes that a backend computes in one op, in topological order.
+
+    `forward_view`: the output is the first input's buffer, seen with the output's shape; nothing is computed.
+    `backward_view`: the gradient of the first input is the gradient of the output, likewise.
+    """
+
+    nodes: tuple[Node, ...]
+    backend: "Backend"
+    forward_view: bool = False
+    backward_view: bool = False
+
+
+class Slot(Protocol):
+    """The buffers of one micro-batch in flight, by node. Batched arrays have their rows in the first dimension."""
+
+    step: Step
+
+    def input(self, node: Node, position: int = 0) -> Array:
+        """What `node` reads: the output of its input number `position`, (rows, *shape). Read only."""
+        ...
+
+    def output(self, node: Node) -> Array:
+        """What `node` writes in forward, (rows, *shape); () or (2, C) and so on where it isn't batched."""
+        ...
+
+    def d_output(self, node: Node) -> Array:
+        """The gradient of the loss by the node's output, as its one reader wrote it."""
+        ...
+
+    def d_outputs(self, fork: Node) -> list[Array]:
+        """The gradients that each reader of a Fork wrote."""
+        ...
+
+    def d_input(self, node: Node, position: int = 0) -> Array | None:
+        """Where `node` writes the gradient by its input number `position`; None where nobody wants it."""
+        ...
+
+    def param(self, node: Node, role: str) -> Array:
+        """The parameter `role` ("weight", ...) of `node`: a view of the flat array, in its canonical shape."""
+        ...
+
+    def d_param(self, node: Node, role: str) -> Array:
+        """The gradient of that parameter: a view of the flat gradient array. Written by `put`."""
+        ...
+
+
+class Op(Protocol):
+    """A group, bound to the buffers of one slot."""
+
+    def forward(self) -> None:
+        """Compute the outputs from the inputs."""
+        ...
+
+    def backward(self) -> None:
+        """Compute the gradients of the inputs and of the parameters from the gradient of the output."""
+        ...
+
+
+class Backend(Protocol):
+    """A way to compute layers."""
+
+    name: str
+    dtype: np.dtype[Any]
+    """The type it computes in, and that parameters and gradients have."""
+
+    def groups(self, nodes: Sequence[Node], mode: Mode) -> list[Group]:
+        """The groups of those of `nodes` that this backend computes, in topological order; it leaves out the others."""
+        ...
+
+    def build(self, group: Group, slot: Slot, mode: Mode) -> Op:
+        """The op of a group in a slot. In mode "eval" `backward` is never called. NotSuitable for a layer unknown here.
+
+        The forward of a group with `forward_view`, and the backward of one with `backward_view`, is never called. What
+        backward needs (`d_output`, `d_input`) may be asked of the slot only in mode "train" for nodes that need a
+        gradient, and inputs of a layer that exist in training only (BatchSums) only in mode "train".
+        """
+        ...
+
+
+def put(d_param: Array, value: Array, step: Step) -> None:
+    """Write a parameter's gradient: assigned by the first micro-batch, added by the others."""
+    if step.first:
+        d_param[...] = value
+    else:
+        d_param += value

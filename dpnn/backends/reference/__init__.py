@@ -1,0 +1,74 @@
+"""The reference: plain NumPy, readable, the definition of correct for every layer. Never tuned."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from dpnn.backends.base import Group, Mode, NotSuitable, Op, Slot
+from dpnn.backends.reference.conv import ConvOp
+from dpnn.backends.reference.dense import DenseOp
+from dpnn.backends.reference.join import AddOp, ConcatOp, ForkOp, ViewOp
+from dpnn.backends.reference.loss import SigmoidCrossEntropyOp, SoftmaxCrossEntropyOp
+from dpnn.backends.reference.norm import BatchNormalizeOp, BatchNormOp, BatchSumsOp, LocalResponseNormOp
+from dpnn.backends.reference.pointwise import DropoutOp, ReLUOp
+from dpnn.backends.reference.pool import AvgPoolOp, GlobalAvgPoolOp, MaxPoolOp
+from dpnn.nn.conv import Conv
+from dpnn.nn.dense import Dense
+from dpnn.nn.graph import Node
+from dpnn.nn.join import Add, Concat, Fork
+from dpnn.nn.layer import Layer
+from dpnn.nn.loss import SigmoidCrossEntropy, SoftmaxCrossEntropy
+from dpnn.nn.norm import BatchNorm, BatchNormalize, BatchSums, LocalResponseNorm
+from dpnn.nn.pointwise import Dropout, Flatten, ReLU
+from dpnn.nn.pool import AvgPool, GlobalAvgPool, MaxPool
+
+_OPS: dict[type[Layer], Callable[[Node, Slot, Mode], Op]] = {
+    Add: AddOp,
+    AvgPool: AvgPoolOp,
+    BatchNorm: BatchNormOp,
+    BatchNormalize: BatchNormalizeOp,
+    BatchSums: BatchSumsOp,
+    Concat: ConcatOp,
+    Conv: ConvOp,
+    Dense: DenseOp,
+    Dropout: DropoutOp,
+    Flatten: ViewOp,
+    Fork: ForkOp,
+    GlobalAvgPool: GlobalAvgPoolOp,
+    LocalResponseNorm: LocalResponseNormOp,
+    MaxPool: MaxPoolOp,
+    ReLU: ReLUOp,
+    SigmoidCrossEntropy: SigmoidCrossEntropyOp,
+    SoftmaxCrossEntropy: SoftmaxCrossEntropyOp,
+}
+
+
+class Reference:
+    """Each node is a group of its own; computes in float32 or float64."""
+
+    name = "reference"
+
+    def __init__(self, dtype: DTypeLike = np.float32) -> None:
+        self.dtype = np.dtype(dtype)
+
+    def groups(self, nodes: Sequence[Node], mode: Mode) -> list[Group]:
+        """One group for each node whose layer is in the table; Fork and Flatten are views."""
+        return [
+            Group(
+                (node,),
+                self,
+                forward_view=isinstance(node.layer, Fork | Flatten),
+                backward_view=isinstance(node.layer, Flatten),
+            )
+            for node in nodes
+            if type(node.layer) in _OPS
+        ]
+
+    def build(self, group: Group, slot: Slot, mode: Mode) -> Op:
+        """The op of a group; NotSuitable for a layer that isn't in the table."""
+        node = group.nodes[0]
+        op = _OPS.get(type(node.layer))
+        if op is None:
+            raise NotSuitable(f"{node.name}: the reference backend doesn't compute {type(node.layer).__name__}")
+        return op(node, slot, mode)
