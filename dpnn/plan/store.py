@@ -1,0 +1,96 @@
+"""My nodes' parameters and gradients, each in one flat array.
+
+The trained parameters lie in forward order: backward completes the gradient array from its end to its start, so a
+bucket of gradients is a contiguous slice, ready early, never packed. Running statistics follow as a tail. Offsets come
+from the graph and the placement only, so equal parts of all replicas have equal arrays.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpnn.errors import DataError
+from dpnn.nn.graph import Node
+from dpnn.nn.init import draw
+from dpnn.nn.layer import ParamSpec
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The numbers [lo, hi) of a flattened parameter, which lie from `offset` on in the flat arrays."""
+
+    name: str
+    lo: int
+    hi: int
+    offset: int
+    spec: ParamSpec
+
+    @property
+    def end(self) -> int:
+        """One past its last place in the flat arrays."""
+        return self.offset + self.hi - self.lo
+
+
+class Store:
+    """The flat arrays `params` and `grads` of the parameters of `nodes`, and views of them by name."""
+
+    def __init__(self, nodes: Sequence[Node], dtype: np.dtype[Any]) -> None:
+        specs = [(param.name, param.spec) for node in nodes for param in node.params]
+        specs.sort(key=lambda item: item[1].statistic != 0)
+        pieces, offset = [], 0
+        for name, spec in specs:
+            pieces.append(Piece(name, 0, math.prod(spec.shape), offset, spec))
+            offset = pieces[-1].end
+        self.pieces = tuple(pieces)
+        self.params: Array = np.zeros(offset, dtype)
+        self.grads: Array = np.zeros(offset, dtype)
+        self._by_name = {piece.name: piece for piece in pieces}
+
+    @property
+    def n_trained(self) -> int:
+        """How many of the numbers are trained: they stand first."""
+        return sum(piece.hi - piece.lo for piece in self.pieces if piece.spec.statistic == 0)
+
+    def param(self, name: str) -> Array:
+        """The parameter, as a view in its own shape."""
+        return self.view(self.params, name)
+
+    def grad(self, name: str) -> Array:
+        """Its gradient, likewise."""
+        return self.view(self.grads, name)
+
+    def view(self, flat: Array, name: str) -> Array:
+        """Where the parameter `name` lies in a flat array of this store, in its own shape."""
+        piece = self._by_name[name]
+        return flat[piece.offset : piece.end].reshape(piece.spec.shape)
+
+    def draw(self, seed: int) -> None:
+        """Set the initial values: a function of (seed, name, index) alone."""
+        for piece in self.pieces:
+            flat = self.params[piece.offset : piece.end]
+            flat[...] = draw(seed, piece.name, piece.spec, piece.lo, piece.hi, flat.dtype)
+
+    def split(self, flat: Array) -> dict[str, Array]:
+        """A flat array as arrays by parameter name (views)."""
+        return {piece.name: self.view(flat, piece.name) for piece in self.pieces}
+
+    def fill(self, flat: Array, values: Mapping[str, Array], source: str) -> None:
+        """Copy arrays by parameter name into a flat array; DataError where they aren't those of this network."""
+        for piece in self.pieces:
+            value = values.get(piece.name)
+            if value is None or value.shape != piece.spec.shape:
+                found = "is missing" if value is None else f"has the shape {value.shape}"
+                raise DataError(
+                    f"{source}: {piece.name} {found}, this network's has {piece.spec.shape}; "
+                    "the checkpoint is of another network: use the job file that it was made with"
+                )
+            self.view(flat, piece.name)[...] = value
+        unknown = sorted(set(values) - set(self._by_name))
+        if unknown:
+            raise DataError(f"{source}: {unknown[0]} is not a parameter of this network; use the job file it was made with")
