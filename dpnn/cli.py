@@ -1,0 +1,116 @@
+"""The commands, thin: `dpnn pack | train | eval | launch`. Nothing here imports MPI before a command needs it."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from dpnn import __version__
+from dpnn.errors import DpnnError, JobError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code (DESIGN, section 7)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except DpnnError as error:
+        print(f"dpnn: {error}", file=sys.stderr)
+        return error.exit_code
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dpnn", description="Train one convolutional network on many machines, over MPI."
+    )
+    parser.add_argument("--version", action="version", version=f"dpnn {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    pack = commands.add_parser("pack", help="write data as HDF5 shards", description=_pack.__doc__)
+    pack.add_argument("source", help='"digits", a folder of MNIST-style idx files (also .gz), or an .npz file')
+    pack.add_argument("folder", help="where FOLDER/train and FOLDER/test are written")
+    pack.add_argument(
+        "--test-fraction", type=float, metavar="SHARE", help="hold out this share, where the source has no test part"
+    )
+    pack.add_argument(
+        "--seed", type=int, default=0, help="of the order in which samples are laid into shards (default 0)"
+    )
+    pack.add_argument("--shard-mb", type=float, default=1024.0, metavar="MB", help="size of a shard (default 1024)")
+    pack.add_argument("--force", action="store_true", help="overwrite data packed there before")
+    pack.set_defaults(run=_pack)
+
+    train = commands.add_parser("train", help="train a network", description=_train.__doc__)
+    train.add_argument("job", nargs="?", help="the job file (TOML); not needed with --resume RUN")
+    train.add_argument(
+        "--resume", nargs="?", const="", metavar="RUN", help="go on with a run folder (default: the job's newest)"
+    )
+    _add_set(train)
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("eval", help="measure the error on held-out data", description=_eval.__doc__)
+    evaluate.add_argument("source", metavar="RUN", help="a run folder (its newest checkpoint), or a checkpoint file")
+    _add_set(evaluate)
+    evaluate.set_defaults(run=_eval)
+
+    launch = commands.add_parser("launch", help="start a command on several ranks", description=_launch.__doc__)
+    launch.add_argument("-n", type=int, required=True, metavar="RANKS", help="the number of ranks")
+    launch.add_argument(
+        "command", nargs=argparse.REMAINDER, help="the command and its arguments: train jobs/digits.toml"
+    )
+    launch.set_defaults(run=_launch)
+    return parser
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="set a key of the job file, as in train.epochs=3; may be repeated",
+    )  # fmt: skip
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    """Write images or arrays as HDF5 shards with a manifest, for training and for testing."""
+    from rich.progress import Progress
+
+    from dpnn.data.pack import pack
+
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("packing")
+        summary = pack(
+            arguments.source,
+            arguments.folder,
+            test_fraction=arguments.test_fraction,
+            shard_mb=arguments.shard_mb,
+            seed=arguments.seed,
+            force=arguments.force,
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    print(summary)
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    """Train the network of a job file. Under mpirun, srun or `dpnn launch`: on all ranks together."""
+    if arguments.job is None and not arguments.resume:
+        raise JobError("name a job file, or a run folder to go on with (--resume RUN)")
+
+    from dpnn.comm.world import run
+    from dpnn.train import train
+
+    return run(lambda world: train(world, arguments.job, arguments.overrides, arguments.resume))
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    """Print the error of a trained network on held-out data. Under mpirun, srun or `dpnn launch`: on all ranks."""
+
+    from dpnn.comm.world import run
+    from dpnn.evaluate import evaluate
+
+    return run(lambda world: evaluate(world, arguments.source, arguments.overrides))
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    """Print the mpirun line that fits the installed MPI and this machine, and run it."""
+    from dpnn.comm.launch import launch
+
+    return launch(arguments.n, arguments.command)

@@ -1,0 +1,210 @@
+"""How good a network is on held-out data: `dpnn eval`, and the evaluation between the epochs of `dpnn train`.
+
+Each replica takes its own run of the samples, every sample counts once, and the sums meet at the end: no rank waits
+for another before that.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from dpnn import checkpoint, config, models
+from dpnn.backends.base import Backend
+from dpnn.backends.reference import Reference
+from dpnn.checkpoint import Checkpoint
+from dpnn.comm.mesh import Mesh
+from dpnn.comm.reduce import BucketReducer
+from dpnn.comm.share import share
+from dpnn.comm.world import World
+from dpnn.data import Loader, Manifest, Sampler
+from dpnn.errors import DataError, JobError
+from dpnn.nn import Graph, Network, Shape, SigmoidCrossEntropy, SoftmaxCrossEntropy
+from dpnn.plan import Arena, Executor, Layout, Placement, Plan, Store, Strategy, Sum, compile_plan
+
+Array = NDArray[Any]
+MOST_ROWS = 64
+"""Samples of one evaluation batch, where training doesn't take fewer."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Errors are shares of the samples (0 to 1); `loss` is the mean over them."""
+
+    samples: int
+    top1_error: float
+    top5_error: float
+    loss: float
+
+    def __str__(self) -> str:
+        return (
+            f"top-1 error {self.top1_error:.2%}, top-5 error {self.top5_error:.2%}, "
+            f"loss {self.loss:.4f} ({self.samples} samples)"
+        )
+
+
+class Model:
+    """A network on this rank: its graph, the parameters of my nodes, and the memory that its plans share."""
+
+    def __init__(self, job: config.Job, network: Network, shape: Shape, part: int, threads: int) -> None:
+        if job.train.loss == "softmax":
+            self.graph = Graph(network, shape, SoftmaxCrossEntropy(smoothing=job.train.label_smoothing))
+        else:
+            self.graph = Graph(network, shape, SigmoidCrossEntropy(), labels=(job.model.classes,))
+        self.backends = choose_backends(job.backend, threads)
+        self.dtype = self.backends[0].dtype
+        self.nodes = Placement.whole(self.graph).nodes(self.graph, part)
+        self.store = Store(self.nodes, self.dtype)
+        self.arena = Arena()
+        self._seed = job.seed
+
+    def training(self, job: config.Job, rows: int) -> Layout:
+        """The plan of a training step with at most `rows` samples in a micro-batch, laid out."""
+        bucket_nbytes, microbatches = round(job.parallel.bucket_mb * 2**20), job.parallel.microbatches
+        compiled = partial(compile_plan, self.graph, self.nodes, self.backends, "train")
+        return self._layout(compiled(rows, microbatches, self.store.pieces, bucket_nbytes))
+
+    def evaluation(self, rows: int) -> Layout:
+        """The plan of a forward pass over at most `rows` samples, laid out."""
+        return self._layout(compile_plan(self.graph, self.nodes, self.backends, "eval", min(rows, MOST_ROWS)))
+
+    def executor(
+        self, layout: Layout, sum_over: Callable[[Array], Sum] | None = None, strategy: Strategy | None = None
+    ) -> Executor:
+        """The plan of a layout, bound to its memory."""
+        return Executor(layout, self.store, self.arena, self._seed, sum_over, strategy)
+
+    def _layout(self, plan: Plan) -> Layout:
+        """Where the buffers of a plan lie; its room is asked for. All layouts are made before the first executor."""
+        layout = Layout(plan, self.dtype)
+        self.arena.reserve(layout.nbytes)
+        return layout
+
+
+def choose_backends(options: config.Backend, threads: int) -> list[Backend]:
+    """The backends to ask, best first, each on this rank's share of the node's cores."""
+    threadpool_limits(options.threads or threads)
+    return [Reference(np.dtype(options.precision))]
+
+
+class Evaluator:
+    """Runs a network over a folder of shards, on all replicas together."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        executor: Executor,
+        folder: str,
+        test: Manifest,
+        mean: Sequence[float],
+        std: Sequence[float],
+        limit_s: float,
+    ) -> None:
+        """`mean` and `std`, a number for each channel, are those of the data that the network was trained on."""
+        rows, replicas = executor.plan.rows, mesh.replicas
+        self._executor = executor
+        self._sampler = Sampler(test.counts, test.block, replicas, rows * replicas, window=rows, seed=0, shuffle=False)
+        self._sampler.check(replicas)
+        place = (folder, test, self._sampler, mesh.replica, replicas)
+        last = (0, self._sampler.steps - 1)
+        self._open = partial(Loader, *place, mean=mean, std=std, dtype=executor.dtype, last=last)
+        self._sums = np.zeros(4)  # samples, not the first, not among the first five, loss
+        self._reducer = BucketReducer(mesh.data, self._sums, limit_s)
+
+    def run(self) -> Scores:
+        """Collective: the scores over all samples, the same on every rank."""
+        self._sums[:] = 0.0
+        executor, loader = self._executor, self._open()
+        try:
+            for _ in range(self._sampler.steps):
+                batch = loader.next()
+                rows = batch.rows
+                executor.run(batch, [(rows, rows)], total=1)
+                loader.release(batch)
+                better = n_better(executor.scores[:rows], executor.labels[:rows])
+                self._sums += (rows, (better >= 1).sum(), (better >= 5).sum(), executor.loss)
+        finally:
+            loader.close()
+        self._reducer.start(0, self._sums.size)
+        self._reducer.finish()
+        samples, first, five, loss = self._sums
+        return Scores(int(samples), first / samples, five / samples, loss / samples)
+
+    def close(self) -> None:
+        """Give the communicator back."""
+        self._reducer.close()
+
+
+@dataclass(frozen=True)
+class Source:
+    """What rank 0 reads for all ranks: the job of a checkpoint, its network, and the held-out data."""
+
+    job: config.Job
+    network: Network
+    test: Manifest
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+def evaluate(world: World, path: str, overrides: Sequence[str]) -> int:
+    """Print the scores on `data.test` of a run folder's newest checkpoint, or of one checkpoint file; the exit code."""
+    found: Checkpoint | None = None
+
+    def first() -> Source:
+        nonlocal found
+        found = read_checkpoint(Path(path))
+        return read_source(found, overrides)
+
+    source = world.first(first)
+    job, limit_s = source.job, source.job.parallel.timeout_s
+    mesh = Mesh(world)
+    model = Model(job, source.network, source.test.network_shape, mesh.part, world.threads())
+    if found is not None:
+        model.store.fill(model.store.params, found.params, path)
+    share(mesh.data, model.store.params, limit_s)
+    executor = model.executor(model.evaluation(MOST_ROWS))
+    evaluator = Evaluator(mesh, executor, job.data.test, source.test, source.mean, source.std, limit_s)
+    scores = evaluator.run()
+    if world.rank == 0:
+        print(scores)
+    return 0
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint file, or the newest good one of a run folder; DataError where there is none."""
+    if path.is_file():
+        return checkpoint.read(path)
+    newest = checkpoint.newest(path / "checkpoints")
+    if newest is None:
+        raise DataError(f"{path} is neither a checkpoint nor a run folder with one; name what `dpnn train` printed")
+    return newest[1]
+
+
+def read_source(found: Checkpoint, overrides: Sequence[str]) -> Source:
+    """The job that a checkpoint was made with, and the data to evaluate on."""
+    job = config.parse(found.info["job"], overrides)
+    if not job.data.test:
+        raise JobError(
+            "data.test is not set, so there is nothing to evaluate on; name a folder with --set data.test=FOLDER"
+        )
+    test = Manifest.read(job.data.test)
+    network = models.build(job.model.name, job.model.classes, test.network_shape, job.model.options)
+    return Source(job, network, test, found.info["mean"], found.info["std"])
+
+
+def n_better(scores: Array, labels: Array) -> Array:
+    """How many classes score above a sample's true one (the best of several): (rows,) from (rows, K).
+
+    `labels`: (rows,) class numbers, or (rows, K) of 0 and 1. A score that isn't a number counts as better.
+    """
+    if labels.ndim == 1:
+        truth = np.take_along_axis(scores, labels[:, None].astype(np.int64), axis=1)
+    else:
+        truth = np.where(labels > 0, scores, -np.inf).max(axis=1, keepdims=True)
+    better: Array = scores.shape[1] - (scores <= truth).sum(axis=1)
+    return better

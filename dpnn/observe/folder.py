@@ -1,0 +1,74 @@
+"""The run folder: where one run keeps everything that it writes."""
+
+import os
+from pathlib import Path
+
+from dpnn.errors import JobError
+from dpnn.observe.metrics import Metrics
+
+
+class RunFolder:
+    """`job.toml` (as resolved), `metrics.jsonl`, `checkpoints/`, and `failure.txt` once a run has failed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.job = path / "job.toml"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.failure = path / "failure.txt"
+
+    @classmethod
+    def create(cls, wanted: str, name: str) -> "RunFolder":
+        """A new folder: `wanted`, or the next free `runs/NAME-001`. JobError where it holds a run already."""
+        if wanted:
+            folder = cls(Path(wanted))
+            if folder.job.exists():
+                raise JobError(
+                    f"output.dir = {wanted!r} holds a run already; go on with --resume, or name another folder"
+                )
+        else:
+            taken = [int(path.name.rpartition("-")[2]) for path in cls._numbered(name)]
+            folder = cls(Path("runs") / f"{name}-{max(taken, default=0) + 1:03d}")
+        try:
+            folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise JobError(f"the run folder {folder.path} can't be made ({error.strerror}); set output.dir") from error
+        return folder
+
+    @classmethod
+    def existing(cls, wanted: str, name: str = "") -> "RunFolder":
+        """The folder of an earlier run: `wanted`, or the newest `runs/NAME-...`. JobError where there is none."""
+        if wanted:
+            folder = cls(Path(wanted))
+        else:
+            found = cls._numbered(name)
+            if not found:
+                raise JobError(f"there is no run runs/{name}-... to go on with; start one without --resume")
+            folder = cls(found[-1])
+        if not folder.job.exists():
+            raise JobError(
+                f"{folder.path} is not a run folder (no job.toml in it); name the folder that `train` printed"
+            )
+        return folder
+
+    @staticmethod
+    def _numbered(name: str) -> list[Path]:
+        return sorted(path for path in Path("runs").glob(f"{name}-*") if path.name.rpartition("-")[2].isdigit())
+
+    def claim(self, message: str, code: int) -> bool:
+        """Whether this process is the first to report a failure of the run: that one, of all ranks, tells it.
+
+        Kept in `failure.txt`, and as the `end` line of the metrics.
+        """
+        try:
+            file = os.open(self.failure, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        except OSError:
+            return True
+        with os.fdopen(file, "w") as text:
+            text.write(message + "\n")
+        metrics = Metrics(self.metrics)
+        metrics.write("end", exit=code, error=message)
+        metrics.close()
+        return True

@@ -1,0 +1,140 @@
+"""What rank 0 does before a run, for all ranks: read the job, the manifests and the checkpoint, make the run folder.
+
+No other rank opens these files: the result is broadcast.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from dataclasses import replace as changed
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
+
+from dpnn import checkpoint, config, models
+from dpnn.checkpoint import Checkpoint
+from dpnn.data import Manifest, default_lanes
+from dpnn.data.pack import pack
+from dpnn.errors import DataError, JobError
+from dpnn.nn import Network
+from dpnn.observe.folder import RunFolder
+
+BUILT_IN = "digits"
+BUILT_IN_FOLDER = "data/digits"
+KEPT = ("seed", "lanes", "window", "global_batch")
+"""What decides which samples a step takes: it can't change in the middle of an epoch."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """A job as resolved, what it reads, and where it starts."""
+
+    job: config.Job
+    folder: Path
+    network: Network
+    train: Manifest
+    test: Manifest | None
+    global_batch: int
+    epoch: int = 0
+    step: int = 0
+    """The next step of the epoch."""
+    steps: int = 0
+    """Steps taken since the start of the run."""
+    damaged: tuple[str, ...] = field(default=())
+    """Newer checkpoints that could not be used, and why."""
+
+    def info(self) -> dict[str, Any]:
+        """What a checkpoint says of its run beside the arrays."""
+        return {
+            "job": self.job.dump(),
+            "data": self.train.digest,
+            "mean": self.train.mean,
+            "std": self.train.std,
+            "seed": self.job.seed,
+            "lanes": self.job.data.lanes,
+            "window": self.job.data.window,
+            "global_batch": self.global_batch,
+        }
+
+
+def prepare(
+    job_path: str | None, overrides: Sequence[str], resume: str | None, replicas: int
+) -> tuple[Start, Checkpoint | None]:
+    """Start a new run (`resume` is None), or go on with a run folder ("": the job's newest) from its newest checkpoint.
+
+    The checkpoint is returned apart: it stays on rank 0.
+    """
+    name = Path(job_path or "").stem
+    if resume is None:
+        start = resolve(config.load(job_path or "", overrides), Path(), replicas)
+        folder = RunFolder.create(start.job.output.dir, name)
+        folder.job.write_text(start.job.dump())
+        return changed(start, folder=folder.path), None
+    folder = RunFolder.existing(resume or config.load(job_path or "", overrides).output.dir, name)
+    start = resolve(config.load(str(folder.job), overrides), folder.path, replicas)
+    newest = checkpoint.newest(folder.checkpoints)
+    folder.failure.unlink(missing_ok=True)
+    if newest is None:
+        return start, None
+    path, found, damaged = newest
+    check_same_run(path, found, start)
+    return changed(start, epoch=found.epoch, step=found.step, steps=found.steps, damaged=tuple(damaged)), found
+
+
+def resolve(job: config.Job, folder: Path, replicas: int) -> Start:
+    """Read what the job names, and fill in what it leaves open: the number of classes and lanes."""
+    if job.data.train == BUILT_IN:
+        if not (Path(BUILT_IN_FOLDER) / "train" / "manifest.json").exists():
+            pack(BUILT_IN, BUILT_IN_FOLDER)
+        paths = {part: f"{BUILT_IN_FOLDER}/{part}" for part in ("train", "test")}
+        job = replace(job, data=replace(job.data, **paths))
+    train = Manifest.read(job.data.train)
+    test = Manifest.read(job.data.test) if job.data.test else None
+    if test is not None:
+        check_same_kind(job.data.test, test, train)
+    classes = job.model.classes or train.num_classes
+    if classes < train.num_classes:
+        raise JobError(
+            f"model.classes = {classes}, but {job.data.train} has {train.num_classes} classes; "
+            f"use {train.num_classes} or more, or leave the key out"
+        )
+    check_loss(job, train)
+    global_batch = job.train.global_batch or job.train.replica_batch * replicas
+    lanes = job.data.lanes or default_lanes(global_batch)
+    job = replace(job, model=replace(job.model, classes=classes), data=replace(job.data, lanes=lanes))
+    network = models.build(job.model.name, classes, train.network_shape, job.model.options)
+    return Start(job, folder, network, train, test, global_batch)
+
+
+def check_loss(job: config.Job, train: Manifest) -> None:
+    """JobError where the loss isn't one for the kind of labels that the data have."""
+    wanted = "softmax" if train.labels == "single" else "sigmoid"
+    if job.train.loss != wanted:
+        has = "one label" if train.labels == "single" else "several labels"
+        raise JobError(f"train.loss = {job.train.loss!r}, but {job.data.train} has {has} a sample; use {wanted!r}")
+
+
+def check_same_kind(path: str, test: Manifest, train: Manifest) -> None:
+    """DataError where the samples of `test` aren't of the kind that the network is trained on."""
+    for what in ("shape", "labels"):
+        found, wanted = getattr(test, what), getattr(train, what)
+        if found != wanted:
+            raise DataError(f"{path}: its {what} is {found}, that of the training data {wanted}; pack both alike")
+    if test.num_classes > train.num_classes:
+        raise DataError(f"{path}: it has {test.num_classes} classes, the training data {train.num_classes}")
+
+
+def check_same_run(path: Path, found: Checkpoint, start: Start) -> None:
+    """Refuse to go on with other data; in the middle of an epoch also with another order of samples."""
+    info = start.info()
+    if found.info["data"] != info["data"]:
+        raise DataError(
+            f"{start.job.data.train} (digest {info['data']}) is not what {path} was trained on (digest "
+            f"{found.info['data']}); set data.train to those data, or start a new run"
+        )
+    for key in KEPT if found.step else ():
+        if found.info[key] != info[key]:
+            raise JobError(
+                f"{key} = {info[key]}, but {path} stands in the middle of an epoch with {key} = {found.info[key]}, "
+                "and every sample of an epoch is taken once; change it back"
+            )

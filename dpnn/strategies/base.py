@@ -1,0 +1,24 @@
+"""What every strategy has beside the calls of the executor (`plan.Strategy`)."""
+
+from typing import Protocol
+
+from dpnn import plan
+
+
+class Strategy(plan.Strategy, Protocol):
+    """A strategy as the training loop sees it."""
+
+    rate: float
+    """The learning rate of the step; set before it."""
+    stop: bool
+    """Before a step: this rank wants to stop. After it: some rank did, and all know."""
+    loss: float
+    """After a step: its loss over all replicas."""
+    wait_s: float
+    """Seconds spent waiting for other ranks in the last step."""
+    update_s: float
+    """Seconds spent updating the parameters in the last step."""
+
+    def close(self) -> None:
+        """Give the communicators back."""
+        ...

@@ -1,0 +1,236 @@
+"""READ THIS FIRST: a training run, from the job file to the last checkpoint.
+
+`train` is the command. Rank 0 reads what all need (`prepare.py`). `Training` builds the rooms of the house, once:
+mesh, data, network, parameters, strategy, plans. After that it takes steps: the loader brings a batch, the executor
+walks the plan's instructions over it, the strategy exchanges gradients and updates the parameters. Everything that can
+be wrong is found while building.
+"""
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from time import perf_counter
+
+import numpy as np
+
+from dpnn import __version__, checkpoint
+from dpnn.checkpoint import Checkpoint
+from dpnn.cluster.signals import StopRequest
+from dpnn.comm import library
+from dpnn.comm.mesh import Mesh
+from dpnn.comm.reduce import BucketReducer
+from dpnn.comm.share import share
+from dpnn.comm.world import World
+from dpnn.data import Loader, Sampler, check_shards
+from dpnn.errors import DpnnError, NotFiniteError, Stopped
+from dpnn.evaluate import Evaluator, Model, Scores
+from dpnn.observe.folder import RunFolder
+from dpnn.observe.metrics import Metrics
+from dpnn.observe.progress import Progress, terminal
+from dpnn.optim import Optimizer, Segment, merge, schedule
+from dpnn.prepare import Start, prepare
+from dpnn.strategies.allreduce import Allreduce
+
+
+def train(world: World, job_path: str | None, overrides: Sequence[str], resume: str | None) -> int:
+    """Train the network of a job file on all ranks of `world`; the exit code.
+
+    `resume`: None starts a new run; a run folder goes on from its newest checkpoint, "" the job's newest run.
+    """
+    found: Checkpoint | None = None
+
+    def first() -> Start:
+        nonlocal found
+        start, found = prepare(job_path, overrides, resume, world.size)
+        return start
+
+    with StopRequest() as request:
+        start = world.first(first)
+        world.claim = RunFolder(start.folder).claim
+        world.timeout_s = start.job.parallel.timeout_s
+        training = Training(world, start, found)
+        try:
+            return training.run(request)
+        finally:
+            training.close()
+
+
+class Training:
+    """One run on this rank. The constructor builds everything; `run` takes the steps."""
+
+    def __init__(self, world: World, start: Start, found: Checkpoint | None) -> None:
+        """Collective. `found`: on rank 0, the checkpoint to go on from."""
+        job, limit_s = start.job, start.job.parallel.timeout_s
+        self.world, self.start, self.job = world, start, job
+        self.mesh = mesh = Mesh(world)
+
+        # Data: the order of samples, and which of them this replica takes.
+        options = job.data
+        self.sampler = sampler = Sampler(
+            start.train.counts, start.train.block, options.lanes, start.global_batch, options.window, job.seed
+        )
+        sampler.check(mesh.replicas)
+        world.agree(checked(partial(check_shards, options.train, start.train, mesh.replica, mesh.replicas)))
+        self.total_steps = job.train.steps or job.train.epochs * sampler.steps
+
+        # The network, and its parameters: drawn alike on every rank, or those of the checkpoint.
+        self.model = model = Model(job, start.network, start.train.network_shape, mesh.part, world.threads())
+        segments = merge(
+            [Segment(piece.offset, piece.end, piece.spec.decay, piece.spec.statistic) for piece in model.store.pieces]
+        )
+        self.optimizer = Optimizer(job.optimizer, segments, model.store.params, model.store.grads)
+        self.rate = schedule(job.schedule, job.optimizer.lr, self.sampler.steps, self.total_steps)
+        model.store.draw(job.seed)
+        if found is not None:
+            model.store.fill(model.store.params, found.params, "the checkpoint")
+            for name, flat in self.optimizer.state.items():
+                model.store.fill(flat, found.optimizer.get(name, {}), "the checkpoint")
+        for flat in (model.store.params, *self.optimizer.state.values()):
+            share(mesh.data, flat, limit_s)
+
+        # The strategy, and the two plans: a training step, and a forward pass over held-out samples.
+        rows = -(-self.sampler.max_rows(mesh.replicas) // job.parallel.microbatches)
+        self.strategy = Allreduce(mesh, model.store, self.optimizer, job.optimizer.clip, limit_s)
+        training = model.training(job, rows)
+        held_out = model.evaluation(rows) if start.test else None
+        sum_over = partial(BucketReducer, mesh.data, limit_s=limit_s)
+        self.executor = model.executor(training, sum_over, self.strategy)
+        self.evaluator = None
+        if held_out and start.test:
+            mean, std = start.train.mean, start.train.std
+            evaluation = model.executor(held_out)
+            self.evaluator = Evaluator(mesh, evaluation, job.data.test, start.test, mean, std, limit_s)
+
+        # What the run tells: only the first rank does.
+        self.folder = RunFolder(start.folder)
+        self.metrics = Metrics(self.folder.metrics if world.rank == 0 else None)
+        self.progress = Progress(self.total_steps, live=terminal() is not None) if world.rank == 0 else None
+        self.epoch, self.step, self.steps = start.epoch, start.step, start.steps
+
+    def run(self, request: StopRequest) -> int:
+        """Take the steps that are left; the exit code. Collective, as is all below."""
+        job, mesh, sampler = self.job, self.mesh, self.sampler
+        self._tell_start()
+        begin, samples = perf_counter(), 0
+        every = max(1, round(job.output.checkpoint_every * sampler.steps))
+        loader = Loader(
+            job.data.train, self.start.train, sampler, mesh.replica, mesh.replicas,
+            augment=job.data.augment, dtype=self.model.dtype, window_mb=job.data.window_mb,
+            start=(self.epoch, self.step), last=divmod(self.total_steps - 1, sampler.steps),
+        )  # fmt: skip
+        try:
+            while self.steps < self.total_steps:
+                samples += self._take_step(loader, request)
+                last = self.steps == self.total_steps
+                if self.evaluator and (last or self._is_due_for_evaluation()):
+                    self._tell_scores(self.evaluator.run())
+                if self.strategy.stop or last or self.steps % every == 0:
+                    self._save()
+                if self.strategy.stop:
+                    break
+        finally:
+            loader.close()
+        seconds = perf_counter() - begin
+        code = 0 if self.steps == self.total_steps else Stopped.exit_code
+        self.metrics.write("end", steps=self.steps, seconds=seconds, images_s=samples / seconds, exit=code)
+        if self.progress:
+            self.progress.close()
+        if code:
+            self._say(
+                f"stopped after step {self.steps} of {self.total_steps}; "
+                f"go on with: dpnn train --resume {self.folder.path}"
+            )
+        self._say(f"run folder: {self.folder.path}")
+        return code
+
+    def close(self) -> None:
+        """Give communicators and files back."""
+        self.metrics.close()
+        if self.progress:
+            self.progress.close()
+
+    def _take_step(self, loader: Loader, request: StopRequest) -> int:
+        """One step; its number of samples on all replicas."""
+        strategy, sampler, mesh = self.strategy, self.sampler, self.mesh
+        begin = perf_counter()
+        batch = loader.next()
+        read = perf_counter()
+        strategy.rate, strategy.stop = self.rate(self.steps), request.asked
+        total = sampler.total(self.step)
+        counts = sampler.micro(self.step, mesh.replica, mesh.replicas, self.job.parallel.microbatches)
+        try:
+            self.executor.run(batch, counts, total)
+        except NotFiniteError as error:
+            self._explain(error)
+        loader.release(batch)
+        end = perf_counter()
+        if self.progress:
+            self.metrics.write(
+                "step", step=self.steps, epoch=self.epoch, loss=strategy.loss, lr=strategy.rate,
+                images_s=total / (end - begin), read=read - begin,
+                compute=end - read - strategy.wait_s - strategy.update_s,
+                wait=strategy.wait_s, update=strategy.update_s,
+            )  # fmt: skip
+            self.progress.step(self.epoch + 1, self.steps + 1, strategy.loss, strategy.rate, total)
+        self.steps += 1
+        self.epoch, self.step = divmod(self.epoch * sampler.steps + self.step + 1, sampler.steps)
+        return total
+
+    def _is_due_for_evaluation(self) -> bool:
+        every = self.job.train.eval_every
+        return self.step == 0 and every > 0 and self.epoch % every == 0
+
+    def _explain(self, error: NotFiniteError) -> None:
+        """Raise, on every rank, which layer of which rank is the first that isn't finite."""
+        layer = self.executor.not_finite()
+        where = f"epoch {self.epoch}, step {self.steps}: {error}"
+        way_out = "lower optimizer.lr, or set optimizer.clip; go on from the last checkpoint with --resume"
+        self.world.agree(NotFiniteError(f"{layer}: its output is not finite ({where}); {way_out}") if layer else None)
+        self.world.agree(NotFiniteError(f"{where}, though all layers' outputs are finite; {way_out}"))
+
+    def _save(self) -> None:
+        """Write a checkpoint, on the first rank."""
+        if self.progress:
+            store = self.model.store
+            state = {name: store.split(flat) for name, flat in self.optimizer.state.items()}
+            found = Checkpoint(store.split(store.params), state, self.epoch, self.step, self.steps, self.start.info())
+            path = checkpoint.write(self.folder.checkpoints, found, self.job.output.keep)
+            self.metrics.write("event", event="checkpoint", step=self.steps, path=str(path))
+
+    def _tell_scores(self, scores: Scores) -> None:
+        self.metrics.write("eval", epoch=self.epoch, step=self.steps, **asdict(scores))
+        self._say(f"epoch {self.epoch}: {scores}")
+
+    def _tell_start(self) -> None:
+        job, graph = self.job, self.model.graph
+        backends = "+".join(backend.name for backend in self.model.backends)
+        self.metrics.write(
+            "start", dpnn=__version__, python=platform.python_version(), numpy=np.__version__, mpi=library.version(),
+            ranks=self.world.size, replicas=self.mesh.replicas, parts=self.mesh.parts, parameters=graph.n_params,
+            seed=job.seed, backend=backends, threads=job.backend.threads or self.world.threads(),
+            global_batch=self.start.global_batch, lanes=job.data.lanes,
+            from_step=self.steps, total_steps=self.total_steps,
+        )  # fmt: skip
+        self._say(
+            f"{job.model.name}, {graph.n_params:,} parameters, on {self.world.size} ranks ({backends}); "
+            f"{self.sampler.samples:,} samples, {self.total_steps} steps of {self.start.global_batch}"
+        )
+        for name in self.start.damaged:
+            self.metrics.write("event", event="damaged_checkpoint", path=name)
+            self._say(f"passed over a damaged checkpoint: {name}")
+        if self.steps:
+            self._say(f"going on at epoch {self.epoch}, step {self.steps}")
+
+    def _say(self, text: str) -> None:
+        if self.progress:
+            self.progress.say(text)
+
+
+def checked(check: Callable[[], object]) -> DpnnError | None:
+    """The error that a check ends in, for the ranks to agree on."""
+    try:
+        check()
+    except DpnnError as error:
+        return error
+    return None
