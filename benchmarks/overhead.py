@@ -1,0 +1,114 @@
+"""What the spine costs: a step of LeNet on one rank with kernels that do nothing.
+
+Executor, loader, reduction and metrics are the real ones, as `dpnn train` builds them; the layers' ops and the
+optimizer's pass are empty. The limit is 300 microseconds a step of 64 images of 28 x 28. The mean counts, from the
+start of one step to the start of the next, so that nothing that happens between the steps is left out.
+"""
+
+import os
+import statistics
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from unittest import mock
+
+import numpy as np
+from dpnn.backends.base import Group, Mode, Slot
+from dpnn.backends.reference import Reference
+from dpnn.cluster.signals import StopRequest
+from dpnn.comm.world import World, start
+from dpnn.data.pack import pack
+from dpnn.nn import SoftmaxCrossEntropy
+from dpnn.optim import Optimizer
+from dpnn.prepare import prepare
+from dpnn.train import Training
+from harness import Benchmark
+
+LIMIT_US = 300.0
+WARM_UP = 300
+JOB = """
+[data]
+train = "data/train"
+[model]
+name = "lenet"
+[train]
+steps = {steps}
+global_batch = 64
+[optimizer]
+lr = 0.1
+"""
+
+
+class Nothing:
+    """An op that has no effect."""
+
+    def forward(self) -> None:
+        """Nothing."""
+
+    def backward(self) -> None:
+        """Nothing."""
+
+
+class NullBackend(Reference):
+    """Ops that do nothing; the loss is 1."""
+
+    name = "nothing"
+
+    def build(self, group: Group, slot: Slot, mode: Mode) -> Nothing:
+        node = group.nodes[-1]
+        if isinstance(node.layer, SoftmaxCrossEntropy):
+            slot.output(node)[...] = 1.0
+        return Nothing()
+
+
+class NullOptimizer(Optimizer):
+    """Updates nothing."""
+
+    def apply(self, lo: int, hi: int, rate: float, scale: float = 1.0) -> None:
+        """Nothing."""
+
+
+class Stamped(Training):
+    """A run that notes when each step starts."""
+
+    def _take_step(self, *args):
+        self.stamps.append(perf_counter())
+        return super()._take_step(*args)
+
+
+def step_times(world: World, steps: int) -> list[float]:
+    """Seconds from the start of each step to that of the next, after the warm-up."""
+    Path("job.toml").write_text(JOB.format(steps=steps))
+    prepared, _ = prepare("job.toml", (), None, 1)
+    with (
+        mock.patch("dpnn.evaluate.choose_backends", lambda options, threads: [NullBackend()]),
+        mock.patch("dpnn.train.Optimizer", NullOptimizer),
+    ):
+        training = Stamped(world, prepared, None)
+    training.stamps = []
+    training.run(StopRequest())
+    training.close()
+    return np.diff(training.stamps)[WARM_UP:].tolist()
+
+
+def main() -> None:
+    """One run of `steps` steps over 60,000 random images."""
+    bench = Benchmark("overhead", __doc__, ["numpy", "mpi4py", "h5py"])
+    world = start()
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        images = rng.integers(0, 256, (60_000, 28, 28, 1), np.uint8)
+        np.savez("images.npz", x=images, y=rng.integers(0, 10, 60_000))
+        pack("images.npz", "data")
+        times = sorted(step_times(world, 3_000 if bench.quick else 20_000))
+        os.chdir("/")
+    micro = 1e6
+    bench.record("lenet, batch 64, mean", statistics.fmean(times) * micro, LIMIT_US, "the limit", 1.0, "us")
+    bench.record("lenet, batch 64, median", statistics.median(times) * micro, LIMIT_US, "the limit", 1.0, "us")
+    bench.record("lenet, batch 64, 99 of 100", times[len(times) * 99 // 100] * micro, LIMIT_US, "the limit", 1.0, "us")
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()
