@@ -100,7 +100,7 @@ def resolve(job: config.Job, folder: Path, replicas: int) -> Start:
         )
     check_loss(job, train)
     global_batch = job.train.global_batch or job.train.replica_batch * replicas
-    lanes = job.data.lanes or default_lanes(global_batch)
+    lanes = job.data.lanes or default_lanes(global_batch, replicas)
     job = replace(job, model=replace(job.model, classes=classes), data=replace(job.data, lanes=lanes))
     network = models.build(job.model.name, classes, train.network_shape, job.model.options)
     return Start(job, folder, network, train, test, global_batch)

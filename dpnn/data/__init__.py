@@ -1,0 +1,13 @@
+"""Data: shards on disk, the order in which an epoch goes through them, and the threads that read ahead.
+
+`manifest.py` says what a folder holds, `shards.py` writes and checks one file, `reader.py` reads blocks, `sampler.py`
+is the order of samples, `loader.py` brings batches, `augment.py` varies them, `pack/` writes folders of shards.
+"""
+
+from dpnn.data.augment import AUGMENTATIONS
+from dpnn.data.loader import Batch, Loader
+from dpnn.data.manifest import Manifest
+from dpnn.data.reader import ShardReader, check_shards
+from dpnn.data.sampler import Sampler, default_lanes
+
+__all__ = ["AUGMENTATIONS", "Batch", "Loader", "Manifest", "Sampler", "ShardReader", "check_shards", "default_lanes"]

@@ -1,0 +1,294 @@
+"""Batches, read ahead by two threads: one reads windows of blocks, one makes batches of them.
+
+    reading thread    shards -> window (two pools in turn)            waits for a pool
+    making thread     window -> gather, augment, normalise -> batch   waits for a window, then for one of 3 buffers
+    the caller        next() -> batch -> release()                    waits for a batch
+
+What a thread waits for is a queue, and a queue is bounded by what goes round in it: pools and buffers. No thread of the
+loader calls MPI.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpnn.data.augment import AUGMENTATIONS
+from dpnn.data.labels import Labels, Lists
+from dpnn.data.manifest import Manifest
+from dpnn.data.reader import ShardReader
+from dpnn.data.sampler import Sampler, Window
+from dpnn.errors import DataError, JobError
+
+Array = NDArray[Any]
+
+_BUFFERS = 3
+_PATIENCE_S = 10.0
+_READ_NBYTES = 16 << 20
+"""What is read at a time, so that close() needn't wait for more."""
+
+
+class Batch(NamedTuple):
+    """This replica's samples of a step. The arrays are valid until the batch is released."""
+
+    x: Array
+    """(rows, C, H, W) for images, (rows, *shape) for any other shape; normalised."""
+    labels: Array
+    """int32 (rows,), or uint8 (rows, K) of 0 and 1 where a sample has any number of classes."""
+    ids: Array
+    """uint64 (rows,)"""
+    rows: int
+    epoch: int
+    step: int
+    buffer: int
+    """Which of the loader's buffers these arrays are views of."""
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A window that was read: its order, and what its slots hold."""
+
+    window: Window
+    pool: int
+    samples: Array | None
+    """(slots, ...) as stored; None where samples are read one by one."""
+    labels: Labels
+    ids: Array
+    choices: Array
+    """What the augmentation does to them."""
+    epoch: int
+    steps: range
+
+
+class Loader:
+    """Brings this replica's batches, epoch after epoch, from step `start` to step `last` (inclusive; None: for ever).
+
+    `mean` and `std`: for each channel (the last dimension as stored); by default those of `manifest`, for evaluation
+    those of the training data. `window_mb`: where a window would take more, single samples are read instead: slower,
+    and without their CRC, in the same order. DataError for data it can't load, JobError for an impossible augmentation.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        manifest: Manifest,
+        sampler: Sampler,
+        replica: int = 0,
+        replicas: int = 1,
+        *,
+        augment: str = "none",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        dtype: Any = np.float32,
+        window_mb: float = 2048,
+        start: tuple[int, int] = (0, 0),
+        last: tuple[int, int] | None = None,
+    ) -> None:
+        if manifest.kind != "raw":
+            raise DataError(
+                f"{folder} holds samples encoded as {manifest.codec!r}, which this dpnn can't decode; pack them raw"
+            )
+        if start[1] > sampler.steps:
+            raise DataError(f"step {start[1]} of an epoch of {sampler.steps} steps: these are not the data of that run")
+        if augment not in AUGMENTATIONS:
+            raise JobError(f"data.augment = {augment!r} is none of {', '.join(AUGMENTATIONS)}")
+        sampler.check(replicas)
+        self.sampler, self._manifest, self._lanes = sampler, manifest, sampler.owned(replica, replicas)
+        self._start = start if start[1] < sampler.steps else (start[0] + 1, 0)
+        self._last = last or (math.inf, 0)
+        rows = sampler.max_rows(replicas)
+        stored = np.dtype(manifest.dtype)
+        self._augment = AUGMENTATIONS[augment](sampler.seed, manifest.shape, stored, rows)
+        self._channels_first = len(manifest.shape) == 3
+        self._mean, self._std = self._normalisation(mean, std, np.dtype(dtype))
+        self._staged = np.empty((rows, *manifest.shape), stored)
+        label_shape = (rows, manifest.num_classes) if manifest.labels == "multi" else (rows,)
+        self._buffers = [
+            (
+                np.empty((rows, *manifest.network_shape), dtype),
+                np.empty(label_shape, np.uint8 if manifest.labels == "multi" else np.int32),
+                np.empty(rows, np.uint64),
+            )
+            for _ in range(_BUFFERS)
+        ]
+        width = len(self._lanes) * min(sampler.window, sampler.longest)
+        pooled = width * manifest.sample_nbytes <= window_mb * 2**20
+        # At both ends of its window a lane may touch a block that is its neighbour's as well.
+        slots = min(sampler.samples, width + 2 * len(self._lanes) * (sampler.block - 1))
+        self._pools = [np.empty((slots, *manifest.shape), stored) if pooled else None for _ in range(2)]
+        self._reader, self._sample_reader = ShardReader(folder, manifest), ShardReader(folder, manifest)
+
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._free_pools: SimpleQueue[int | None] = SimpleQueue()
+        self._windows: SimpleQueue[_Loaded | BaseException | None] = SimpleQueue()
+        self._free_buffers: SimpleQueue[int | None] = SimpleQueue()
+        self._batches: SimpleQueue[Batch | BaseException] = SimpleQueue()
+        for pool in range(len(self._pools)):
+            self._free_pools.put(pool)
+        for buffer in range(_BUFFERS):
+            self._free_buffers.put(buffer)
+        self._threads = [
+            Thread(target=self._read, name="dpnn-read", daemon=True),
+            Thread(target=self._make, name="dpnn-batch", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def next(self) -> Batch:
+        """The next batch, waiting for it. Raises what a thread of the loader raised."""
+        if self._failure is None:
+            batch = self._batches.get()
+            if isinstance(batch, Batch):
+                return batch
+            self._failure = batch
+        raise self._failure
+
+    def release(self, batch: Batch) -> None:
+        """The batch isn't needed any more: its arrays will be written again."""
+        self._free_buffers.put(batch.buffer)
+
+    def close(self) -> None:
+        """End both threads, whatever they wait for, and close all files."""
+        self._closing = True
+        self._free_pools.put(None)
+        self._windows.put(None)
+        self._free_buffers.put(None)
+        for thread in self._threads:
+            thread.join(_PATIENCE_S)
+        # A thread that a dead file system holds dies with the process; its files can't be closed under it.
+        if not any(thread.is_alive() for thread in self._threads):
+            self._reader.close()
+            self._sample_reader.close()
+        self._failure = self._failure or RuntimeError("the loader is closed")
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _normalisation(
+        self, mean: Sequence[float] | None, std: Sequence[float] | None, dtype: np.dtype[Any]
+    ) -> tuple[Array, Array]:
+        """Mean and standard deviation in the network's type and shape; a constant channel is only centred."""
+        values = []
+        for value in (self._manifest.mean if mean is None else mean, self._manifest.std if std is None else std):
+            array = np.asarray(value, np.float64)
+            if array.shape != (self._manifest.shape[-1],):
+                raise DataError(
+                    f"mean and std are of {array.size} channels, and the samples have the shape "
+                    f"{self._manifest.shape}; pack both parts of the data in one way"
+                )
+            values.append(array.astype(dtype).reshape((-1, 1, 1) if self._channels_first else -1))
+        return values[0], np.where(values[1] > 0, values[1], np.ones((), dtype))
+
+    # The reading thread.
+
+    def _read(self) -> None:
+        try:
+            for loaded in self._read_windows():
+                self._windows.put(loaded)
+        except BaseException as error:
+            self._windows.put(error)
+        else:
+            self._windows.put(RuntimeError("the loader has given its last batch"))
+
+    def _read_windows(self) -> Iterator[_Loaded]:
+        sampler = self.sampler
+        number, step = self._start
+        while (number, step) <= self._last:
+            epoch = sampler.epoch(number)
+            for window in range(step // sampler.steps_per_window, sampler.windows):
+                begin = window * sampler.steps_per_window
+                steps = range(max(step, begin), min(begin + sampler.steps_per_window, sampler.steps))
+                if (number, steps[0]) > self._last:
+                    return
+                pool = self._free_pools.get()
+                if pool is None or self._closing:
+                    return
+                yield self._read_window(epoch.window(window, self._lanes), pool, number, steps)
+            number, step = number + 1, 0
+
+    def _read_window(self, window: Window, pool: int, epoch: int, steps: range) -> _Loaded:
+        samples = self._pools[pool]
+        parts: list[Any] = []
+        ids = np.empty(window.slots[-1], np.uint64)
+        for shard, first, lo, hi in zip(window.shards, window.firsts, window.slots[:-1], window.slots[1:], strict=True):
+            if self._closing:
+                break
+            index = self._reader.index(shard)
+            end = first + hi - lo
+            parts.append(index.labels.part(first, end) if isinstance(index.labels, Lists) else index.labels[first:end])
+            ids[lo:hi] = index.ids[first:end]
+            if samples is not None:
+                self._read_run(shard, first, samples[lo:hi])
+        labels: Labels = np.empty(0, np.int32)
+        if parts:
+            labels = Lists.join(parts) if isinstance(parts[0], Lists) else np.concatenate(parts)
+        return _Loaded(window, pool, samples, labels, ids, self._augment.draw(ids, epoch), epoch, steps)
+
+    def _read_run(self, shard: int, first: int, out: Array) -> None:
+        """Some whole blocks of a shard, piece by piece."""
+        block = self.sampler.block
+        piece = max(_READ_NBYTES // (block * self._manifest.sample_nbytes), 1) * block
+        for lo in range(0, len(out), piece):
+            if self._closing:
+                return
+            self._reader.read_blocks(shard, first + lo, out[lo : lo + piece])
+
+    # The making thread.
+
+    def _make(self) -> None:
+        try:
+            while not self._closing:
+                loaded = self._windows.get()
+                if isinstance(loaded, BaseException):
+                    raise loaded
+                if loaded is None:
+                    return
+                for step in loaded.steps:
+                    if (loaded.epoch, step) > self._last:
+                        break
+                    buffer = self._free_buffers.get()
+                    if buffer is None or self._closing:
+                        return
+                    self._batches.put(self._make_batch(loaded, step, buffer))
+                self._free_pools.put(loaded.pool)
+        except BaseException as error:
+            self._batches.put(error)
+
+    def _make_batch(self, loaded: _Loaded, step: int, buffer: int) -> Batch:
+        slots = loaded.window.order[step % self.sampler.steps_per_window]
+        if step == self.sampler.steps - 1:
+            slots = slots[slots >= 0]
+        rows = len(slots)
+        x, labels, ids = (array[:rows] for array in self._buffers[buffer])
+        # mode="clip" because "raise" would write into a copy of `out` first; slots are in range.
+        loaded.ids.take(slots, out=ids, mode="clip")
+        if isinstance(loaded.labels, Lists):
+            loaded.labels.put_dense(slots, labels)
+        else:
+            loaded.labels.take(slots, out=labels, mode="clip")
+        staged = self._staged[:rows]
+        if loaded.samples is None:
+            self._read_samples(loaded.window, slots, staged)
+        else:
+            loaded.samples.take(slots, axis=0, out=staged, mode="clip")
+        images = self._augment.apply(staged, loaded.choices[slots])
+        np.copyto(x, images.transpose(0, 3, 1, 2) if self._channels_first else images)
+        np.subtract(x, self._mean, out=x)
+        np.divide(x, self._std, out=x)
+        return Batch(x, labels, ids, rows, loaded.epoch, step, buffer)
+
+    def _read_samples(self, window: Window, slots: Array, out: Array) -> None:
+        """Samples that don't fit into a pool, one by one."""
+        shards, samples = window.locate(slots)
+        for row, (shard, sample) in enumerate(zip(shards.tolist(), samples.tolist(), strict=True)):
+            self._sample_reader.read_sample(shard, sample, out[row])

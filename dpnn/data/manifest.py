@@ -1,0 +1,149 @@
+"""`manifest.json`: what a folder of shards holds. Rank 0 reads it, all others get it from rank 0."""
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+from isal.isal_zlib import crc32
+
+from dpnn.data.durable import replacing
+from dpnn.errors import DataError
+
+NAME = "manifest.json"
+VERSION = 1
+DTYPES = ("uint8", "float16", "float32")
+
+
+class Content(msgspec.Struct, frozen=True, kw_only=True):
+    """What all shards of a folder have in common."""
+
+    kind: Literal["raw", "encoded"]
+    """raw: arrays of one shape; encoded: records of bytes, each of which `codec` makes an image."""
+    shape: tuple[int, ...] = ()
+    """Of one sample, as stored: (H, W, C) for images. Empty for encoded samples."""
+    dtype: str = "uint8"
+    codec: str = ""
+    labels: Literal["single", "multi"]
+    num_classes: int
+    block: int
+    """Samples of a block: what is read, and checked by its CRC, at a time."""
+
+    @property
+    def sample_nbytes(self) -> int:
+        """Bytes of one raw sample."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def network_shape(self) -> tuple[int, ...]:
+        """Of one sample as the loader gives it: (C, H, W) for images, any other shape as stored."""
+        if len(self.shape) == 3:
+            return (self.shape[2], *self.shape[:2])
+        return self.shape
+
+
+class Shard(msgspec.Struct, frozen=True, kw_only=True):
+    """One file of a folder."""
+
+    name: str
+    samples: int
+    bytes: int
+    uuid: str
+    digest: str
+    """CRC32 of all that isn't payload (labels, ids, checksums, HDF5's own structures): 8 hexadecimal digits."""
+    payload_offset: int
+    payload_bytes: int
+
+
+class Manifest(Content, frozen=True, kw_only=True):
+    """What a folder of shards holds."""
+
+    version: int = VERSION
+    samples: int
+    histogram: tuple[int, ...]
+    """Samples of each class."""
+    mean: tuple[float, ...]
+    """Of the stored values, for each channel (the last dimension). Empty for encoded samples."""
+    std: tuple[float, ...]
+    shards: tuple[Shard, ...]
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples of each shard."""
+        return [shard.samples for shard in self.shards]
+
+    @property
+    def digest(self) -> str:
+        """CRC32 of the manifest, 8 hexadecimal digits: which data a checkpoint belongs to."""
+        return f"{crc32(self.to_bytes()):08x}"
+
+    def to_bytes(self) -> bytes:
+        """The JSON text."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=1)
+
+    @classmethod
+    def from_bytes(cls, text: bytes, path: Path = Path(NAME)) -> "Manifest":
+        """From the JSON text of `path`; DataError naming what is wrong with it."""
+        try:
+            manifest = msgspec.json.decode(text, type=cls)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} can't be read ({error}); pack the data again") from error
+        for problem in manifest._problems():
+            raise DataError(f"{path}: {problem}; pack the data again")
+        return manifest
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Manifest":
+        """The manifest of a folder; DataError where there is none, or a damaged one."""
+        path = Path(folder) / NAME
+        try:
+            text = path.read_bytes()
+        except FileNotFoundError as error:
+            parts = sorted(str(found.parent) for found in path.parent.glob(f"*/{NAME}"))
+            if parts:
+                way_out = f"did you mean {' or '.join(parts)}?"
+            else:
+                way_out = "write it with `dpnn pack SOURCE FOLDER`, which makes FOLDER/train and FOLDER/test"
+            missing = f"{folder} holds no {NAME}" if path.parent.is_dir() else f"the data folder {folder} doesn't exist"
+            raise DataError(f"{missing}; {way_out}") from error
+        except OSError as error:
+            raise DataError(f"{path} can't be read ({error.strerror}); check its permissions") from error
+        return cls.from_bytes(text, path)
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json`: the last thing that is written into a folder of shards."""
+        with replacing(folder / NAME) as temporary:
+            temporary.write_bytes(self.to_bytes())
+
+    def _problems(self) -> list[str]:
+        """What contradicts itself, worst first."""
+        if self.version != VERSION:
+            return [f"version = {self.version}, and this dpnn reads version {VERSION}"]
+        if not self.shards:
+            return ["it names no shards, so there is nothing to train on"]
+        channels = self.shape[-1] if self.shape else 0
+        wrong = [
+            (self.dtype not in DTYPES, f"dtype = {self.dtype!r} is none of {', '.join(DTYPES)}"),
+            (self.block < 1, f"block = {self.block} is less than 1"),
+            (self.num_classes < 1, f"num_classes = {self.num_classes} is less than 1"),
+            ((self.kind == "raw") != bool(self.shape), f"shape = {list(self.shape)} doesn't fit kind = {self.kind!r}"),
+            (any(dim < 1 for dim in self.shape), f"shape = {list(self.shape)} has a dimension below 1"),
+            ((self.kind == "encoded") != bool(self.codec), f"codec = {self.codec!r} doesn't fit kind = {self.kind!r}"),
+            (len(self.histogram) != self.num_classes, "the histogram has not one number for each class"),
+            (not len(self.mean) == len(self.std) == channels, "mean and std have not one number for each channel"),
+            (self.samples != sum(self.counts), f"samples = {self.samples}, and its shards hold {sum(self.counts)}"),
+        ]
+        problems = [text for is_wrong, text in wrong if is_wrong]
+        problems += [f"{shard.name} holds no samples" for shard in self.shards if shard.samples < 1]
+        problems += [f"{s.name!r} is not a plain file name" for s in self.shards if Path(s.name).name != s.name]
+        names, uuids = Counter(s.name for s in self.shards), Counter(s.uuid for s in self.shards)
+        problems += [f"{value} stands for two shards" for value, n in (names | uuids).items() if n > 1]
+        if not problems and self.kind == "raw":
+            problems = [
+                f"{s.name}: payload_bytes = {s.payload_bytes} is not {s.samples} samples of {self.sample_nbytes} bytes"
+                for s in self.shards
+                if s.payload_bytes != s.samples * self.sample_nbytes
+            ]
+        return problems

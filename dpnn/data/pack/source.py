@@ -1,0 +1,123 @@
+"""What a source of data gives to the packer; a format is a function that returns a `Source`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpnn.data.labels import Labels
+from dpnn.data.manifest import DTYPES
+from dpnn.errors import DataError
+
+Array = NDArray[Any]
+
+MOST_CLASSES = 1 << 24
+
+
+class Samples(Protocol):
+    """Samples of one shape and type, somewhere."""
+
+    shape: tuple[int, ...]
+    """Of one sample: (H, W, C) for images."""
+    dtype: np.dtype[Any]
+
+    def read(self, numbers: Array) -> Array:
+        """Some samples, (len(numbers), *shape), in any order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Split:
+    """A part of a source that becomes a folder of shards. `ids` uint64 are unique over all parts."""
+
+    name: str
+    samples: Samples
+    labels: Labels
+    ids: Array
+
+
+@dataclass(frozen=True)
+class Source:
+    """All that is packed at a time. `held_out`: the share of a lone part that is held out by default."""
+
+    splits: Sequence[Split]
+    num_classes: int
+    held_out: float = 0.0
+
+
+class InMemory:
+    """Samples in an array (n, *shape) of one of the types that a shard may have."""
+
+    def __init__(self, array: Array) -> None:
+        self._array = array
+        self.shape = array.shape[1:]
+        self.dtype = array.dtype
+
+    def read(self, numbers: Array) -> Array:
+        """Some of the samples."""
+        return self._array[numbers]
+
+
+class Chosen:
+    """Some of other samples, by their numbers."""
+
+    def __init__(self, samples: Samples, numbers: Array) -> None:
+        self._samples, self._numbers = samples, numbers
+        self.shape, self.dtype = samples.shape, samples.dtype
+
+    def read(self, numbers: Array) -> Array:
+        """Some of the chosen samples."""
+        return self._samples.read(self._numbers[numbers])
+
+
+def as_samples(array: Array, where: str) -> InMemory:
+    """Samples as a shard holds them: uint8, float16 or float32; grey images (n, H, W) become (n, H, W, 1).
+
+    Integers become uint8 where they fit, otherwise float32 where it holds them exactly. DataError naming `where` for
+    other types, and for numbers that are not finite.
+    """
+    if array.ndim < 2 or not array.size:
+        raise DataError(f"{where} has the shape {array.shape}; it must hold one or more samples, (samples, ...)")
+    if array.ndim == 3:
+        array = array[..., None]
+    kind = array.dtype.kind
+    if kind == "b":
+        array = array.astype(np.uint8)
+    elif kind in "iu" and array.dtype != np.uint8:
+        low, high = int(array.min()), int(array.max())
+        if max(-low, high) > 1 << 24:
+            raise DataError(f"{where} holds integers from {low} to {high}, which float32 can't hold; scale them first")
+        array = array.astype(np.uint8 if low >= 0 and high <= 255 else np.float32)
+    elif kind == "f" and array.dtype.name not in DTYPES:
+        with np.errstate(over="ignore"):  # what float32 can't hold becomes infinite, and is told below
+            array = array.astype(np.float32)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if array.dtype.name not in DTYPES:
+        raise DataError(f"{where} is of type {array.dtype}; it must hold integers or floating-point numbers")
+    if array.dtype.kind == "f":
+        finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
+        if not finite.all():
+            raise DataError(
+                f"{where}[{int(np.argmin(finite))}] holds a number that isn't finite; leave that sample out"
+            )
+    return InMemory(array)
+
+
+def as_classes(array: Array, where: str) -> Array:
+    """Class numbers, int32[n], from integers (n,) or (n, 1). DataError naming the first that can't be one."""
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1 or array.dtype.kind not in "iub":
+        raise DataError(f"{where} is of type {array.dtype} and shape {array.shape}; it must be integers, (samples,)")
+    wrong = np.flatnonzero((array < 0) | (array >= MOST_CLASSES))
+    if len(wrong):
+        raise DataError(f"{where}[{wrong[0]}] = {array[wrong[0]]}: a class is a number from 0 to {MOST_CLASSES - 1}")
+    return array.astype(np.int32)
+
+
+def check_lengths(samples: int, labels: int, where: str) -> None:
+    """DataError where not every sample has its label."""
+    if samples != labels:
+        raise DataError(f"{where}: {samples} samples and {labels} labels; each sample needs one label")

@@ -1,0 +1,138 @@
+"""Reading a folder of shards: indexes and descriptors kept as far as memory and the system allow."""
+
+import errno
+import itertools
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from dpnn.data import shards
+from dpnn.data.manifest import Manifest
+from dpnn.data.shards import Index, Layout
+from dpnn.errors import DataError
+
+Array = NDArray[Any]
+
+OPEN_FILES = 64
+INDEX_NBYTES = 256 << 20
+"""Indexes take 12 bytes a sample and more: beyond this, the one that wasn't used longest is given up."""
+
+
+def check_shards(folder: str | Path, manifest: Manifest, replica: int = 0, replicas: int = 1) -> None:
+    """Check what can be known before training of the shards replica, replica + replicas, ...: all but the payload.
+
+    DataError naming file, dataset and index of the first thing that is wrong. Replica 0 also looks for shards that the
+    manifest doesn't name; files under temporary names are what a killed `dpnn pack` left, and are ignored.
+    """
+    if replica == 0:
+        named = {shard.name for shard in manifest.shards}
+        extra = sorted(path.name for path in Path(folder).glob("*.h5") if path.name not in named)
+        if extra:
+            raise DataError(
+                f"{folder} holds {extra[0]}, which its manifest doesn't name; remove it, or pack the data again"
+            )
+    reader = ShardReader(folder, manifest)
+    try:
+        for number in range(replica, len(manifest.shards), replicas):
+            reader.check(number)
+    finally:
+        reader.close()
+
+
+class ShardReader:
+    """Reads samples, blocks and indexes of the shards that a manifest names, by their numbers in it.
+
+    Every method raises DataError naming the file where it is missing, damaged or shorter than it was. A reader is for
+    one thread. HDF5 is used for a shard's first index only: after that its place is known.
+    """
+
+    def __init__(self, folder: str | Path, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._paths = [Path(folder) / shard.name for shard in manifest.shards]
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._layouts: dict[int, Layout] = {}
+        self._indexes: OrderedDict[int, Index] = OrderedDict()
+        self._index_nbytes = 0
+
+    def check(self, number: int) -> None:
+        """Check a shard: its size, digest, structure, labels, ids."""
+        self._read_index(number)
+
+    def index(self, number: int) -> Index:
+        """A shard's labels, ids and checksums."""
+        index = self._indexes.get(number)
+        if index is not None:
+            self._indexes.move_to_end(number)
+            return index
+        index = self._indexes[number] = self._read_index(number)
+        self._index_nbytes += index.nbytes
+        while self._index_nbytes > INDEX_NBYTES and len(self._indexes) > 1:
+            self._index_nbytes -= self._indexes.popitem(last=False)[1].nbytes
+        return index
+
+    def read_blocks(self, number: int, first: int, out: Array) -> None:
+        """Read whole blocks of raw samples from sample `first` on into `out` (samples, ...), and check their CRCs."""
+        manifest, index, path = self._manifest, self.index(number), self._paths[number]
+        data = out.data.cast("B")
+        self._read(number, first * manifest.sample_nbytes, data)
+        nbytes = manifest.block * manifest.sample_nbytes
+        for block, lo in enumerate(range(0, len(data), nbytes), first // manifest.block):
+            shards.check_block(data[lo : lo + nbytes], path, manifest, index, block)
+
+    def read_sample(self, number: int, sample: int, out: Array) -> None:
+        """Read one raw sample, whose CRC can't be checked: there is one for a whole block only."""
+        self._read(number, sample * self._manifest.sample_nbytes, out.data.cast("B"))
+
+    def read_records(self, number: int, block: int) -> list[bytes]:
+        """The encoded samples of a block, as stored."""
+        manifest, index = self._manifest, self.index(number)
+        if index.offsets is None:
+            raise ValueError(f"{self._paths[number]} holds raw samples")
+        lo, hi = shards.block_range(manifest, manifest.shards[number], index, block)
+        data = memoryview(bytearray(hi - lo))
+        self._read(number, lo, data)
+        shards.check_block(data, self._paths[number], manifest, index, block)
+        cuts = index.offsets[block * manifest.block : (block + 1) * manifest.block + 1] - lo
+        return [bytes(data[a:b]) for a, b in itertools.pairwise(cuts)]
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _read_index(self, number: int) -> Index:
+        manifest, path = self._manifest, self._paths[number]
+        shard = manifest.shards[number]
+        outside = shards.read_outside(self._file(number), path, shard)
+        shards.check_digest(outside, path, shard)
+        layout = self._layouts.get(number)
+        if layout is None:
+            layout = self._layouts[number] = shards.read_layout(path, manifest, shard)
+        return shards.read_index(outside, layout, path, manifest, shard)
+
+    def _read(self, number: int, offset: int, out: memoryview) -> None:
+        """Read payload bytes."""
+        offset += self._manifest.shards[number].payload_offset
+        path = self._paths[number]
+        try:
+            shards.read_exactly(self._file(number), out, offset, path)
+        except DataError as error:
+            # A network file system gives up a handle when its server restarts: opening again mends that.
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.ESTALE:
+                raise
+            os.close(self._files.pop(number))
+            shards.read_exactly(self._file(number), out, offset, path)
+
+    def _file(self, number: int) -> int:
+        """A descriptor of the shard's file; at most OPEN_FILES are open."""
+        file = self._files.get(number)
+        if file is not None:
+            self._files.move_to_end(number)
+            return file
+        if len(self._files) == OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        file = self._files[number] = shards.open_shard(self._paths[number])
+        return file

@@ -1,0 +1,229 @@
+"""The shard format: a plain HDF5 file whose datasets are contiguous and unfiltered, so that a block is one `pread`.
+
+    raw samples       x (N, *shape) uint8 | float16 | float32
+    encoded samples   bytes (total,) uint8, offsets (N + 1,) int64, attribute codec
+    one label         y (N,) int32
+    several           y_indptr (N + 1,) int64, y_indices int32
+    always            id (N,) uint64, block_crc32 uint32: the CRC of each block's part of x or bytes
+    attributes        format version num_samples num_classes block uuid, and complete = 1, written last
+
+The payload (x or bytes) is covered by block_crc32, all else in the file by the manifest's digest, which is compared
+before HDF5 opens the file. A CRC is zlib's crc32, computed by ISA-L: its rates are in benchmarks/checksum.py.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from isal.isal_zlib import crc32
+from numpy.typing import NDArray
+
+from dpnn.data.labels import Labels, Lists, check_labels, check_offsets
+from dpnn.data.manifest import Content, Shard
+from dpnn.errors import DataError
+
+Array = NDArray[Any]
+
+FORMAT = "dpnn-shard"
+VERSION = 1
+REPAIR = "copy the shard again, or pack the data again"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a dataset stands in its file: `count` numbers of `dtype` from byte `offset` on."""
+
+    offset: int
+    dtype: np.dtype[Any]
+    count: int
+
+
+Layout = dict[str, Place]
+
+
+@dataclass(frozen=True)
+class Index:
+    """All of a shard but its payload."""
+
+    labels: Labels
+    ids: Array
+    """uint64[N]"""
+    crcs: Array
+    """uint32, one for each block"""
+    offsets: Array | None
+    """int64[N + 1]: where the records begin in `bytes`; None for raw samples"""
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Outside:
+    """The bytes of a file before and behind its payload."""
+
+    head: bytes
+    tail: bytes
+    tail_offset: int
+
+    @property
+    def digest(self) -> str:
+        """8 hexadecimal digits."""
+        return f"{crc32(self.tail, crc32(self.head)):08x}"
+
+    def array(self, place: Place) -> Array:
+        """A dataset that is not the payload."""
+        data, base = (self.head, 0) if place.offset < len(self.head) else (self.tail, self.tail_offset)
+        return np.frombuffer(data, place.dtype, place.count, place.offset - base).copy()
+
+
+def payload_name(content: Content) -> str:
+    """The dataset that holds the samples."""
+    return "x" if content.kind == "raw" else "bytes"
+
+
+def attributes(content: Content, samples: int, uuid: str) -> dict[str, str | int]:
+    """What a shard says of itself."""
+    codec = {"codec": content.codec} if content.codec else {}
+    return {
+        "format": FORMAT, "version": VERSION, "num_samples": samples, "num_classes": content.num_classes,
+        "block": content.block, "uuid": uuid, **codec, "complete": 1,
+    }  # fmt: skip
+
+
+def open_shard(path: Path) -> int:
+    """A file descriptor for reading; DataError where there is no such file."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: the manifest names this shard, but it is missing; {REPAIR}") from error
+    except OSError as error:
+        raise DataError(f"{path} can't be opened ({error.strerror}); check its permissions, or {REPAIR}") from error
+
+
+def read_exactly(file: int, out: memoryview, offset: int, path: Path) -> None:
+    """Fill `out` from byte `offset` on; DataError where the file has become shorter."""
+    done = 0
+    while done < len(out):
+        try:
+            n = os.preadv(file, [out[done:]], offset + done)
+        except OSError as error:
+            raise DataError(f"{path} can't be read at byte {offset + done} ({error.strerror}); {REPAIR}") from error
+        if n == 0:
+            raise DataError(f"{path} shrank while being read: nothing at byte {offset + done}; {REPAIR}")
+        done += n
+
+
+def read_outside(file: int, path: Path, shard: Shard) -> Outside:
+    """All but the payload; DataError where the size isn't the manifest's."""
+    size = os.fstat(file).st_size
+    if size != shard.bytes:
+        state = "truncated" if size < shard.bytes else "another file"
+        raise DataError(f"{path} has {size} bytes, and the manifest says {shard.bytes}: it is {state}; {REPAIR}")
+    end = shard.payload_offset + shard.payload_bytes
+    if not 0 <= shard.payload_offset <= end <= size:
+        raise DataError(f"{path}: the manifest's payload ends at byte {end} of {size}; pack the data again")
+    head, tail = bytearray(shard.payload_offset), bytearray(size - end)
+    read_exactly(file, memoryview(head), 0, path)
+    read_exactly(file, memoryview(tail), end, path)
+    return Outside(bytes(head), bytes(tail), end)
+
+
+def check_digest(outside: Outside, path: Path, shard: Shard) -> None:
+    """DataError where what surrounds the payload isn't what was packed."""
+    if outside.digest != shard.digest:
+        raise DataError(
+            f"{path}: the labels, ids or metadata are damaged, or it is another file "
+            f"(digest {outside.digest}, and the manifest says {shard.digest}); {REPAIR}"
+        )
+
+
+def read_layout(path: Path, content: Content, shard: Shard) -> Layout:
+    """Where each dataset stands; DataError naming the attribute or dataset that isn't as the format says."""
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            _check_attributes(path, dict(file.attrs), attributes(content, shard.samples, shard.uuid))
+            return {name: _place(path, file, name, *kind) for name, kind in _datasets(content, shard).items()}
+    except OSError as error:
+        raise DataError(f"{path} can't be opened as HDF5 ({error}); {REPAIR}") from error
+
+
+def read_index(outside: Outside, layout: Layout, path: Path, content: Content, shard: Shard) -> Index:
+    """Labels, ids and checksums; DataError naming dataset and index of what is wrong with them."""
+    payload = layout[payload_name(content)]
+    if payload.offset != shard.payload_offset:
+        raise DataError(
+            f"{path}: the payload begins at byte {payload.offset}, and the manifest says {shard.payload_offset}; "
+            f"{REPAIR}"
+        )
+    arrays = {name: outside.array(place) for name, place in layout.items() if place is not payload}
+    labels = arrays["y"] if content.labels == "single" else Lists(arrays["y_indptr"], arrays["y_indices"])
+    check_labels(labels, content.num_classes, str(path))
+    offsets = arrays.get("offsets")
+    if offsets is not None:
+        check_offsets(offsets, shard.payload_bytes, f"{path}, offsets", may_be_empty=False)
+    ids, first, n = np.unique(arrays["id"], return_index=True, return_counts=True)
+    if len(ids) < shard.samples:
+        twice = int(np.argmax(n > 1))
+        raise DataError(f"{path}, id[{first[twice]}] = {ids[twice]} stands there twice; pack the data again")
+    return Index(labels, arrays["id"], arrays["block_crc32"], offsets, sum(a.nbytes for a in arrays.values()))
+
+
+def block_range(content: Content, shard: Shard, index: Index, block: int) -> tuple[int, int]:
+    """Which bytes of the payload are a block's."""
+    lo = block * content.block
+    hi = min(lo + content.block, shard.samples)
+    if index.offsets is not None:
+        return int(index.offsets[lo]), int(index.offsets[hi])
+    return lo * content.sample_nbytes, hi * content.sample_nbytes
+
+
+def check_block(data: memoryview, path: Path, content: Content, index: Index, block: int) -> None:
+    """DataError where a block's bytes are not those that were packed."""
+    if crc32(data) != index.crcs[block]:
+        lo, hi = block * content.block, min((block + 1) * content.block, len(index.ids))
+        raise DataError(
+            f"{path}, {payload_name(content)}: the block of the samples {lo} to {hi - 1} is damaged "
+            f"(CRC32 {crc32(data):08x}, and block_crc32[{block}] = {index.crcs[block]:08x}); {REPAIR}"
+        )
+
+
+def _datasets(content: Content, shard: Shard) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+    """The datasets of a shard: type and shape (None: any number)."""
+    n = shard.samples
+    datasets: dict[str, tuple[str, tuple[int, ...] | None]] = {}
+    if content.kind == "raw":
+        datasets["x"] = (content.dtype, (n, *content.shape))
+    else:
+        datasets |= {"bytes": ("uint8", (shard.payload_bytes,)), "offsets": ("int64", (n + 1,))}
+    if content.labels == "single":
+        datasets["y"] = ("int32", (n,))
+    else:
+        datasets |= {"y_indptr": ("int64", (n + 1,)), "y_indices": ("int32", None)}
+    return datasets | {"id": ("uint64", (n,)), "block_crc32": ("uint32", (-(-n // content.block),))}
+
+
+def _check_attributes(path: Path, found: dict[str, Any], expected: dict[str, str | int]) -> None:
+    for name, value in expected.items():
+        if name not in found:
+            reason = "it was never completed" if name == "complete" else "it is no shard of dpnn's"
+            raise DataError(f"{path} has no attribute {name!r}: {reason}; {REPAIR}")
+        if found[name] != value:
+            raise DataError(f"{path}: attribute {name} = {found[name]!r} instead of {value!r}; {REPAIR}")
+
+
+def _place(path: Path, file: Any, name: str, dtype: str, shape: Sequence[int] | None) -> Place:
+    dataset = file.get(name)
+    if not isinstance(dataset, h5py.Dataset):
+        raise DataError(f"{path} has no dataset {name!r}; {REPAIR}")
+    # HDF5 keeps the byte order in the type: a big-endian dataset is another type.
+    if dataset.dtype != np.dtype(dtype).newbyteorder("<"):
+        raise DataError(f"{path}, {name} has the type {dataset.dtype.str} instead of {dtype}; {REPAIR}")
+    if dataset.shape != shape and not (shape is None and dataset.ndim == 1):
+        wanted = "one dimension" if shape is None else f"the shape {tuple(shape)}"
+        raise DataError(f"{path}, {name} has the shape {dataset.shape} instead of {wanted}; {REPAIR}")
+    offset = dataset.id.get_offset()
+    if dataset.chunks is not None or (offset is None and dataset.size):
+        raise DataError(f"{path}, {name} is not contiguous, or was never written; pack the data again")
+    return Place(offset or 0, dataset.dtype, dataset.size)

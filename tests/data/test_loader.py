@@ -1,0 +1,236 @@
+"""The loader's batches are those of a direct, slow computation; its threads always end, and never fail in silence."""
+
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from dpnn.data import Loader, Sampler
+from dpnn.data.augment import CropFlip
+from dpnn.data.sampler import Epoch
+from dpnn.errors import DataError, JobError
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    yield
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("dpnn-")] == []
+
+
+def sampler_of(data, **options):
+    options = {"lanes": 6, "global_batch": 12, "window": 9, "seed": 3} | options
+    return Sampler(data.manifest.counts, data.manifest.block, **options)
+
+
+def expected(data, sampler, epoch, step, replica=0, replicas=1):
+    """A batch, sample by sample: x as stored, labels, ids."""
+    shards, samples = sampler.epoch(epoch).samples(step, sampler.owned(replica, replicas))
+    numbers = data.cuts[shards] + samples
+    return data.x[numbers], data.labels[numbers], data.ids[numbers]
+
+
+def take(loader, n):
+    """Copies of the next batches."""
+    batches = []
+    for _ in range(n):
+        batch = loader.next()
+        batches.append(batch._replace(x=batch.x.copy(), labels=batch.labels.copy(), ids=batch.ids.copy()))
+        loader.release(batch)
+    return batches
+
+
+@pytest.mark.parametrize("window_mb", [2048, 0], ids=["windows", "single samples"])
+@pytest.mark.parametrize(("shape", "dtype"), [((4, 3, 2), "uint8"), ((5,), "float32"), ((3, 2, 2, 2), "float16")])
+def test_batches_equal_a_direct_computation(write_folder, window_mb, shape, dtype):
+    data = write_folder(shape=shape, dtype=dtype)
+    sampler = sampler_of(data)
+    for replica in range(4):
+        with Loader(data.folder, data.manifest, sampler, replica, 4, window_mb=window_mb, dtype=np.float64) as loader:
+            for number, batch in enumerate(take(loader, 2 * sampler.steps + 1)):
+                assert (batch.epoch, batch.step) == divmod(number, sampler.steps)
+                x, labels, ids = expected(data, sampler, batch.epoch, batch.step, replica, 4)
+                x = (x.astype(np.float64) - data.manifest.mean) / data.manifest.std
+                if len(shape) == 3:
+                    x = x.transpose(0, 3, 1, 2)
+                assert batch.rows == len(ids) == sampler.rows(batch.step, replica, 4)
+                assert np.array_equal(batch.x, x)
+                assert np.array_equal(batch.labels, labels)
+                assert np.array_equal(batch.ids, ids)
+                assert (batch.x.dtype, batch.labels.dtype, batch.ids.dtype) == (np.float64, np.int32, np.uint64)
+
+
+def test_several_labels_a_sample_come_as_rows_of_zeros_and_ones(write_folder):
+    data = write_folder(multi=True)
+    sampler = sampler_of(data)
+    with Loader(data.folder, data.manifest, sampler) as loader:
+        for batch in take(loader, sampler.steps + 2):
+            lists = expected(data, sampler, batch.epoch, batch.step)[1]
+            assert (batch.labels.shape, batch.labels.dtype) == ((batch.rows, 7), np.uint8)
+            assert np.array_equal(np.nonzero(batch.labels)[1], lists.indices)
+            assert np.array_equal(batch.labels.sum(1), np.diff(lists.indptr))
+
+
+@pytest.mark.parametrize(("lanes", "global_batch", "window"), [(1, 5, 7), (16, 16, 1), (53, 53, 4), (64, 128, 1000)])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_any_lanes_and_windows_bring_every_sample_once(write_folder, lanes, global_batch, window, shuffle):
+    data = write_folder()
+    sampler = sampler_of(data, lanes=lanes, global_batch=global_batch, window=window, shuffle=shuffle)
+    with Loader(data.folder, data.manifest, sampler, last=(0, sampler.steps - 1)) as loader:
+        ids = [batch.ids for batch in take(loader, sampler.steps)]
+    assert sorted(np.concatenate(ids)) == sorted(data.ids)
+
+
+@pytest.mark.parametrize("window_mb", [2048, 0], ids=["windows", "single samples"])
+def test_a_loader_started_at_any_step_goes_on_with_the_same_batches(write_folder, window_mb):
+    data = write_folder()
+    sampler = sampler_of(data, window=4)
+    with Loader(data.folder, data.manifest, sampler, augment="crop-flip", window_mb=window_mb) as loader:
+        whole = take(loader, 2 * sampler.steps)
+    for step in range(sampler.steps + 1):
+        with Loader(data.folder, data.manifest, sampler, augment="crop-flip", start=(0, step)) as loader:
+            for batch, same in zip(take(loader, sampler.steps), whole[step:], strict=False):
+                assert batch[4:6] == same[4:6]
+                assert np.array_equal(batch.x, same.x)
+                assert np.array_equal(batch.ids, same.ids)
+
+
+def test_mean_and_std_of_other_data_can_be_given(write_folder):
+    data = write_folder(shape=(2,))
+    sampler = sampler_of(data)
+    with Loader(data.folder, data.manifest, sampler, mean=[1.0, 2.0], std=[4.0, 0.0]) as loader:
+        (batch,) = take(loader, 1)
+    x = expected(data, sampler, 0, 0)[0].astype(np.float32)
+    assert batch.x.dtype == np.float32
+    assert np.array_equal(batch.x, (x - np.float32([1, 2])) / np.float32([4, 1]))
+    with pytest.raises(DataError, match=r"mean and std are of 3 channels, and the samples have the shape \(2,\)"):
+        Loader(data.folder, data.manifest, sampler, mean=[1, 2, 3], std=[1, 2, 3])
+
+
+def test_augmented_batches_are_normalised_crops(write_folder):
+    data = write_folder(shape=(6, 5, 3))
+    sampler = sampler_of(data)
+    augment = CropFlip(sampler.seed, (6, 5, 3), np.dtype(np.uint8), 12)
+    with Loader(data.folder, data.manifest, sampler, augment="crop-flip", dtype=np.float64) as loader:
+        for batch in take(loader, sampler.steps + 2):
+            x, _, ids = expected(data, sampler, batch.epoch, batch.step)
+            x = (augment.apply(x, augment.draw(ids, batch.epoch)) - np.array(data.manifest.mean)) / data.manifest.std
+            assert np.array_equal(batch.x, x.transpose(0, 3, 1, 2))
+
+
+def test_nothing_is_read_beyond_the_last_step(write_folder, monkeypatch):
+    data = write_folder()
+    sampler = sampler_of(data, window=2)
+    windows, window = [], Epoch.window
+    monkeypatch.setattr(
+        Epoch, "window", lambda self, number, lanes: windows.append(number) or window(self, number, lanes)
+    )
+    with Loader(data.folder, data.manifest, sampler, last=(0, 2)) as loader:
+        assert len(take(loader, 3)) == 3
+        with pytest.raises(RuntimeError, match="the loader has given its last batch"):
+            loader.next()
+        for thread in loader._threads:
+            thread.join(10)
+            assert not thread.is_alive()
+    assert windows == [0, 1, 2]
+
+
+def test_at_most_three_batches_are_out_at_a_time(write_folder):
+    data = write_folder()
+    with Loader(data.folder, data.manifest, sampler_of(data)) as loader:
+        held = [loader.next() for _ in range(3)]
+        copies = [batch.x.copy() for batch in held]
+        time.sleep(0.1)
+        assert all(np.array_equal(batch.x, copy) for batch, copy in zip(held, copies, strict=True))
+        assert len({batch.buffer for batch in held}) == 3
+        loader.release(held[1])
+        assert loader.next().buffer == held[1].buffer
+
+
+def test_damage_met_while_reading_reaches_the_caller(write_folder):
+    data = write_folder()
+    shard = data.manifest.shards[2]
+    with open(data.folder / shard.name, "r+b") as file:
+        file.seek(shard.payload_offset + shard.payload_bytes // 2)
+        file.write(b"\0\1\2\3\4\5\6\7")
+    sampler = sampler_of(data)
+    with Loader(data.folder, data.manifest, sampler) as loader:
+        with pytest.raises(DataError, match=rf"{shard.name}, x: the block of the samples 32 to 39 is damaged"):
+            take(loader, sampler.steps)
+        with pytest.raises(DataError, match="is damaged"):
+            loader.next()
+
+
+@pytest.mark.parametrize("window_mb", [2048, 0], ids=["windows", "single samples"])
+def test_a_shard_cut_under_a_running_loader_is_an_error(write_folder, window_mb):
+    data = write_folder(counts=(600,))
+    sampler = sampler_of(data)
+    with Loader(data.folder, data.manifest, sampler, window_mb=window_mb) as loader:
+        take(loader, 1)
+        os.truncate(data.folder / data.manifest.shards[0].name, data.manifest.shards[0].payload_offset)
+        with pytest.raises(DataError, match="shrank while being read"):
+            take(loader, 2 * sampler.steps)
+
+
+def test_any_exception_of_the_threads_reaches_the_caller(write_folder, monkeypatch):
+    data = write_folder()
+
+    def fail(self, samples, choices):
+        raise ZeroDivisionError("in the making thread")
+
+    monkeypatch.setattr("dpnn.data.augment.Unchanged.apply", fail)
+    with (
+        Loader(data.folder, data.manifest, sampler_of(data)) as loader,
+        pytest.raises(ZeroDivisionError, match="in the making thread"),
+    ):
+        loader.next()
+
+
+@pytest.mark.parametrize("window_mb", [2048, 0], ids=["windows", "single samples"])
+@pytest.mark.parametrize("taken", [0, 1, 5])
+@pytest.mark.parametrize("delay_s", [0, 0.05])
+def test_close_ends_both_threads_whatever_they_wait_for(write_folder, window_mb, taken, delay_s):
+    data = write_folder()
+    loader = Loader(data.folder, data.manifest, sampler_of(data), window_mb=window_mb)
+    for _ in range(taken):
+        loader.release(loader.next())
+    time.sleep(delay_s)
+    files = len(os.listdir("/proc/self/fd"))
+    loader.close()
+    assert not any(thread.is_alive() for thread in loader._threads)
+    assert len(os.listdir("/proc/self/fd")) <= files
+    loader.close()
+    with pytest.raises(RuntimeError, match="the loader is closed"):
+        loader.next()
+
+
+def test_close_ends_a_loader_that_waits_for_a_released_batch(write_folder):
+    data = write_folder()
+    loader = Loader(data.folder, data.manifest, sampler_of(data))
+    for _ in range(3):
+        loader.next()
+    loader.close()
+    assert not any(thread.is_alive() for thread in loader._threads)
+
+
+def test_impossible_arguments_are_refused(write_folder):
+    data = write_folder(shape=(5,))
+    sampler = sampler_of(data)
+    with pytest.raises(JobError, match=r'"crop-flip" needs images \(H, W, C\), and the samples have the shape \(5,\)'):
+        Loader(data.folder, data.manifest, sampler, augment="crop-flip")
+    with pytest.raises(JobError, match=r"data.augment = 'swirl' is none of none, crop-flip"):
+        Loader(data.folder, data.manifest, sampler, augment="swirl")
+    with pytest.raises(JobError, match=r"data.lanes = 6 is less than the 7 replicas"):
+        Loader(data.folder, data.manifest, sampler, 0, 7)
+    with pytest.raises(DataError, match=rf"step 99 of an epoch of {sampler.steps} steps: these are not the data"):
+        Loader(data.folder, data.manifest, sampler, start=(0, 99))
+
+
+def test_encoded_samples_are_refused_by_name(write_folder):
+    data = write_folder()
+    manifest = type("Encoded", (), {"kind": "encoded", "codec": "jpeg"})
+    with pytest.raises(DataError, match="holds samples encoded as 'jpeg', which this dpnn can't decode"):
+        Loader(data.folder, manifest, sampler_of(data))
