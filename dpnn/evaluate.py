@@ -28,6 +28,8 @@ from dpnn.nn import Graph, Network, Shape, SigmoidCrossEntropy, SoftmaxCrossEntr
 from dpnn.plan import Arena, Executor, Layout, Placement, Plan, Store, Strategy, Sum, compile_plan
 
 Array = NDArray[Any]
+BACKENDS = {"reference": Reference}
+"""By name, the fastest first: with "auto" they are asked in this order."""
 MOST_ROWS = 64
 """Samples of one evaluation batch, where training doesn't take fewer."""
 
@@ -89,7 +91,8 @@ class Model:
 def choose_backends(options: config.Backend, threads: int) -> list[Backend]:
     """The backends to ask, best first, each on this rank's share of the node's cores."""
     threadpool_limits(options.threads or threads)
-    return [Reference(np.dtype(options.precision))]
+    names = BACKENDS if options.name == "auto" else (options.name,)
+    return [BACKENDS[name](np.dtype(options.precision)) for name in names]
 
 
 class Evaluator:
@@ -134,10 +137,6 @@ class Evaluator:
         self._reducer.finish()
         samples, first, five, loss = self._sums
         return Scores(int(samples), first / samples, five / samples, loss / samples)
-
-    def close(self) -> None:
-        """Give the communicator back."""
-        self._reducer.close()
 
 
 @dataclass(frozen=True)

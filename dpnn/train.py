@@ -7,6 +7,7 @@ be wrong is found while building.
 """
 
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -31,7 +32,9 @@ from dpnn.observe.progress import Progress, terminal
 from dpnn.optim import Optimizer, Segment, merge, schedule
 from dpnn.prepare import Start, prepare
 from dpnn.strategies.allreduce import Allreduce
+from dpnn.strategies.base import Strategy
 
+STRATEGIES = {"allreduce": Allreduce}
 
 def train(world: World, job_path: str | None, overrides: Sequence[str], resume: str | None) -> int:
     """Train the network of a job file on all ranks of `world`; the exit code.
@@ -50,6 +53,7 @@ def train(world: World, job_path: str | None, overrides: Sequence[str], resume: 
         world.claim = RunFolder(start.folder).claim
         world.timeout_s = start.job.parallel.timeout_s
         training = Training(world, start, found)
+        found = None  # its memory isn't needed any more
         try:
             return training.run(request)
         finally:
@@ -91,9 +95,10 @@ class Training:
 
         # The strategy, and the two plans: a training step, and a forward pass over held-out samples.
         rows = -(-self.sampler.max_rows(mesh.replicas) // job.parallel.microbatches)
-        self.strategy = Allreduce(mesh, model.store, self.optimizer, job.optimizer.clip, limit_s)
+        strategy = STRATEGIES[job.parallel.strategy]
+        self.strategy: Strategy = strategy(mesh, model.store, self.optimizer, job.optimizer.clip, limit_s)
         training = model.training(job, rows)
-        held_out = model.evaluation(rows) if start.test else None
+        held_out = model.evaluation(rows) if start.test and job.train.eval_every else None
         sum_over = partial(BucketReducer, mesh.data, limit_s=limit_s)
         self.executor = model.executor(training, sum_over, self.strategy)
         self.evaluator = None
@@ -123,7 +128,7 @@ class Training:
             while self.steps < self.total_steps:
                 samples += self._take_step(loader, request)
                 last = self.steps == self.total_steps
-                if self.evaluator and (last or self._is_due_for_evaluation()):
+                if self.evaluator and (last or self._ends_period()):
                     self._tell_scores(self.evaluator.run())
                 if self.strategy.stop or last or self.steps % every == 0:
                     self._save()
@@ -136,10 +141,11 @@ class Training:
         self.metrics.write("end", steps=self.steps, seconds=seconds, images_s=samples / seconds, exit=code)
         if self.progress:
             self.progress.close()
-        if code:
-            self._say(
-                f"stopped after step {self.steps} of {self.total_steps}; "
-                f"go on with: dpnn train --resume {self.folder.path}"
+        if code and self.world.rank == 0:
+            print(
+                f"dpnn: stopped after step {self.steps} of {self.total_steps}; "
+                f"go on with: dpnn train --resume {self.folder.path}",
+                file=sys.stderr,
             )
         self._say(f"run folder: {self.folder.path}")
         return code
@@ -167,7 +173,7 @@ class Training:
         end = perf_counter()
         if self.progress:
             self.metrics.write(
-                "step", step=self.steps, epoch=self.epoch, loss=strategy.loss, lr=strategy.rate,
+                "step", step=self.steps + 1, epoch=self.epoch + 1, loss=strategy.loss, lr=strategy.rate,
                 images_s=total / (end - begin), read=read - begin,
                 compute=end - read - strategy.wait_s - strategy.update_s,
                 wait=strategy.wait_s, update=strategy.update_s,
@@ -177,9 +183,9 @@ class Training:
         self.epoch, self.step = divmod(self.epoch * sampler.steps + self.step + 1, sampler.steps)
         return total
 
-    def _is_due_for_evaluation(self) -> bool:
-        every = self.job.train.eval_every
-        return self.step == 0 and every > 0 and self.epoch % every == 0
+    def _ends_period(self) -> bool:
+        """Whether the last step ended an epoch after which the network is evaluated."""
+        return self.step == 0 and self.epoch % self.job.train.eval_every == 0
 
     def _explain(self, error: NotFiniteError) -> None:
         """Raise, on every rank, which layer of which rank is the first that isn't finite."""

@@ -103,7 +103,8 @@ class Executor:
         self.loss = 0.0
         if self._strategy is not None:
             self._strategy.begin()
-        for self.place, call in enumerate(self._calls):
+        for place, call in enumerate(self._calls):
+            self.place = place
             call()
 
     def not_finite(self) -> str | None:

@@ -5,7 +5,6 @@ share their place. Training and evaluation are never in flight at once, so they 
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 

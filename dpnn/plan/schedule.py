@@ -12,9 +12,9 @@ Every rank of one part has the same list, so nothing is negotiated and nothing c
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from dpnn.backends.base import Backend, Group, Mode, NotSuitable
+from dpnn.backends.base import Backend, Group, Mode
 from dpnn.errors import JobError
 from dpnn.nn.graph import Graph, Node
 from dpnn.nn.layer import Input
@@ -135,7 +135,9 @@ def compile_plan(
     `rows`: the most samples of a micro-batch. `pieces`: what its store holds (training only). `bucket_nbytes`: a
     bucket is closed when it is at least so large.
     """
-    wanted = [node for node in nodes if not isinstance(node.layer, Input) and not (mode == "eval" and node.training_only)]
+    wanted = [
+        node for node in nodes if not isinstance(node.layer, Input) and not (mode == "eval" and node.training_only)
+    ]
     groups = choose_groups(wanted, backends, mode)
     steps: list[Instruction] = []
     for micro in range(microbatches):

@@ -93,4 +93,6 @@ class Store:
             self.view(flat, piece.name)[...] = value
         unknown = sorted(set(values) - set(self._by_name))
         if unknown:
-            raise DataError(f"{source}: {unknown[0]} is not a parameter of this network; use the job file it was made with")
+            raise DataError(
+                f"{source}: {unknown[0]} is not a parameter of this network; use the job file it was made with"
+            )

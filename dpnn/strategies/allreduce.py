@@ -68,8 +68,3 @@ class Allreduce:
         reduced = perf_counter()
         self._optimizer.apply(0, self._n, self.rate, scale)
         self.wait_s, self.update_s = reduced - start, perf_counter() - reduced
-
-    def close(self) -> None:
-        """Give the communicators back."""
-        for reducer in (self._gradients, self._telling, self._norms):
-            reducer.close()

@@ -18,7 +18,3 @@ class Strategy(plan.Strategy, Protocol):
     """Seconds spent waiting for other ranks in the last step."""
     update_s: float
     """Seconds spent updating the parameters in the last step."""
-
-    def close(self) -> None:
-        """Give the communicators back."""
-        ...

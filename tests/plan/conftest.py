@@ -38,7 +38,9 @@ def wide(sync: bool = False, dropout: float = 0.5) -> Network:
     residual = Branches(Chain(Conv(6, 3, padding=1), BatchNorm(sync=sync)), Chain(), join=Add(), name="residual")
     aside = Chain(AvgPool(3), Flatten(), Dense(CLASSES))
     main = Chain(ReLU(), Flatten(), Dropout(dropout), Dense(CLASSES))
-    return Chain(Conv(3, 3), BatchNorm(sync=sync), MaxPool(2), block, residual, Branches(main, aside, join=Heads(1, 0.3)))
+    return Chain(
+        Conv(3, 3), BatchNorm(sync=sync), MaxPool(2), block, residual, Branches(main, aside, join=Heads(1, 0.3))
+    )
 
 
 @dataclass
