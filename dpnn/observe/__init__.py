@@ -1,0 +1,1 @@
+"""What a run tells: its folder, `metrics.jsonl` for programs, one line of progress for people."""

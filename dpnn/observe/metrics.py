@@ -1,0 +1,87 @@
+"""`metrics.jsonl`: what happened in a run, one JSON object a line, each with `kind` (DESIGN, section 7)."""
+
+import os
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from dpnn.errors import DataError
+
+_PERIOD_S = 1.0
+
+
+class Metrics:
+    """Appends lines to a file; with None (ranks other than 0) nothing is written.
+
+    Step lines are kept back for up to about a second, then written together; any other kind is written at once. A run
+    that goes on appends to the same file: a last line that was cut short is ended first.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._lines: list[bytes] = []
+        self._due = 0.0
+        self._encoder = msgspec.json.Encoder(enc_hook=_plain)
+        self._file: int | None = None
+        if path is not None:
+            try:
+                self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            except OSError as error:
+                raise _unwritable(path, error) from error
+            size = os.fstat(self._file).st_size
+            if size and os.pread(self._file, 1, size - 1) != b"\n":
+                self._lines.append(b"")
+
+    def write(self, kind: str, **values: Any) -> None:
+        """One line. Numbers that aren't finite become null. DataError where the disk doesn't take it."""
+        if self._file is None:
+            return
+        self._lines.append(self._encoder.encode({"kind": kind, **values}))
+        if kind != "step" or monotonic() >= self._due:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was kept back: in one piece, as other processes may append to the file too."""
+        if self._file is None or not self._lines:
+            return
+        self._lines.append(b"")
+        rest = memoryview(b"\n".join(self._lines))
+        self._lines.clear()
+        self._due = monotonic() + _PERIOD_S
+        try:
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
+
+    def close(self) -> None:
+        """Write the rest; further lines are dropped."""
+        try:
+            self.flush()
+        finally:
+            if self._file is not None:
+                os.close(self._file)
+                self._file = None
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file. A line that was cut short, by a kill or a full disk, is skipped."""
+    lines = []
+    for line in path.read_bytes().splitlines():
+        try:
+            lines.append(msgspec.json.decode(line, type=dict[str, Any]))
+        except msgspec.DecodeError:
+            continue
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers as Python's; anything else as text."""
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def _unwritable(path: Path | None, error: OSError) -> DataError:
+    return DataError(f"{path} can't be written ({error.strerror}); make room there, or set output.dir")

@@ -1,0 +1,118 @@
+"""Progress for people, on rank 0: one live line on a terminal, now and then a plain line in a batch log."""
+
+import math
+import os
+import shutil
+import sys
+from datetime import timedelta
+from time import monotonic
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.text import Text
+
+_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "SLURM_PROCID")
+_LIVE_PERIOD_S, _LOG_PERIOD_S = 0.2, 10.0
+_MEMORY_S = 2.0
+"""The speed that is shown forgets what is older than about this."""
+
+
+def terminal() -> int | None:
+    """The columns of the terminal that rank 0's output ends up on; None where it is no terminal.
+
+    Under a launcher only `dpnn launch` knows, and says so in DPNN_TERMINAL: Open MPI gives rank 0 a terminal of its own
+    even where its output goes into a file.
+    """
+    said = os.environ.get("DPNN_TERMINAL", "")
+    if said.isdecimal():
+        return int(said) or 80
+    if any(name in os.environ for name in _LAUNCHERS) or not sys.stdout.isatty():
+        return None
+    return shutil.get_terminal_size().columns
+
+
+class Progress:
+    """Shows how far a run is: every 0.2 s in place (`live`), else a line every 10 s. No threads.
+
+    `total_steps`: of the whole run. `out`: stdout by default.
+    """
+
+    def __init__(self, total_steps: int, live: bool, out: TextIO | None = None) -> None:
+        self._total = total_steps
+        self._out = out or sys.stdout
+        self._live = _live_line(self._out) if live else None
+        self._period = _LIVE_PERIOD_S if live else _LOG_PERIOD_S
+        self._start = self._shown = monotonic()
+        self._due = self._start + self._period
+        self._last: tuple[int, int, float, float] | None = None
+        """The step that isn't shown yet: epoch, step, loss, rate."""
+        self._steps = 0
+        self._samples = 0
+        self._speed = 0.0
+
+    def step(self, epoch: int, step: int, loss: float, rate: float, samples: int) -> None:
+        """A step is done. `epoch` and `step` count from 1, `step` since the start of the run."""
+        self._last = (epoch, step, loss, rate)
+        self._steps += 1
+        self._samples += samples
+        if monotonic() >= self._due:
+            self._show()
+
+    def say(self, text: str) -> None:
+        """Print a line that stays; it stands above the live line."""
+        if self._live is None:
+            print(text, file=self._out, flush=True)
+        else:
+            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Show the last step, and leave the line where it is."""
+        self._show()
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _show(self) -> None:
+        if self._last is None:
+            return
+        now = monotonic()
+        text = self._text(*self._last, now)
+        self._last, self._samples = None, 0
+        self._shown, self._due = now, now + self._period
+        if self._live is None:
+            print(text, file=self._out, flush=True)
+        else:
+            self._live.update(_one_line(text), refresh=True)
+
+    def _text(self, epoch: int, step: int, loss: float, rate: float, now: float) -> str:
+        interval = max(now - self._shown, 1e-9)
+        new = 1.0 if self._speed == 0.0 else 1.0 - math.exp(-interval / _MEMORY_S)
+        self._speed += new * (self._samples / interval - self._speed)
+        left = timedelta(seconds=round((now - self._start) / self._steps * (self._total - step)))
+        return (
+            f"epoch {epoch}  step {step}/{self._total}  loss {loss:.4f}  lr {rate:.4g}  "
+            f"{self._speed:,.0f} images/s  {left} left"
+        )
+
+
+def _one_line(text: str) -> "Text":
+    from rich.text import Text
+
+    return Text(text, no_wrap=True, overflow="ellipsis")
+
+
+def _live_line(out: TextIO) -> "Live":
+    """Rich's live display without its threads, and without taking over stdout, stderr and the cursor.
+
+    An abort ends the process at once: nobody would give them back, and errors must reach stderr. The line has no end
+    until it is done, so Open MPI's mpirun shows it only with `--output :raw`, else it waits for whole lines.
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(file=out, force_terminal=True, width=terminal())
+    live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+    live.start()
+    console.show_cursor(True)
+    return live
