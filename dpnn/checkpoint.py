@@ -22,6 +22,7 @@ import numpy as np
 from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
+from dpnn.data.durable import replacing
 from dpnn.errors import DataError, NotFiniteError
 
 Array = NDArray[Any]
@@ -78,19 +79,15 @@ def write(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
                 "go on from an earlier one with a smaller optimizer.lr"
             )
     path = folder / f"step-{checkpoint.steps:09d}.h5"
-    temporary = path.with_suffix(".h5.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        payloads = _write_hdf5(temporary, checkpoint)
-        _append_tail(temporary, payloads)
-        with _opened(temporary) as file:
-            for _ in _verified_arrays(file):
-                pass
-        os.replace(temporary, path)
-        _sync(folder)
+        with replacing(path) as temporary:
+            payloads = _write_hdf5(temporary, checkpoint)
+            _append_tail(temporary, payloads)
+            with _opened(temporary) as file:
+                for _ in _verified_arrays(file):
+                    pass
     except (OSError, RuntimeError, DataError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise DataError(
             f"the checkpoint {path} can't be written ({_reason(error)}); "
             "earlier ones are unharmed: make room there or set output.dir, then go on with --resume"
@@ -231,18 +228,9 @@ def _listed(folder: Path) -> list[Path]:
 def _prune(folder: Path, new: Path, keep: int) -> None:
     """Delete older checkpoints than the `keep` newest up to `new`, and what killed writers left behind."""
     older = [path for path in _listed(folder) if path.name < new.name]
-    for path in [*older[: max(0, len(older) + 1 - keep)], *folder.glob("step-*.h5.tmp")]:
+    for path in [*older[: max(0, len(older) + 1 - keep)], *folder.glob(".step-*.tmp")]:
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-def _sync(folder: Path) -> None:
-    """Write a folder's list of names to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _reason(error: Exception) -> str:
