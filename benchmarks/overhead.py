@@ -87,7 +87,6 @@ def step_times(world: World, steps: int) -> list[float]:
         training = Stamped(world, prepared, None)
     training.stamps = []
     training.run(StopRequest())
-    training.close()
     return np.diff(training.stamps)[WARM_UP:].tolist()
 
 

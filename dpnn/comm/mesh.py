@@ -1,0 +1,38 @@
+"""The mesh: the world split once into replicas of the network, and each replica into its parts."""
+
+from typing import TYPE_CHECKING
+
+from dpnn.comm.faults import deadline
+from dpnn.comm.world import World
+from dpnn.errors import JobError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+class Mesh:
+    """Which copy of the network this rank works on, and which piece of it.
+
+    World ranks are dealt replica by replica, so that the parts of one replica, which exchange activations, are
+    neighbours: rank = replica * parts + part.
+
+    `data` joins the ranks with the same part over all replicas (data.rank == replica): gradients are summed there.
+    `model` joins the parts of one replica (model.rank == part): activations cross there.
+    `limit_s`: how long to wait for another rank.
+    """
+
+    def __init__(self, world: World, parts: int = 1) -> None:
+        """Collective. JobError where `parts` doesn't divide the number of ranks."""
+        if not 1 <= parts <= world.size or world.size % parts:
+            fits = [n for n in range(1, world.size + 1) if world.size % n == 0]
+            raise JobError(
+                f"{world.size} ranks can't be divided into replicas of {parts} parts; "
+                f"use parts = {', '.join(map(str, fits))}, or a number of ranks that {parts} divides"
+            )
+        self.parts = parts
+        self.limit_s = world.timeout_s
+        self.replicas = world.size // parts
+        self.replica, self.part = divmod(world.rank, parts)
+        with deadline(self.limit_s, "splitting the world into replicas and parts", world.fail):
+            self.data: MPI.Comm = world.comm.Split(self.part, self.replica)
+            self.model: MPI.Comm = world.comm.Split(self.replica, self.part)
