@@ -68,16 +68,18 @@ def prepare(
     if resume is None:
         start = resolve(config.load(job_path or "", overrides), Path(), replicas)
         folder = RunFolder.create(start.job.output.dir, name)
-        folder.job.write_text(start.job.dump())
+        folder.write_job(start.job.dump())
         return changed(start, folder=folder.path), None
     folder = RunFolder.existing(resume or config.load(job_path or "", overrides).output.dir, name)
     start = resolve(config.load(str(folder.job), overrides), folder.path, replicas)
     newest = checkpoint.newest(folder.checkpoints)
+    if newest is not None:
+        check_same_run(newest[0], newest[1], start)
+    folder.write_job(start.job.dump())
     folder.failure.unlink(missing_ok=True)
     if newest is None:
         return start, None
-    path, found, damaged = newest
-    check_same_run(path, found, start)
+    _, found, damaged = newest
     return changed(start, epoch=found.epoch, step=found.step, steps=found.steps, damaged=tuple(damaged)), found
 
 
@@ -93,10 +95,9 @@ def resolve(job: config.Job, folder: Path, replicas: int) -> Start:
     if test is not None:
         check_same_kind(job.data.test, test, train)
     classes = job.model.classes or train.num_classes
-    if classes < train.num_classes:
+    if classes < train.num_classes or (train.labels == "multi" and classes != train.num_classes):
         raise JobError(
-            f"model.classes = {classes}, but {job.data.train} has {train.num_classes} classes; "
-            f"use {train.num_classes} or more, or leave the key out"
+            f"model.classes = {classes}, but {job.data.train} has {train.num_classes} classes; leave the key out"
         )
     check_loss(job, train)
     global_batch = job.train.global_batch or job.train.replica_batch * replicas
@@ -120,8 +121,10 @@ def check_same_kind(path: str, test: Manifest, train: Manifest) -> None:
         found, wanted = getattr(test, what), getattr(train, what)
         if found != wanted:
             raise DataError(f"{path}: its {what} is {found}, that of the training data {wanted}; pack both alike")
-    if test.num_classes > train.num_classes:
-        raise DataError(f"{path}: it has {test.num_classes} classes, the training data {train.num_classes}")
+    if test.num_classes > train.num_classes or (train.labels == "multi" and test.num_classes != train.num_classes):
+        raise DataError(
+            f"{path}: it has {test.num_classes} classes, the training data {train.num_classes}; pack both together"
+        )
 
 
 def check_same_run(path: Path, found: Checkpoint, start: Start) -> None:

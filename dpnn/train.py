@@ -190,7 +190,10 @@ class Training:
         for name in start.damaged:
             self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {name}", path=name)
         if self.steps:
-            self.journal.event("resumed", f"going on at epoch {self.epoch + 1}, step {self.steps + 1}", step=self.steps)
+            left = f"going on at epoch {self.epoch + 1}, step {self.steps + 1}"
+            if self.steps >= self.total_steps:
+                left = f"all {self.total_steps} steps are taken; set train.epochs or train.steps higher to go on"
+            self.journal.event("resumed", left, step=self.steps)
 
 
 def checked(check: Callable[[], object]) -> DpnnError | None:

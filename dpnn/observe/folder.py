@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from dpnn.data.durable import replacing
 from dpnn.errors import JobError
 from dpnn.observe.metrics import Metrics
 
@@ -54,6 +55,14 @@ class RunFolder:
     @staticmethod
     def _numbered(name: str) -> list[Path]:
         return sorted(path for path in Path("runs").glob(f"{name}-*") if path.name.rpartition("-")[2].isdigit())
+
+    def write_job(self, text: str) -> None:
+        """Keep the job as it runs from now on."""
+        try:
+            with replacing(self.job) as temporary:
+                temporary.write_text(text)
+        except OSError as error:
+            raise JobError(f"{self.job} can't be written ({error.strerror}); make room there, or set output.dir") from error
 
     def claim(self, message: str, code: int) -> bool:
         """Whether this process is the first to report a failure of the run: that one, of all ranks, tells it.
