@@ -74,7 +74,7 @@ def _pack(arguments: argparse.Namespace) -> int:
 
     from dpnn.data.pack import pack
 
-    with Progress(transient=True) as progress:
+    with Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
         bar = progress.add_task("packing")
         summary = pack(
             arguments.source,

@@ -1,0 +1,54 @@
+"""The run folder: made anew, found again, and the place where a failure is kept."""
+
+from pathlib import Path
+
+import pytest
+
+from dpnn.errors import JobError
+from dpnn.observe import metrics
+from dpnn.observe.folder import RunFolder
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_runs_of_one_job_are_numbered():
+    names = []
+    for _ in range(3):
+        folder = RunFolder.create("", "digits")
+        folder.write_job("seed = 0\n")
+        names.append(str(folder.path))
+    assert names == ["runs/digits-001", "runs/digits-002", "runs/digits-003"]
+    assert str(RunFolder.create("", "digits-large").path) == "runs/digits-large-001"
+    assert str(RunFolder.existing("", "digits").path) == "runs/digits-003"
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over():
+    RunFolder.create("my run", "digits").write_job("seed = 0\n")
+    with pytest.raises(JobError, match="'my run' holds a run already"):
+        RunFolder.create("my run", "digits")
+    assert RunFolder.existing("my run").job.read_text() == "seed = 0\n"
+
+
+def test_a_folder_that_is_no_run_is_refused():
+    Path("empty").mkdir()
+    with pytest.raises(JobError, match="empty is not a run folder"):
+        RunFolder.existing("empty")
+    with pytest.raises(JobError, match="no run runs/digits-"):
+        RunFolder.existing("", "digits")
+
+
+def test_a_folder_that_cannot_be_made_is_refused():
+    Path("file").write_text("")
+    with pytest.raises(JobError, match="file/run can't be made"):
+        RunFolder.create("file/run", "digits")
+
+
+def test_the_first_of_all_ranks_to_fail_keeps_its_message():
+    folder = RunFolder.create("", "digits")
+    assert folder.claim("disk on fire", 3)
+    assert not folder.claim("me too", 4)
+    assert folder.failure.read_text() == "disk on fire\n"
+    assert metrics.read(folder.metrics) == [{"kind": "end", "exit": 3, "error": "disk on fire"}]
