@@ -1,4 +1,4 @@
-"""What replicas exchange: the sum of gradients, bucket by bucket, while backward goes on; and values to start from."""
+"""The sum of gradients over replicas, bucket by bucket, while backward goes on."""
 
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -9,11 +9,6 @@ from dpnn.comm.faults import tested, wait
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-
-def share(comm: "MPI.Comm", flat: "np.ndarray[Any, np.dtype[Any]]", limit_s: float) -> None:
-    """Copy rank 0's values of a contiguous array to every rank of `comm`. Collective; RankError past `limit_s`."""
-    wait(comm.Ibcast(flat, root=0).Test, "rank 0 to share its values", limit_s)
 
 
 class BucketReducer:

@@ -1,12 +1,10 @@
 """All ranks of a job: how they meet, agree, and end together."""
 
 import atexit
-import errno
 import os
 import pickle
-import secrets
-import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +26,8 @@ T = TypeVar("T")
 
 _PATIENCE_S = 5.0
 """How long a rank that is to be ended by another waits before it ends itself."""
+_READ_S = 0.25
+"""How long mpirun has to read the message: Open MPI's forgets what is still in the pipe when a rank aborts."""
 
 
 def start(timeout_s: float = 300.0) -> "World":
@@ -67,7 +67,7 @@ class World:
 
         self.rank, self.size, self.timeout_s = comm.rank, comm.size, timeout_s
         self.claim: Callable[[str, int], bool] = self._first_of_node
-        self._token = ""
+        self._claims = -1
         self._failing = threading.Lock()
         self._agreed: DpnnError | None = None
         self._closed = False
@@ -75,8 +75,8 @@ class World:
         with deadline(timeout_s, f"meeting the other {self.size - 1} ranks", self.fail):
             self.comm: MPI.Comm = comm.Dup()
             self.node: MPI.Comm = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
-            self._token = self.comm.bcast(secrets.token_hex(8))
-            self._threads = share(self.node.allgather(os.sched_getaffinity(0)), self.node.rank)
+            self._claims = self._open_claims()
+            self._threads = share_of_cores(self.node.allgather(os.sched_getaffinity(0)), self.node.rank)
 
     def threads(self) -> int:
         """This rank's share of its node's cores, at least 1: a core that k ranks may run on counts as 1/k."""
@@ -124,6 +124,7 @@ class World:
             mine = self.rank == 0 or not agreed
             if mine and (self._claim(text, code) or agreed):
                 tell(text)
+                time.sleep(_READ_S)
             else:
                 time.sleep(_PATIENCE_S)
             self._abort(code)
@@ -144,6 +145,7 @@ class World:
             self._closed = True
             sys.excepthook, threading.excepthook = self._hooks
             atexit.unregister(self._leave)
+            os.close(self._claims)
 
     def __enter__(self) -> Self:
         return self
@@ -172,17 +174,19 @@ class World:
         except Exception:  # better told twice than not at all
             return True
 
+    def _open_claims(self) -> int:
+        """A file that the ranks of this node share, already without a name, so that nobody has to remove it."""
+        with tempfile.NamedTemporaryFile(prefix="dpnn-") as file:
+            descriptor = os.open(self.node.bcast(file.name), os.O_RDWR | os.O_APPEND)
+            self.node.barrier()
+        return descriptor
+
     def _first_of_node(self, text: str, code: int) -> bool:
-        """Whether no other rank of this node asked before. A name in Linux's abstract socket space has one owner, is
-        given back by the kernel when its process ends, and needs no folder."""
-        name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        try:
-            name.bind(f"\0dpnn-{self._token}")
-        except OSError as error:
-            name.close()
-            return error.errno != errno.EADDRINUSE or not self._token
-        name.detach()
-        return True
+        """Whether no other rank of this node asked before, also one that is dead by now: who asks appends its number,
+        which Linux does in one piece, and the first number is the one that counts."""
+        mine = self.rank.to_bytes(4, "little")
+        os.write(self._claims, mine)
+        return os.pread(self._claims, 4, 0) == mine
 
     def _abort(self, code: int) -> None:
         from mpi4py import MPI
@@ -211,7 +215,7 @@ class World:
         wait(request.Test, f"the other {self.size - 1} ranks", limit_s)
 
 
-def share(cores: Sequence[AbstractSet[int]], rank: int) -> int:
+def share_of_cores(cores: Sequence[AbstractSet[int]], rank: int) -> int:
     """How many threads `rank` of a node gets, where cores[r] are those that rank r may run on: at least 1."""
     parts = (Fraction(1, sum(core in others for others in cores)) for core in cores[rank])
     return max(1, int(sum(parts, Fraction())))

