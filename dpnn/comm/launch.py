@@ -119,6 +119,9 @@ def _options(mpirun: str) -> list[str]:
         return []
     # Not bound: a rank's threads are its share of the node's cores, not one core.
     options = ["--bind-to", "none"]
+    if sys.stdout.isatty():
+        # Open MPI 5 holds lines back until they end, and a live line never does. Open MPI 4 doesn't, nor knows this.
+        options += ["--output", ":raw"] if "Open MPI) 5" in version else []
     if os.geteuid() == 0:
         options.append("--allow-run-as-root")
     if not any(name in os.environ for name in _SCHEDULERS):

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from fractions import Fraction
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
@@ -72,11 +73,16 @@ class World:
         self._agreed: DpnnError | None = None
         self._closed = False
         self._hooks = sys.excepthook, threading.excepthook
-        with deadline(timeout_s, f"meeting the other {self.size - 1} ranks", self.fail):
-            self.comm: MPI.Comm = comm.Dup()
-            self.node: MPI.Comm = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
-            self._claims = self._open_claims()
-            self._threads = share_of_cores(self.node.allgather(os.sched_getaffinity(0)), self.node.rank)
+        try:
+            with deadline(timeout_s, f"meeting the other {self.size - 1} ranks", self.fail):
+                self.comm: MPI.Comm = comm.Dup()
+                self.node: MPI.Comm = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+                self._claims = self._open_claims()
+                self._threads = share_of_cores(self.node.allgather(os.sched_getaffinity(0)), self.node.rank)
+        except Exception as error:
+            if self.size == 1:
+                raise
+            self.fail(error)  # the others wait for this rank
 
     def threads(self) -> int:
         """This rank's share of its node's cores, at least 1: a core that k ranks may run on counts as 1/k."""
@@ -145,7 +151,8 @@ class World:
             self._closed = True
             sys.excepthook, threading.excepthook = self._hooks
             atexit.unregister(self._leave)
-            os.close(self._claims)
+            if self._claims >= 0:
+                os.close(self._claims)
 
     def __enter__(self) -> Self:
         return self
@@ -175,10 +182,22 @@ class World:
             return True
 
     def _open_claims(self) -> int:
-        """A file that the ranks of this node share, already without a name, so that nobody has to remove it."""
-        with tempfile.NamedTemporaryFile(prefix="dpnn-") as file:
-            descriptor = os.open(self.node.bcast(file.name), os.O_RDWR | os.O_APPEND)
-            self.node.barrier()
+        """A file that the ranks of this node share, already without a name, so that nobody is left to remove it.
+
+        -1 where the folder for temporary files can't be written; then every rank may speak.
+        """
+        name, descriptor = "", -1
+        if self.node.rank == 0:
+            with suppress(OSError):
+                made, name = tempfile.mkstemp(prefix="dpnn-")
+                os.close(made)
+        name = self.node.bcast(name)
+        with suppress(OSError):
+            descriptor = os.open(name, os.O_RDWR | os.O_APPEND)
+        self.node.barrier()
+        if self.node.rank == 0:
+            with suppress(OSError):
+                os.unlink(name)
         return descriptor
 
     def _first_of_node(self, text: str, code: int) -> bool:

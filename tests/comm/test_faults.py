@@ -1,0 +1,78 @@
+"""Waiting ends: with an answer, with an error, or at its limit."""
+
+import threading
+
+import pytest
+
+from dpnn.comm.faults import deadline, exit_code, message, wait
+from dpnn.errors import DataError, NotFiniteError, RankError, Stopped
+
+
+def test_a_wait_ends_with_its_answer():
+    answers = iter([False] * 3000 + [True])
+    wait(lambda: next(answers), "an answer", 60)
+    assert next(answers, "used up") == "used up"
+
+
+def test_a_wait_ends_at_its_limit_and_names_whom_it_waited_for():
+    with pytest.raises(RankError, match=r"waited 0\.02 s for ranks 1 and 2.*raise parallel\.timeout_s"):
+        wait(lambda: False, "ranks 1 and 2", 0.02)
+
+
+def test_an_error_that_mpi_reports_is_a_rank_error():
+    from mpi4py import MPI
+
+    def test() -> bool:
+        raise MPI.Exception(MPI.ERR_TRUNCATE)
+
+    with pytest.raises(RankError, match=r"while waiting for rank 1, MPI reported: .*trunc"):
+        wait(test, "rank 1", 60)
+
+
+def test_another_error_stays_what_it_is():
+    def test() -> bool:
+        raise RuntimeError("not MPI's")
+
+    with pytest.raises(RuntimeError, match="not MPI's"):
+        wait(test, "rank 1", 60)
+
+
+def test_a_block_that_misses_its_deadline_fails():
+    failed = threading.Event()
+    errors = []
+
+    def fail(error: RankError) -> None:
+        errors.append(error)
+        failed.set()
+
+    with deadline(0.02, "meeting", fail):
+        assert failed.wait(60)
+    assert "meeting took more than 0.02 s" in str(errors[0])
+
+
+def test_a_block_that_meets_its_deadline_does_not():
+    errors = []
+    with deadline(60, "meeting", errors.append):
+        pass
+    assert errors == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (DataError("shard 3"), 3, "dpnn: rank 7: shard 3"),
+        (NotFiniteError("nan"), 5, "dpnn: rank 7: nan"),
+        (Stopped("again"), 75, "dpnn: rank 7: again"),
+        (KeyboardInterrupt(), 130, "dpnn: rank 7: interrupted (SIGINT)"),
+        (SystemExit("no"), 1, "dpnn: rank 7: ended by sys.exit('no') while the job was running"),
+        (SystemExit(), 0, "dpnn: rank 7: ended by sys.exit(None) while the job was running"),
+        (ValueError("x"), 1, "dpnn: rank 7: ValueError: x"),
+    ],
+)
+def test_every_error_has_its_code_and_its_text(error, code, text):
+    assert exit_code(error) == code
+    assert message(error, 7) == text
+
+
+def test_an_agreed_error_names_no_rank():
+    assert message(DataError("shard 3")) == "dpnn: shard 3"

@@ -1,0 +1,216 @@
+"""How tests meet MPI, in two ways.
+
+`@pytest.mark.parallel([1, 2, 4])` (mpi-pytest): the test itself runs on that many ranks. `make test` starts all of one
+size together, `mpirun -n 4 python -m pytest -m "parallel[4]"`; plain `pytest` starts each alone. Every rank runs the
+same tests in the same order; a failure on any rank fails the run, and a rank that waits for a failed one is ended,
+with all others, by the time limit. Fixtures for them: `world`, `shared_path`.
+
+The fixtures `mpirun` and `start_mpirun` run whole programs from a serial test; `python` and `start_python` likewise
+without MPI. Nothing that they start outlives the test.
+"""
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from dpnn.comm.launch import command, sweep
+
+ROOT = Path(__file__).parents[1]
+STARTS_MPI = {"mpirun", "start_mpirun"}
+LAUNCHERS_OWN = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI", "HYD", "SLURM_", "DPNN_", "PYTEST_")
+
+# For plain `pytest`: mpi-pytest looks for mpiexec on the PATH, and Open MPI's doesn't run as root unasked.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+os.environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if STARTS_MPI.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.mpi)
+        if item.get_closest_marker("soak") and "soak" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="runs for minutes: make soak"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.size > 1:
+        config.pluginmanager.register(OneOfSeveral(config, MPI.COMM_WORLD.rank))
+
+
+class OneOfSeveral:
+    """What a rank of several prints: the first its report, each a failure at once.
+
+    A rank with a failed test may be ended, waiting for another, before it can report at the end.
+    """
+
+    def __init__(self, config: pytest.Config, rank: int) -> None:
+        terminal = config.pluginmanager.getplugin("terminalreporter")._tw
+        self._out, self._rank = terminal._file, rank
+        if rank > 0:
+            terminal._file = StringIO()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._out.write(f"\nrank {self._rank}: {report.nodeid} ({report.when})\n{report.longreprtext}\n")
+            self._out.flush()
+
+
+@pytest.fixture(scope="session")
+def world():
+    """All ranks of a parallel test, as dpnn.comm.world.start() would make them, without its hooks."""
+    from mpi4py import MPI
+
+    from dpnn.comm.world import World
+
+    return World(MPI.COMM_WORLD, timeout_s=60)
+
+
+@pytest.fixture
+def shared_path(world, tmp_path: Path) -> Path:
+    """A folder of its own for a parallel test, the same on every rank."""
+    return world.comm.bcast(tmp_path)
+
+
+class Program:
+    """A program that runs in a session of its own, with its output in files, so that nothing can block it.
+
+    `terminal`: a descriptor that is its stdout instead.
+    """
+
+    def __init__(
+        self, line: Sequence[str], folder: Path, env: dict[str, str], cwd: Path, terminal: int | None = None
+    ) -> None:
+        self.line = list(line)
+        self._mark = secrets.token_hex(8)
+        folder.mkdir(parents=True)
+        self._stdout, self._stderr = folder / "stdout", folder / "stderr"
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS_OWN)}
+        with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                self.line,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout if terminal is None else terminal,
+                stderr=stderr,
+                cwd=cwd,
+                env={**inherited, "PYTHONPATH": str(ROOT), **env, "DPNN_TEST": self._mark},
+                start_new_session=True,
+            )
+
+    @property
+    def stdout(self) -> str:
+        """What it has printed so far."""
+        return self._stdout.read_text(errors="replace")
+
+    @property
+    def stderr(self) -> str:
+        """What it has written to stderr so far."""
+        return self._stderr.read_text(errors="replace")
+
+    def pids(self) -> dict[int, int]:
+        """The process of each MPI rank, by rank. Ranks of Open MPI, MPICH and their kin know their number."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            try:
+                environ = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if f"DPNN_TEST={self._mark}".encode() in environ:
+                variables = dict(variable.split(b"=", 1) for variable in environ if b"=" in variable)
+                rank = variables.get(b"OMPI_COMM_WORLD_RANK") or variables.get(b"PMI_RANK")
+                if rank:
+                    found[int(rank)] = int(entry.name)
+        return found
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the program alone (to mpirun, not to its ranks)."""
+        self.process.send_signal(number)
+
+    def wait_for(self, text: str, times: int = 1, timeout: float = 60) -> None:
+        """Return once stdout and stderr together hold `text` so many times; fails where they don't, in time."""
+
+        def seen() -> bool:
+            return (self.stdout + self.stderr).count(text) >= times
+
+        self._until(lambda: seen() or self.process.poll() is not None, timeout)
+        if not seen():
+            self._fail(f"ended without {times} x {text!r}")
+
+    def finish(self, timeout: float = 60) -> "subprocess.CompletedProcess[str]":
+        """Wait for its end; fails, and kills it with its ranks, where that takes longer than `timeout` seconds."""
+        self._until(lambda: self.process.poll() is not None, timeout)
+        return subprocess.CompletedProcess(self.line, self.process.returncode, self.stdout, self.stderr)
+
+    def until_gone(self, timeout: float = 60) -> None:
+        """Wait until it has no rank left; fails where one stays."""
+        self._until(lambda: not self.pids(), timeout)
+
+    def kill(self) -> None:
+        """Kill all that it has started, in whatever session."""
+        sweep("DPNN_TEST", self._mark)
+        self.process.wait()
+
+    def _until(self, done: Callable[[], bool], timeout: float) -> None:
+        end = time.monotonic() + timeout
+        while not done():
+            if time.monotonic() > end:
+                self._fail(f"still running, or still waited for, after {timeout:g} s")
+            time.sleep(0.01)
+
+    def _fail(self, trouble: str) -> None:
+        self.kill()
+        code = self.process.returncode
+        pytest.fail(f"{' '.join(self.line)}: {trouble}; code {code}\nstdout:\n{self.stdout}\nstderr:\n{self.stderr}")
+
+
+@pytest.fixture
+def start_line(tmp_path: Path) -> Iterator[Callable[..., Program]]:
+    """start_line(line, env={}, cwd=..., terminal=None) -> Program; what still runs when the test ends is killed."""
+    programs: list[Program] = []
+
+    def start(line: Sequence[str], env: dict[str, str] | None = None, cwd: Path = ROOT, **how) -> Program:
+        programs.append(Program(line, tmp_path / f"program-{len(programs)}", env or {}, cwd, **how))
+        return programs[-1]
+
+    yield start
+    for program in programs:
+        program.kill()
+
+
+@pytest.fixture
+def start_python(start_line):
+    """start_python(*args, env={}, cwd=...) -> Program: this Python with these arguments."""
+    return lambda *args, **where: start_line([sys.executable, *map(str, args)], **where)
+
+
+@pytest.fixture
+def python(start_python):
+    """python(*args, timeout=60, env={}, cwd=...) -> CompletedProcess."""
+    return lambda *args, timeout=60, **where: start_python(*args, **where).finish(timeout)
+
+
+@pytest.fixture
+def start_mpirun(start_line):
+    """start_mpirun(n, *args, script=None, env={}, cwd=...) -> Program: `dpnn args`, or a script, on n ranks."""
+
+    def start(n: int, *args: object, script: Path | None = None, **where) -> Program:
+        program = ("-m", "dpnn") if script is None else (str(script),)
+        return start_line(command(n, list(map(str, args)), program), **where)
+
+    return start
+
+
+@pytest.fixture
+def mpirun(start_mpirun):
+    """mpirun(n, *args, timeout=60, script=None, env={}, cwd=...) -> CompletedProcess."""
+    return lambda n, *args, timeout=60, **how: start_mpirun(n, *args, **how).finish(timeout)
