@@ -1,6 +1,7 @@
 """The run folder: where one run keeps everything that it writes."""
 
 import os
+import re
 from pathlib import Path
 
 from dpnn.data.durable import replacing
@@ -54,7 +55,8 @@ class RunFolder:
 
     @staticmethod
     def _numbered(name: str) -> list[Path]:
-        return sorted(path for path in Path("runs").glob(f"{name}-*") if path.name.rpartition("-")[2].isdigit())
+        numbered = re.compile(re.escape(name) + r"-\d+")
+        return sorted(path for path in Path("runs").glob("*") if numbered.fullmatch(path.name))
 
     def write_job(self, text: str) -> None:
         """Keep the job as it runs from now on."""
