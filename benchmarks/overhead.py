@@ -13,6 +13,8 @@ from time import perf_counter
 from unittest import mock
 
 import numpy as np
+from harness import Benchmark
+
 from dpnn.backends.base import Group, Mode, Slot
 from dpnn.backends.reference import Reference
 from dpnn.cluster.signals import StopRequest
@@ -22,7 +24,6 @@ from dpnn.nn import SoftmaxCrossEntropy
 from dpnn.optim import Optimizer
 from dpnn.prepare import prepare
 from dpnn.train import Training
-from harness import Benchmark
 
 LIMIT_US = 300.0
 WARM_UP = 300
@@ -81,7 +82,7 @@ def step_times(world: World, steps: int) -> list[float]:
     Path("job.toml").write_text(JOB.format(steps=steps))
     prepared, _ = prepare("job.toml", (), None, 1)
     with (
-        mock.patch("dpnn.evaluate.choose_backends", lambda options, threads: [NullBackend()]),
+        mock.patch("dpnn.evaluate.choose_backends", return_value=[NullBackend()]),
         mock.patch("dpnn.train.Optimizer", NullOptimizer),
     ):
         training = Stamped(world, prepared, None)

@@ -24,7 +24,7 @@ from dpnn.comm.share import share
 from dpnn.comm.world import World
 from dpnn.data import Loader, Manifest, Sampler
 from dpnn.errors import DataError, JobError
-from dpnn.nn import Graph, Network, Shape, SigmoidCrossEntropy, SoftmaxCrossEntropy
+from dpnn.nn import Network, Shape
 from dpnn.plan import Arena, Executor, Layout, Placement, Plan, Store, Strategy, Sum, compile_plan
 
 Array = NDArray[Any]
@@ -54,10 +54,7 @@ class Model:
     """A network on this rank: its graph, the parameters of my nodes, and the memory that its plans share."""
 
     def __init__(self, job: config.Job, network: Network, shape: Shape, part: int, threads: int) -> None:
-        if job.train.loss == "softmax":
-            self.graph = Graph(network, shape, SoftmaxCrossEntropy(smoothing=job.train.label_smoothing))
-        else:
-            self.graph = Graph(network, shape, SigmoidCrossEntropy(), labels=(job.model.classes,))
+        self.graph = models.graph(job, network, shape)
         self.backends = choose_backends(job.backend, threads)
         self.dtype = self.backends[0].dtype
         self.nodes = Placement.whole(self.graph).nodes(self.graph, part)

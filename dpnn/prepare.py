@@ -9,11 +9,13 @@ from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from msgspec.structs import replace
 
 from dpnn import checkpoint, config, models
 from dpnn.checkpoint import Checkpoint
-from dpnn.data import Manifest, default_lanes
+from dpnn.data import Manifest, Sampler, default_lanes
+from dpnn.data.augment import AUGMENTATIONS
 from dpnn.data.pack import pack
 from dpnn.errors import DataError, JobError
 from dpnn.nn import Network
@@ -104,7 +106,16 @@ def resolve(job: config.Job, folder: Path, replicas: int) -> Start:
     lanes = job.data.lanes or default_lanes(global_batch, replicas)
     job = replace(job, model=replace(job.model, classes=classes), data=replace(job.data, lanes=lanes))
     network = models.build(job.model.name, classes, train.network_shape, job.model.options)
+    try_out(job, network, train, global_batch, replicas)
     return Start(job, folder, network, train, test, global_batch)
+
+
+def try_out(job: config.Job, network: Network, train: Manifest, global_batch: int, replicas: int) -> None:
+    """Build what is cheap to build, so that what every rank would refuse is refused before there is a run folder."""
+    data = job.data
+    Sampler(train.counts, train.block, data.lanes, global_batch, data.window, job.seed).check(replicas)
+    AUGMENTATIONS[data.augment](job.seed, train.shape, np.dtype(train.dtype), 0)
+    models.graph(job, network, train.network_shape)
 
 
 def check_loss(job: config.Job, train: Manifest) -> None:

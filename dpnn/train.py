@@ -163,7 +163,7 @@ class Training:
     def _explain(self, error: NotFiniteError) -> None:
         """Raise, on every rank, which layer of which rank is the first that isn't finite."""
         layer = self.executor.not_finite()
-        where = f"epoch {self.epoch}, step {self.steps}: {error}"
+        where = f"epoch {self.epoch + 1}, step {self.steps + 1}: {error}"
         way_out = "lower optimizer.lr, or set optimizer.clip; go on from the last checkpoint with --resume"
         self.world.agree(NotFiniteError(f"{layer}: its output is not finite ({where}); {way_out}") if layer else None)
         self.world.agree(NotFiniteError(f"{where}, though all layers' outputs are finite; {way_out}"))

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from dpnn import config
 from dpnn.errors import JobError
 from dpnn.models.alexnet import alexnet
 from dpnn.models.googlenet import googlenet
@@ -22,9 +23,11 @@ from dpnn.models.lenet import lenet
 from dpnn.models.resnet import resnet
 from dpnn.models.vgg import vgg
 from dpnn.nn.chain import Branches, Chain, Network
+from dpnn.nn.graph import Graph
 from dpnn.nn.layer import Layer, Shape
+from dpnn.nn.loss import SigmoidCrossEntropy, SoftmaxCrossEntropy
 
-__all__ = ["MODELS", "alexnet", "build", "googlenet", "lenet", "resnet", "vgg"]
+__all__ = ["MODELS", "alexnet", "build", "googlenet", "graph", "lenet", "resnet", "vgg"]
 
 Model = Callable[..., Network]
 
@@ -49,6 +52,13 @@ def build(name: str, classes: int, shape: Shape, options: Mapping[str, Any]) -> 
     if not isinstance(network, Layer | Chain | Branches):
         raise JobError(f"model.name = {name!r} returned a {type(network).__name__}, not a Chain, Branches or a layer")
     return network
+
+
+def graph(job: config.Job, network: Network, shape: Shape) -> Graph:
+    """A job's network with its loss, for samples of `shape`; JobError naming a layer that can't take its input."""
+    if job.train.loss == "softmax":
+        return Graph(network, shape, SoftmaxCrossEntropy(smoothing=job.train.label_smoothing))
+    return Graph(network, shape, SigmoidCrossEntropy(), labels=(job.model.classes,))
 
 
 def _load(name: str) -> Model:

@@ -64,7 +64,9 @@ class RunFolder:
             with replacing(self.job) as temporary:
                 temporary.write_text(text)
         except OSError as error:
-            raise JobError(f"{self.job} can't be written ({error.strerror}); make room there, or set output.dir") from error
+            raise JobError(
+                f"{self.job} can't be written ({error.strerror}); make room there, or set output.dir"
+            ) from error
 
     def claim(self, message: str, code: int) -> bool:
         """Whether this process is the first to report a failure of the run: that one, of all ranks, tells it.

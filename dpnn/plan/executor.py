@@ -20,6 +20,9 @@ from dpnn.plan.store import Store
 
 Array = NDArray[Any]
 
+# The loss tells what isn't finite, on all ranks at once; NumPy would on each, and in its own words.
+_QUIET = np.errstate(over="ignore", invalid="ignore", divide="ignore")
+
 
 class Strategy(Protocol):
     """What the executor tells of a step, and when (DESIGN, section 6)."""
@@ -96,6 +99,7 @@ class Executor:
         self.labels = self._inputs[1]
         self._calls = list(self._bind())
 
+    @_QUIET
     def run(self, batch: Batch, counts: Sequence[tuple[int, int]], total: int) -> None:
         """One step over `batch`; `counts`: for each micro-batch (my rows, all replicas' rows); `total`: their sum."""
         self._batch, self._counts = batch, counts
@@ -107,23 +111,27 @@ class Executor:
             self.place = place
             call()
 
+    @_QUIET
     def not_finite(self) -> str | None:
-        """Go through the last batch again; the name of the first node whose output isn't finite.
+        """Go through the last batch again; the name of the first node whose output isn't finite through this rank.
 
-        Collective where outputs are summed over the replicas: all of them call it, or none.
+        Collective where outputs are summed over the replicas, so it always goes to the end. None also where what isn't
+        finite came with such a sum: a rank that it came from names the node.
         """
-        loads = [call for step, call in self._bound if isinstance(step, Load)]
-        for load in loads:
+        name, foreign = None, False
+        for load in [call for step, call in self._bound if isinstance(step, Load)]:
             load()
             for step, call in self._bound:
                 if isinstance(step, Forward | Collect | Collected) and not getattr(step, "gradient", False):
                     call()
-                if isinstance(step, Forward):
+                if isinstance(step, Forward) and name is None and not foreign:
                     node = self.plan.groups[step.group].nodes[-1]
                     output = self._outputs[step.group]
                     if not np.isfinite(output[: self._step.rows] if node.layer.batched else output).all():
-                        return node.name
-        return None
+                        name = node.name
+                elif isinstance(step, Collected) and not step.gradient:
+                    foreign = foreign or not np.isfinite(self._summed[slice(*self._sums[self._sum_key(step)])]).all()
+        return name
 
     def _collected_arrays(self, plan: Plan) -> tuple[Array, dict[Key, Array]]:
         """One flat array for all outputs and gradients that are summed over the replicas, and views of it."""

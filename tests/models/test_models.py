@@ -63,7 +63,8 @@ def test_lenet_takes_other_sizes_and_parts():
 def test_vggs_norms_take_the_place_of_its_biases():
     names = {p.name for p in graph("vgg", 10, (3, 32, 32), depth=11, batchnorm=True).params()}
     assert "batchnorm8.bias" in names
-    assert "conv8.weight" in names and "conv8.bias" not in names
+    assert "conv8.weight" in names
+    assert "conv8.bias" not in names
 
 
 def test_the_layers_have_the_published_shapes():
@@ -103,9 +104,11 @@ def test_auxiliary_heads_train_only_and_leave_the_other_names_as_they_are():
     assert [node.layer.weight for node in heads.nodes if node.index in heads.losses] == [1, 0.3, 0.3]
     kept = [p.name for node in heads.nodes if not node.training_only for p in node.params]
     assert kept == [p.name for p in plain.params()]
-    assert "inception4a.branch2.conv1.weight" in kept and "inception4b.branch2.conv1.weight" in kept
+    assert "inception4a.branch2.conv1.weight" in kept
+    assert "inception4b.branch2.conv1.weight" in kept
     aside = [p.name for node in heads.nodes if node.training_only for p in node.params]
-    assert "head1.aux.dense1.weight" in aside and "head2.aux.dense2.bias" in aside
+    assert "head1.aux.dense1.weight" in aside
+    assert "head2.aux.dense2.bias" in aside
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,8 @@ def test_synchronous_batchnorm_is_split(before):
     assert inputs(network)["batchnorm1.sums"] == [source]
     assert inputs(network)["batchnorm1"] == [source, "batchnorm1.sums"]
     nodes = {node.name: node for node in network.nodes}
-    assert nodes["batchnorm1.sums"].training_only and nodes["batchnorm1.sums"].layer.collected
+    assert nodes["batchnorm1.sums"].training_only
+    assert nodes["batchnorm1.sums"].layer.collected
     assert nodes["batchnorm1.sums"].shape == (2, 4)
     assert (nodes["batchnorm1"].layer.momentum, nodes["batchnorm1"].layer.eps) == (0.2, 1e-3)
     plain = graph(scores(*before, BatchNorm()))
@@ -125,7 +126,9 @@ def test_heads_weigh_their_losses_and_the_first_is_the_output():
     network = graph(Chain(Conv(4, 1), Branches(Chain(Conv(4, 1), inner), scores(name="aux"), join=Heads(2, 0.3))))
     assert network.nodes[network.output].name == "dense1"
     assert {network.nodes[i].name: network.nodes[i].layer.weight for i in network.losses} == {
-        **{"dense1.loss": 2.0, "head2.aux.dense1.loss": 1.0, "branches1.aux.dense1.loss": 0.3},
+        "dense1.loss": 2.0,
+        "head2.aux.dense1.loss": 1.0,
+        "branches1.aux.dense1.loss": 0.3,
     }
     assert [network.nodes[i].training_only for i in network.losses] == [False, True, True]
 

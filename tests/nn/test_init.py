@@ -22,7 +22,8 @@ def test_he_is_normal_with_the_variance_2_by_fan_in():
 
 def test_xavier_is_uniform_within_its_bound():
     values = draw(0, "conv1.weight", XAVIER, dtype=np.float64) / np.sqrt(6 / 150)
-    assert -1 <= values.min() < -0.999 and 0.999 < values.max() <= 1
+    assert -1 <= values.min() < -0.999
+    assert 0.999 < values.max() <= 1
     assert abs(values.mean()) < 4 / np.sqrt(3 * values.size)
     assert abs(values.var() - 1 / 3) < 4 * np.sqrt(4 / 45 / values.size)
 

@@ -1,5 +1,7 @@
 """A whole step: gradients of whole networks, micro-batches, and what is told to the strategy."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ def run(built, batch, total=None):
     n = built.plan.instructions
     microbatches = sum(type(step).__name__ == "Load" for step in n)
     cuts = [batch.rows * m // microbatches for m in range(microbatches + 1)]
-    rows = [hi - lo for lo, hi in zip(cuts, cuts[1:], strict=False)]
+    rows = [hi - lo for lo, hi in itertools.pairwise(cuts)]
     built.executor.run(batch, [(r, r) for r in rows], total or batch.rows)
     return built.executor.loss
 
