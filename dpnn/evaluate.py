@@ -189,8 +189,10 @@ def read_source(found: Checkpoint, overrides: Sequence[str]) -> Source:
             "data.test is not set, so there is nothing to evaluate on; name a folder with --set data.test=FOLDER"
         )
     test = Manifest.read(job.data.test)
+    info = found.info
+    test.check_like(job.data.test, tuple(info["shape"]), info["labels"], job.model.classes)
     network = models.build(job.model.name, job.model.classes, test.network_shape, job.model.options)
-    return Source(job, network, test, found.info["mean"], found.info["std"])
+    return Source(job, network, test, info["mean"], info["std"])
 
 
 def n_better(scores: Array, labels: Array) -> Array:

@@ -25,6 +25,9 @@ Array = NDArray[Any]
 _BLOCK = 1 << 15
 """Numbers that are updated at a time: five arrays of them stay in a core's own cache."""
 
+STATES: dict[str, tuple[str, ...]] = {"sgd": (), "momentum": ("momentum",)}
+"""What each optimizer keeps from step to step."""
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -71,7 +74,7 @@ class Optimizer:
         self._ends = [segment.hi for segment in self._segments]
         self._options = options
         self._params, self._grads = params, grads
-        self.state: dict[str, Array] = {"momentum": np.zeros_like(params)} if options.name == "momentum" else {}
+        self.state: dict[str, Array] = {name: np.zeros_like(params) for name in STATES[options.name]}
         self._momentum = self.state.get("momentum")
         self._scratch = (np.empty(_BLOCK, params.dtype), np.empty(_BLOCK, params.dtype))
         self._wide = np.empty(_BLOCK, np.float64)

@@ -20,6 +20,7 @@ from dpnn.data.pack import pack
 from dpnn.errors import DataError, JobError
 from dpnn.nn import Network
 from dpnn.observe.folder import RunFolder
+from dpnn.optim import STATES
 
 BUILT_IN = "digits"
 BUILT_IN_FOLDER = "data/digits"
@@ -50,6 +51,8 @@ class Start:
         return {
             "job": self.job.dump(),
             "data": self.train.digest,
+            "shape": self.train.shape,
+            "labels": self.train.labels,
             "mean": self.train.mean,
             "std": self.train.std,
             "seed": self.job.seed,
@@ -95,7 +98,7 @@ def resolve(job: config.Job, folder: Path, replicas: int) -> Start:
     train = Manifest.read(job.data.train)
     test = Manifest.read(job.data.test) if job.data.test else None
     if test is not None:
-        check_same_kind(job.data.test, test, train)
+        test.check_like(job.data.test, train.shape, train.labels, train.num_classes)
     classes = job.model.classes or train.num_classes
     if classes < train.num_classes or (train.labels == "multi" and classes != train.num_classes):
         raise JobError(
@@ -126,18 +129,6 @@ def check_loss(job: config.Job, train: Manifest) -> None:
         raise JobError(f"train.loss = {job.train.loss!r}, but {job.data.train} has {has} a sample; use {wanted!r}")
 
 
-def check_same_kind(path: str, test: Manifest, train: Manifest) -> None:
-    """DataError where the samples of `test` aren't of the kind that the network is trained on."""
-    for what in ("shape", "labels"):
-        found, wanted = getattr(test, what), getattr(train, what)
-        if found != wanted:
-            raise DataError(f"{path}: its {what} is {found}, that of the training data {wanted}; pack both alike")
-    if test.num_classes > train.num_classes or (train.labels == "multi" and test.num_classes != train.num_classes):
-        raise DataError(
-            f"{path}: it has {test.num_classes} classes, the training data {train.num_classes}; pack both together"
-        )
-
-
 def check_same_run(path: Path, found: Checkpoint, start: Start) -> None:
     """Refuse to go on with other data; in the middle of an epoch also with another order of samples."""
     info = start.info()
@@ -151,4 +142,25 @@ def check_same_run(path: Path, found: Checkpoint, start: Start) -> None:
             raise JobError(
                 f"{key} = {info[key]}, but {path} stands in the middle of an epoch with {key} = {found.info[key]}, "
                 "and every sample of an epoch is taken once; change it back"
+            )
+    check_same_network(path, found, start)
+
+
+def check_same_network(path: Path, found: Checkpoint, start: Start) -> None:
+    """Refuse to go on with another network, or with an optimizer whose state the checkpoint doesn't hold."""
+    job = start.job
+    graph = models.graph(job, start.network, start.train.network_shape)
+    wanted = {param.name: param.spec.shape for param in graph.params()}
+    held = {name: array.shape for name, array in found.params.items()}
+    for name in (*wanted, *held):
+        if wanted.get(name) != held.get(name):
+            raise JobError(
+                f"{name} has the shape {wanted.get(name)}, and in {path} {held.get(name)}: another network; "
+                "change [model] back, or start a new run"
+            )
+    for name in STATES[job.optimizer.name]:
+        if name not in found.optimizer:
+            raise JobError(
+                f"optimizer.name = {job.optimizer.name!r}, but {path} was written without {name}; "
+                "change it back, or start a new run"
             )

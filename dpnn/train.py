@@ -125,7 +125,8 @@ class Training:
                 last = self.steps == self.total_steps
                 if self.evaluator and (last or self._ends_period()):
                     scores = self.evaluator.run()
-                    self.journal.scores(str(scores), self.epoch, self.steps, **asdict(scores))
+                    epoch = self.epoch + (self.step > 0)
+                    self.journal.scores(str(scores), epoch, self.steps, **asdict(scores))
                 if self.strategy.stop or last or self.steps % every == 0:
                     self._save()
                 if self.strategy.stop:

@@ -117,6 +117,17 @@ class Manifest(Content, frozen=True, kw_only=True):
         with replacing(folder / NAME) as temporary:
             temporary.write_bytes(self.to_bytes())
 
+    def check_like(self, folder: str, shape: tuple[int, ...], labels: str, num_classes: int) -> None:
+        """DataError where the samples of `folder` aren't of the kind (shape, labels, classes) of a network's own."""
+        for what, found, wanted in (("shape", self.shape, shape), ("labels", self.labels, labels)):
+            if found != wanted:
+                raise DataError(
+                    f"{folder}: its {what} is {found}, that of the data that the network was trained on {wanted}; "
+                    "pack both alike"
+                )
+        if self.num_classes > num_classes or (labels == "multi" and self.num_classes != num_classes):
+            raise DataError(f"{folder}: it has {self.num_classes} classes, the network {num_classes}; pack both alike")
+
     def _problems(self) -> list[str]:
         """What contradicts itself, worst first."""
         if self.version != VERSION:

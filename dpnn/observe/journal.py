@@ -3,6 +3,7 @@
 import platform
 import sys
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ class Journal:
         self.close()
         path = self._folder.path
         if code and self._first:
-            left = f"stopped after step {steps} of {self._total}; go on with: dpnn train --resume {path}"
+            left = f"stopped after step {steps} of {self._total}; go on with: dpnn train --resume {quote(str(path))}"
             print(f"dpnn: {left}", file=sys.stderr, flush=True)
         self._say(f"run folder: {path}")
 

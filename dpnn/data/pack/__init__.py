@@ -70,6 +70,8 @@ def pack(
     """
     if not shard_mb > 0:
         raise JobError(f"shard_mb = {shard_mb:g} is not more than 0; good shards have 500 to 2000")
+    if not 0 <= seed < 1 << 32:
+        raise JobError(f"seed = {seed} is not from 0 to {(1 << 32) - 1}")
     # Looked up before the source is read, which may take long; a part that the source lacks does no harm.
     for part in ("train", "test"):
         if (Path(folder) / part / NAME).exists() and not force:

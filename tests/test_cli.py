@@ -1,0 +1,72 @@
+"""The commands, as they are typed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import dpnn
+from dpnn import cli
+
+HEAVY = ("mpi4py", "numpy", "h5py", "msgspec", "rich", "threadpoolctl", "dpnn.nn", "dpnn.data", "dpnn.train")
+PROGRAM = """
+import json, sys
+from dpnn.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as ended:
+    print(json.dumps([ended.code, [name for name in sys.modules]]))
+"""
+
+
+def modules_after(*arguments: str) -> tuple[int, set[str], str]:
+    """Exit code, the modules that a command has imported, and what it printed."""
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=60, check=True
+    )
+    *printed, last = ended.stdout.splitlines()
+    code, modules = json.loads(last)
+    return code, set(modules), "\n".join(printed)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], *([command, "--help"] for command in ("pack", "train", "eval", "launch"))],
+    ids=" ".join,
+)
+def test_help_imports_nothing_that_a_login_node_forbids(arguments):
+    code, modules, printed = modules_after(*arguments)
+    assert code == 0
+    assert modules.intersection(HEAVY) == set()
+    assert printed
+
+
+def test_the_launcher_imports_neither_mpi_nor_numpy():
+    program = "import sys, dpnn.comm.launch; sys.exit(any(name in sys.modules for name in ('mpi4py', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
+
+
+def test_the_version_is_the_package_s(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"dpnn {dpnn.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["launch", "-n", "two", "train"], "invalid int value: 'two'"),
+        (["eval"], "the following arguments are required: RUN"),
+    ],
+)
+def test_a_mistyped_command_is_told_with_its_usage(capsys, arguments, told):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("usage: dpnn")
+    assert told in stderr

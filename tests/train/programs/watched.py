@@ -1,0 +1,53 @@
+"""`dpnn` with an eye on the training batches, and a fault at one of them.
+
+SEEN      a folder: each process writes a line "epoch step id id ..." for every batch that it trains on.
+FAULT     "RANK STEP DEED": at its training batch number STEP (from 0, in this process) the rank, or every rank ("*"),
+          does DEED: a signal's name, sent to itself; "raise"; "infinite" (its samples become so); or "truncate PATH".
+"""
+
+import os
+import signal
+import sys
+
+from dpnn import cli
+from dpnn.data import Batch, Loader
+
+STATE = {"batches": 0}
+next_batch = Loader.next
+
+
+def watched_next(loader: Loader) -> Batch:
+    batch = next_batch(loader)
+    if loader.sampler.shuffle:  # evaluation doesn't
+        if "SEEN" in os.environ:
+            note(batch)
+        if "FAULT" in os.environ:
+            rank, step, deed = os.environ["FAULT"].split(" ", 2)
+            here = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK", "0")
+            if rank in ("*", here) and STATE["batches"] == int(step):
+                do(deed, batch)
+        STATE["batches"] += 1
+    return batch
+
+
+def note(batch: Batch) -> None:
+    with open(f"{os.environ['SEEN']}/{os.getpid()}", "a") as file:
+        print(batch.epoch, batch.step, *batch.ids.tolist(), file=file)
+
+
+def do(deed: str, batch: Batch) -> None:
+    print(f"fault: {deed}", flush=True)
+    if deed.startswith("SIG"):
+        os.kill(os.getpid(), signal.Signals[deed])
+    elif deed == "raise":
+        raise ValueError("bad value")
+    elif deed == "infinite":
+        batch.x[...] = float("inf")
+    elif deed.startswith("truncate "):
+        os.truncate(deed.removeprefix("truncate "), 1000)
+
+
+Loader.next = watched_next
+
+if __name__ == "__main__":
+    sys.exit(cli.main())

@@ -1,0 +1,45 @@
+"""LeNet reads the 10,000 test digits of MNIST with at most 1 % error: the project's first real images."""
+
+from pathlib import Path
+
+import pytest
+
+from dpnn import cli
+from dpnn.observe import metrics
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT.parent / "shared" / "data" / "mnist"
+LIMIT = 0.010
+
+pytestmark = pytest.mark.skipif(not SOURCE.is_dir(), reason=f"there is no {SOURCE}: the four idx files of MNIST")
+
+
+@pytest.fixture(scope="session")
+def mnist(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("mnist")
+    assert cli.main(["pack", str(SOURCE), str(folder)]) == 0
+    return folder
+
+
+def top1_errors(mpirun, mnist: Path, folder: Path, *settings: str, timeout: float) -> list[float]:
+    """jobs/mnist.toml on two ranks: the error after each epoch."""
+    places = (f"data.train={mnist}/train", f"data.test={mnist}/test", f"output.dir={folder}")
+    words = [word for setting in (*places, *settings) for word in ("--set", setting)]
+    ended = mpirun(2, "train", ROOT / "jobs" / "mnist.toml", *words, timeout=timeout)
+    assert ended.returncode == 0, ended.stderr
+    errors = [line["top1_error"] for line in metrics.read(folder / "metrics.jsonl") if line["kind"] == "eval"]
+    print(f"test error {', '.join(f'{error:.2%}' for error in errors)} after each epoch (limit {LIMIT:.2%})")
+    return errors
+
+
+@pytest.mark.timeout(420)
+def test_three_epochs_suffice(mpirun, mnist, tmp_path):
+    """The job's schedule, made for ten epochs, cut to three."""
+    assert top1_errors(mpirun, mnist, tmp_path / "run", "train.epochs=3", timeout=400)[-1] <= LIMIT
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_ten_epochs_as_the_job_file_says(mpirun, mnist, tmp_path, seed):
+    assert top1_errors(mpirun, mnist, tmp_path / "run", f"seed={seed}", timeout=1400)[-1] <= LIMIT
