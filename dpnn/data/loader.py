@@ -29,6 +29,8 @@ from dpnn.errors import DataError, JobError
 Array = NDArray[Any]
 
 _BUFFERS = 3
+_AT_ONCE_NBYTES = 1 << 20
+"""Small batches are made several at a time, up to this size: threads that take turns for each cost more than it."""
 _PATIENCE_S = 10.0
 _READ_NBYTES = 16 << 20
 """What is read at a time, so that close() needn't wait for more."""
@@ -46,8 +48,8 @@ class Batch(NamedTuple):
     rows: int
     epoch: int
     step: int
-    buffer: int
-    """Which of the loader's buffers these arrays are views of."""
+    buffer: int | None
+    """The loader's buffer that is free once this batch is released; None: another batch still lies in it."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,12 @@ class Loader:
         self._last = last or (math.inf, 0)
         rows = sampler.max_rows(replicas)
         stored = np.dtype(manifest.dtype)
-        self._augment = AUGMENTATIONS[augment](sampler.seed, manifest.shape, stored, rows)
         self._channels_first = len(manifest.shape) == 3
         self._mean, self._std = self._normalisation(mean, std, np.dtype(dtype))
+        sample_nbytes = math.prod(manifest.network_shape) * np.dtype(dtype).itemsize
+        self._at_once = min(max(_AT_ONCE_NBYTES // (rows * sample_nbytes), 1), sampler.steps_per_window)
+        rows *= self._at_once
+        self._augment = AUGMENTATIONS[augment](sampler.seed, manifest.shape, stored, rows)
         self._staged = np.empty((rows, *manifest.shape), stored)
         label_shape = (rows, manifest.num_classes) if manifest.labels == "multi" else (rows,)
         self._buffers = [
@@ -151,8 +156,9 @@ class Loader:
         raise self._failure
 
     def release(self, batch: Batch) -> None:
-        """The batch isn't needed any more: its arrays will be written again."""
-        self._free_buffers.put(batch.buffer)
+        """The batch isn't needed any more: its arrays will be written again. Batches are released in their order."""
+        if batch.buffer is not None:
+            self._free_buffers.put(batch.buffer)
 
     def close(self) -> None:
         """End both threads, whatever they wait for, and close all files."""
@@ -207,8 +213,9 @@ class Loader:
             epoch = sampler.epoch(number)
             for window in range(step // sampler.steps_per_window, sampler.windows):
                 begin = window * sampler.steps_per_window
-                steps = range(max(step, begin), min(begin + sampler.steps_per_window, sampler.steps))
-                if (number, steps[0]) > self._last:
+                end = sampler.steps if number < self._last[0] else min(sampler.steps, self._last[1] + 1)
+                steps = range(max(step, begin), min(begin + sampler.steps_per_window, end))
+                if not steps:
                     return
                 pool = self._free_pools.get()
                 if pool is None or self._closing:
@@ -253,39 +260,41 @@ class Loader:
                     raise loaded
                 if loaded is None:
                     return
-                for step in loaded.steps:
-                    if (loaded.epoch, step) > self._last:
-                        break
+                for at in range(0, len(loaded.steps), self._at_once):
                     buffer = self._free_buffers.get()
                     if buffer is None or self._closing:
                         return
-                    self._batches.put(self._make_batch(loaded, step, buffer))
+                    for batch in self._make_batches(loaded, loaded.steps[at : at + self._at_once], buffer):
+                        self._batches.put(batch)
                 self._free_pools.put(loaded.pool)
         except BaseException as error:
             self._batches.put(error)
 
-    def _make_batch(self, loaded: _Loaded, step: int, buffer: int) -> Batch:
-        slots = loaded.window.order[step % self.sampler.steps_per_window]
-        if step == self.sampler.steps - 1:
+    def _make_batches(self, loaded: _Loaded, steps: range, buffer: int) -> Iterator[Batch]:
+        first = steps[0] % self.sampler.steps_per_window
+        order = loaded.window.order[first : first + len(steps)]
+        cuts = [0, *np.cumsum(np.count_nonzero(order >= 0, axis=1)).tolist()]
+        slots = order.ravel()
+        if steps[-1] == self.sampler.steps - 1:
             slots = slots[slots >= 0]
-        rows = len(slots)
-        x, labels, ids = (array[:rows] for array in self._buffers[buffer])
-        # mode="clip" because "raise" would write into a copy of `out` first; slots are in range.
-        loaded.ids.take(slots, out=ids, mode="clip")
+        x, labels, ids = (array[: len(slots)] for array in self._buffers[buffer])
+        ids[...] = loaded.ids[slots]
         if isinstance(loaded.labels, Lists):
             loaded.labels.put_dense(slots, labels)
         else:
-            loaded.labels.take(slots, out=labels, mode="clip")
-        staged = self._staged[:rows]
+            labels[...] = loaded.labels[slots]
+        staged = self._staged[: len(slots)]
         if loaded.samples is None:
             self._read_samples(loaded.window, slots, staged)
         else:
+            # mode="clip" because "raise" would write into a copy of `out` first; slots are in range.
             loaded.samples.take(slots, axis=0, out=staged, mode="clip")
         images = self._augment.apply(staged, loaded.choices[slots])
-        np.copyto(x, images.transpose(0, 3, 1, 2) if self._channels_first else images)
-        np.subtract(x, self._mean, out=x)
+        np.subtract(images.transpose(0, 3, 1, 2) if self._channels_first else images, self._mean, out=x)
         np.divide(x, self._std, out=x)
-        return Batch(x, labels, ids, rows, loaded.epoch, step, buffer)
+        for step, lo, hi in zip(steps, cuts[:-1], cuts[1:], strict=True):
+            frees = buffer if step == steps[-1] else None
+            yield Batch(x[lo:hi], labels[lo:hi], ids[lo:hi], hi - lo, loaded.epoch, step, frees)
 
     def _read_samples(self, window: Window, slots: Array, out: Array) -> None:
         """Samples that don't fit into a pool, one by one."""

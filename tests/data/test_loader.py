@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dpnn.data import Loader, Sampler
+from dpnn.data import loader as loader_module
 from dpnn.data.augment import CropFlip
 from dpnn.data.sampler import Epoch
 from dpnn.errors import DataError, JobError
@@ -138,7 +139,8 @@ def test_nothing_is_read_beyond_the_last_step(write_folder, monkeypatch):
     assert windows == [0, 1, 2]
 
 
-def test_at_most_three_batches_are_out_at_a_time(write_folder):
+def test_batches_stay_as_they_are_until_they_are_released(write_folder, monkeypatch):
+    monkeypatch.setattr(loader_module, "_AT_ONCE_NBYTES", 1)
     data = write_folder()
     with Loader(data.folder, data.manifest, sampler_of(data)) as loader:
         held = [loader.next() for _ in range(3)]
@@ -146,8 +148,28 @@ def test_at_most_three_batches_are_out_at_a_time(write_folder):
         time.sleep(0.1)
         assert all(np.array_equal(batch.x, copy) for batch, copy in zip(held, copies, strict=True))
         assert len({batch.buffer for batch in held}) == 3
-        loader.release(held[1])
-        assert loader.next().buffer == held[1].buffer
+        loader.release(held[0])
+        assert loader.next().buffer == held[0].buffer
+
+
+@pytest.mark.parametrize("start", [(0, 0), (0, 2)])
+def test_batches_made_several_at_a_time_are_those_made_one_by_one(write_folder, monkeypatch, start):
+    data = write_folder()
+    sampler = sampler_of(data)
+    last = (1, sampler.steps - 1)
+    n = 2 * sampler.steps - start[1]
+    with Loader(data.folder, data.manifest, sampler, start=start, last=last) as loader:
+        several = take(loader, n)
+        assert loader._at_once > 1
+    monkeypatch.setattr(loader_module, "_AT_ONCE_NBYTES", 1)
+    with Loader(data.folder, data.manifest, sampler, start=start, last=last) as loader:
+        single = take(loader, n)
+        assert loader._at_once == 1
+    for one, other in zip(several, single, strict=True):
+        assert (one.epoch, one.step, one.rows) == (other.epoch, other.step, other.rows)
+        assert np.array_equal(one.x, other.x)
+        assert np.array_equal(one.labels, other.labels)
+        assert np.array_equal(one.ids, other.ids)
 
 
 def test_damage_met_while_reading_reaches_the_caller(write_folder):
