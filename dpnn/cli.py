@@ -1,6 +1,7 @@
 """The commands, thin: `dpnn pack | train | eval | launch`. Nothing here imports MPI before a command needs it."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -40,9 +41,13 @@ def _parser() -> argparse.ArgumentParser:
     pack.set_defaults(run=_pack)
 
     train = commands.add_parser("train", help="train a network", description=_train.__doc__)
-    train.add_argument("job", nargs="?", help="the job file (TOML); not needed with --resume RUN")
+    train.add_argument("job", nargs="?", help="the job file (TOML)")
     train.add_argument(
-        "--resume", nargs="?", const="", metavar="RUN", help="go on with a run folder (default: the job's newest)"
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="go on with a run folder and its own job.toml, changed by --set; without RUN: the job's newest run",
     )
     _add_set(train)
     train.set_defaults(run=_train)
@@ -72,7 +77,14 @@ def _pack(arguments: argparse.Namespace) -> int:
     """Write images or arrays as HDF5 shards with a manifest, for training and for testing."""
     from rich.progress import Progress
 
+    from dpnn.comm.library import promise
     from dpnn.data.pack import pack
+
+    promised = promise(os.environ)
+    if promised and promised.size > 1:
+        raise JobError(
+            f"{promised.launcher} started {promised.size} processes, and pack runs in one; start it by itself"
+        )
 
     with Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
         bar = progress.add_task("packing")
@@ -94,10 +106,15 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.job is None and not arguments.resume:
         raise JobError("name a job file, or a run folder to go on with (--resume RUN)")
 
+    from dpnn.cluster.signals import StopRequest
+
+    request = StopRequest()  # before what takes long: a signal that comes early asks too
     from dpnn.comm.world import run
     from dpnn.train import train
 
-    return run(lambda world: train(world, arguments.job, arguments.overrides, arguments.resume))
+    code = run(lambda world: train(world, request, arguments.job, arguments.overrides, arguments.resume))
+    request.settle()
+    return code
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -113,4 +130,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     """Print the mpirun line that fits the installed MPI and this machine, and run it."""
     from dpnn.comm.launch import launch
 
+    inner = _parser().parse_args(arguments.command)  # so that a wrong command is told once, and before anything starts
+    if inner.run not in (_train, _eval):
+        raise JobError(f"{arguments.command[0]} runs in one process; launch takes train and eval")
     return launch(arguments.n, arguments.command)

@@ -109,12 +109,11 @@ class Evaluator:
         rows, replicas = executor.plan.rows, mesh.replicas
         self._executor = executor
         self._sampler = Sampler(test.counts, test.block, replicas, rows * replicas, window=rows, seed=0, shuffle=False)
-        self._sampler.check(replicas)
         place = (folder, test, self._sampler, mesh.replica, replicas)
         last = (0, self._sampler.steps - 1)
-        self._open = partial(Loader, *place, mean=mean, std=std, dtype=executor.dtype, last=last)
+        self._open = partial(Loader, *place, mean=mean, std=std, dtype=executor.dtype, last=last, limit_s=limit_s)
         self._sums = np.zeros(4)  # samples, not the first, not among the first five, loss
-        self._reducer = BucketReducer(mesh.data, self._sums, limit_s)
+        self._reducer = BucketReducer(mesh.data, self._sums, limit_s, "scores")
 
     def run(self) -> Scores:
         """Collective: the scores over all samples, the same on every rank."""
@@ -196,13 +195,12 @@ def read_source(found: Checkpoint, overrides: Sequence[str]) -> Source:
 
 
 def n_better(scores: Array, labels: Array) -> Array:
-    """How many classes score above a sample's true one (the best of several): (rows,) from (rows, K).
+    """How many wrong classes score at least as high as a sample's true one (the best of several): (rows,).
 
-    `labels`: (rows,) class numbers, or (rows, K) of 0 and 1. A score that isn't a number counts as better.
+    `scores`: (rows, K); `labels`: (rows,) class numbers, or (rows, K) of 0 and 1. A score that isn't a number counts as
+    better, and of a sample without a true class all classes are.
     """
-    if labels.ndim == 1:
-        truth = np.take_along_axis(scores, labels[:, None].astype(np.int64), axis=1)
-    else:
-        truth = np.where(labels > 0, scores, -np.inf).max(axis=1, keepdims=True)
-    better: Array = scores.shape[1] - (scores <= truth).sum(axis=1)
+    true = labels > 0 if labels.ndim > 1 else np.arange(scores.shape[1]) == labels[:, None]
+    best = np.where(true, scores, -np.inf).max(axis=1, keepdims=True)
+    better: Array = (~(scores < best) & ~true).sum(axis=1)
     return better

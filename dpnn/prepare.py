@@ -24,7 +24,7 @@ from dpnn.optim import STATES
 
 BUILT_IN = "digits"
 BUILT_IN_FOLDER = "data/digits"
-KEPT = ("seed", "lanes", "window", "global_batch")
+KEPT = ("seed", "global_batch", "lanes", "window")
 """What decides which samples a step takes: it can't change in the middle of an epoch."""
 
 
@@ -38,6 +38,7 @@ class Start:
     train: Manifest
     test: Manifest | None
     global_batch: int
+    lanes: int
     epoch: int = 0
     step: int = 0
     """The next step of the epoch."""
@@ -56,7 +57,7 @@ class Start:
             "mean": self.train.mean,
             "std": self.train.std,
             "seed": self.job.seed,
-            "lanes": self.job.data.lanes,
+            "lanes": self.lanes,
             "window": self.job.data.window,
             "global_batch": self.global_batch,
         }
@@ -69,9 +70,12 @@ def prepare(
 
     The checkpoint is returned apart: it stays on rank 0.
     """
+    if job_path and resume:
+        raise JobError(f"a job file ({job_path}) and a run folder ({resume}): a run goes on with its own job; name one")
     name = Path(job_path or "").stem
     if resume is None:
         start = resolve(config.load(job_path or "", overrides), Path(), replicas)
+        try_out(start, replicas)
         folder = RunFolder.create(start.job.output.dir, name)
         folder.write_job(start.job.dump())
         return changed(start, folder=folder.path), None
@@ -79,7 +83,9 @@ def prepare(
     start = resolve(config.load(str(folder.job), overrides), folder.path, replicas)
     newest = checkpoint.newest(folder.checkpoints)
     if newest is not None:
+        start = with_lanes_of(newest[1], start)
         check_same_run(newest[0], newest[1], start)
+    try_out(start, replicas)
     folder.write_job(start.job.dump())
     folder.failure.unlink(missing_ok=True)
     if newest is None:
@@ -90,11 +96,7 @@ def prepare(
 
 def resolve(job: config.Job, folder: Path, replicas: int) -> Start:
     """Read what the job names, and fill in what it leaves open: the number of classes and lanes."""
-    if job.data.train == BUILT_IN:
-        if not (Path(BUILT_IN_FOLDER) / "train" / "manifest.json").exists():
-            pack(BUILT_IN, BUILT_IN_FOLDER)
-        paths = {part: f"{BUILT_IN_FOLDER}/{part}" for part in ("train", "test")}
-        job = replace(job, data=replace(job.data, **paths))
+    job = with_built_in(job)
     train = Manifest.read(job.data.train)
     test = Manifest.read(job.data.test) if job.data.test else None
     if test is not None:
@@ -107,18 +109,31 @@ def resolve(job: config.Job, folder: Path, replicas: int) -> Start:
     check_loss(job, train)
     global_batch = job.train.global_batch or job.train.replica_batch * replicas
     lanes = job.data.lanes or default_lanes(global_batch, replicas)
-    job = replace(job, model=replace(job.model, classes=classes), data=replace(job.data, lanes=lanes))
+    job = replace(job, model=replace(job.model, classes=classes))
     network = models.build(job.model.name, classes, train.network_shape, job.model.options)
-    try_out(job, network, train, global_batch, replicas)
-    return Start(job, folder, network, train, test, global_batch)
+    return Start(job, folder, network, train, test, global_batch, lanes)
 
 
-def try_out(job: config.Job, network: Network, train: Manifest, global_batch: int, replicas: int) -> None:
-    """Build what is cheap to build, so that what every rank would refuse is refused before there is a run folder."""
-    data = job.data
-    Sampler(train.counts, train.block, data.lanes, global_batch, data.window, job.seed).check(replicas)
+def with_built_in(job: config.Job) -> config.Job:
+    """The job with "digits" replaced by the folders that it is packed into, on first use."""
+    paths = {part: f"{BUILT_IN_FOLDER}/{part}" for part in ("train", "test") if getattr(job.data, part) == BUILT_IN}
+    if paths and not (Path(BUILT_IN_FOLDER) / "train" / "manifest.json").exists():
+        pack(BUILT_IN, BUILT_IN_FOLDER)
+    return replace(job, data=replace(job.data, **paths))
+
+
+def with_lanes_of(found: Checkpoint, start: Start) -> Start:
+    """The lanes stay those of the checkpoint where the job names none and the batch is the same."""
+    same = not start.job.data.lanes and found.info["global_batch"] == start.global_batch
+    return changed(start, lanes=found.info["lanes"]) if same else start
+
+
+def try_out(start: Start, replicas: int) -> None:
+    """Build what is cheap to build: what every rank would refuse is refused before the run folder is touched."""
+    job, data, train = start.job, start.job.data, start.train
+    Sampler(train.counts, train.block, start.lanes, start.global_batch, data.window, job.seed).check(replicas)
     AUGMENTATIONS[data.augment](job.seed, train.shape, np.dtype(train.dtype), 0)
-    models.graph(job, network, train.network_shape)
+    models.graph(job, start.network, train.network_shape)
 
 
 def check_loss(job: config.Job, train: Manifest) -> None:

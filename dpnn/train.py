@@ -32,10 +32,13 @@ from dpnn.strategies.base import Strategy
 STRATEGIES = {"allreduce": Allreduce}
 
 
-def train(world: World, job_path: str | None, overrides: Sequence[str], resume: str | None) -> int:
+def train(
+    world: World, request: StopRequest, job_path: str | None, overrides: Sequence[str], resume: str | None
+) -> int:
     """Train the network of a job file on all ranks of `world`; the exit code.
 
-    `resume`: None starts a new run; a run folder goes on from its newest checkpoint, "" the job's newest run.
+    `request`: of this rank, to stop. `resume`: None starts a new run; a run folder goes on from its newest checkpoint,
+    "" the job's newest run.
     """
     found: Checkpoint | None = None
 
@@ -44,16 +47,15 @@ def train(world: World, job_path: str | None, overrides: Sequence[str], resume: 
         start, found = prepare(job_path, overrides, resume, world.size)
         return start
 
-    with StopRequest() as request:
-        start = world.first(first)
-        world.claim = RunFolder(start.folder).claim
-        world.timeout_s = start.job.parallel.timeout_s
-        training = Training(world, start, found)
-        found = None  # its memory isn't needed any more
-        try:
-            return training.run(request)
-        finally:
-            training.journal.close()
+    start = world.first(first)
+    world.claim = RunFolder(start.folder).claim
+    world.timeout_s = start.job.parallel.timeout_s
+    training = Training(world, start, found)
+    found = None  # its memory isn't needed any more
+    try:
+        return training.run(request)
+    finally:
+        training.journal.close()
 
 
 class Training:
@@ -68,25 +70,34 @@ class Training:
         # Data: the order of samples, and which of them this replica takes.
         options = job.data
         self.sampler = sampler = Sampler(
-            start.train.counts, start.train.block, options.lanes, start.global_batch, options.window, job.seed
+            start.train.counts, start.train.block, start.lanes, start.global_batch, options.window, job.seed
         )
         sampler.check(mesh.replicas)
-        world.agree(checked(partial(check_shards, options.train, start.train, mesh.replica, mesh.replicas)))
-        self.total_steps = job.train.steps or job.train.epochs * sampler.steps
+        for folder, manifest in ((options.train, start.train), (options.test, start.test)):
+            if manifest:
+                world.agree(checked(partial(check_shards, folder, manifest, mesh.replica, mesh.replicas)))
 
-        # The network, and its parameters: drawn alike on every rank, or those of the checkpoint.
+        # Where the run stands: `at` counts steps of today's size from the first epoch on, until `end`.
+        self.epoch, self.step, self.steps = start.epoch, start.step, start.steps
+        self.at = start.epoch * sampler.steps + start.step
+        self.end = job.train.epochs * sampler.steps or self.at + job.train.steps - start.steps
+        self.total_steps = start.steps + max(0, self.end - self.at)
+
+        # The network, and its parameters, drawn or those of the checkpoint: the first replica's, on all.
         self.model = model = Model(job, start.network, start.train.network_shape, mesh.part, world.threads())
         segments = merge(
             [Segment(piece.offset, piece.end, piece.spec.decay, piece.spec.statistic) for piece in model.store.pieces]
         )
         self.optimizer = Optimizer(job.optimizer, segments, model.store.params, model.store.grads)
-        self.rate = schedule(job.schedule, job.optimizer.lr, self.sampler.steps, self.total_steps)
-        model.store.draw(job.seed)
+        self.rate = schedule(job.schedule, job.optimizer.lr, sampler.steps, self.end)
+        if mesh.replica == 0:
+            model.store.draw(job.seed)
         if found is not None:
             model.store.fill(model.store.params, found.params, "the checkpoint")
             for name, flat in self.optimizer.state.items():
                 model.store.fill(flat, found.optimizer.get(name, {}), "the checkpoint")
-        for flat in (model.store.params, *self.optimizer.state.values()):
+        state = self.optimizer.state.values() if start.steps else ()
+        for flat in (model.store.params, *state):
             share(mesh.data, flat, limit_s)
 
         # The strategy, and the two plans: a training step, and a forward pass over held-out samples.
@@ -95,7 +106,7 @@ class Training:
         self.strategy: Strategy = strategy(mesh, model.store, self.optimizer, job.optimizer.clip, limit_s)
         training = model.training(job, rows)
         held_out = model.evaluation(rows) if start.test and job.train.eval_every else None
-        sum_over = partial(BucketReducer, mesh.data, limit_s=limit_s)
+        sum_over = partial(BucketReducer, mesh.data, limit_s=limit_s, what="BatchNorm statistics")
         self.executor = model.executor(training, sum_over, self.strategy)
         self.evaluator = None
         if held_out and start.test:
@@ -103,10 +114,9 @@ class Training:
             evaluation = model.executor(held_out)
             self.evaluator = Evaluator(mesh, evaluation, job.data.test, start.test, mean, std, limit_s)
 
-        # What the run tells, and where it stands.
+        # What the run tells.
         self.folder = RunFolder(start.folder)
         self.journal = Journal(self.folder, self.total_steps, first=world.rank == 0)
-        self.epoch, self.step, self.steps = start.epoch, start.step, start.steps
 
     def run(self, request: StopRequest) -> int:
         """Take the steps that are left; the exit code. Collective, as is all below."""
@@ -117,23 +127,29 @@ class Training:
         loader = Loader(
             job.data.train, self.start.train, sampler, mesh.replica, mesh.replicas,
             augment=job.data.augment, dtype=self.model.dtype, window_mb=job.data.window_mb,
-            start=(self.epoch, self.step), last=divmod(self.total_steps - 1, sampler.steps),
+            start=(self.epoch, self.step), last=divmod(self.end - 1, sampler.steps), limit_s=job.parallel.timeout_s,
         )  # fmt: skip
+        if not loader.pooled:
+            self.journal.event(
+                "single_samples",
+                f"windows of {loader.window_mb:,.0f} MB are more than data.window_mb = {job.data.window_mb:g}: "
+                "samples are read one by one, slower and without their checksum",
+            )
         try:
-            while self.steps < self.total_steps:
+            while self.at < self.end:
                 samples += self._take_step(loader, request)
-                last = self.steps == self.total_steps
+                last = self.at == self.end
+                if self.strategy.stop or last or self.steps % every == 0:
+                    self._save()
                 if self.evaluator and (last or self._ends_period()):
                     scores = self.evaluator.run()
                     epoch = self.epoch + (self.step > 0)
                     self.journal.scores(str(scores), epoch, self.steps, **asdict(scores))
-                if self.strategy.stop or last or self.steps % every == 0:
-                    self._save()
                 if self.strategy.stop:
                     break
         finally:
             loader.close()
-        code = 0 if self.steps == self.total_steps else Stopped.exit_code
+        code = 0 if self.at >= self.end else Stopped.exit_code
         self.journal.end(self.steps, samples, perf_counter() - begin, code)
         return code
 
@@ -143,7 +159,7 @@ class Training:
         begin = perf_counter()
         batch = loader.next()
         read = perf_counter()
-        strategy.rate, strategy.stop = self.rate(self.steps), request.asked
+        strategy.rate, strategy.stop = self.rate(self.at), request.asked
         total = sampler.total(self.step)
         counts = sampler.micro(self.step, mesh.replica, mesh.replicas, self.job.parallel.microbatches)
         try:
@@ -154,7 +170,8 @@ class Training:
         self.steps += 1
         took = Took(perf_counter() - begin, read - begin, strategy.wait_s, strategy.update_s)
         self.journal.step(self.epoch + 1, self.steps, strategy.loss, strategy.rate, total, took)
-        self.epoch, self.step = divmod(self.epoch * sampler.steps + self.step + 1, sampler.steps)
+        self.at += 1
+        self.epoch, self.step = divmod(self.at, sampler.steps)
         return total
 
     def _ends_period(self) -> bool:
@@ -186,13 +203,13 @@ class Training:
             f"{self.sampler.samples:,} samples, {self.total_steps} steps of {start.global_batch}",
             mpi=library.version(), ranks=world.size, replicas=self.mesh.replicas, parts=self.mesh.parts,
             parameters=graph.n_params, seed=job.seed, backend=backends, threads=job.backend.threads or world.threads(),
-            global_batch=start.global_batch, lanes=job.data.lanes, from_step=self.steps,
+            global_batch=start.global_batch, lanes=start.lanes, from_step=self.steps,
         )  # fmt: skip
         for name in start.damaged:
             self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {name}", path=name)
         if self.steps:
             left = f"going on at epoch {self.epoch + 1}, step {self.steps + 1}"
-            if self.steps >= self.total_steps:
+            if self.at >= self.end:
                 left = f"all {self.total_steps} steps are taken; set train.epochs or train.steps higher to go on"
             self.journal.event("resumed", left, step=self.steps)
 

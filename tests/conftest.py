@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from dpnn.comm.launch import command, sweep
+from dpnn.comm.launch import command, session_folder, sweep
 
 ROOT = Path(__file__).parents[1]
 STARTS_MPI = {"mpirun", "start_mpirun"}
@@ -82,6 +82,16 @@ def shared_path(world, tmp_path: Path) -> Path:
     return world.comm.bcast(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def _handlers_come_back() -> Iterator[None]:
+    """A command that a test calls in its own process handles signals to the end; what it starts inherits that."""
+    handled = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in handled}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 class Program:
     """A program that runs in a session of its own, with its output in files, so that nothing can block it.
 
@@ -103,7 +113,13 @@ class Program:
                 stdout=stdout if terminal is None else terminal,
                 stderr=stderr,
                 cwd=cwd,
-                env={**inherited, "PYTHONPATH": str(ROOT), **env, "DPNN_TEST": self._mark},
+                env={
+                    **inherited,
+                    **session_folder(str(folder)),
+                    "PYTHONPATH": str(ROOT),
+                    **env,
+                    "DPNN_TEST": self._mark,
+                },
                 start_new_session=True,
             )
 

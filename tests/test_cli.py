@@ -70,3 +70,27 @@ def test_a_mistyped_command_is_told_with_its_usage(capsys, arguments, told):
     stderr = capsys.readouterr().err
     assert stderr.startswith("usage: dpnn")
     assert told in stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ([], "the following arguments are required"),
+        (["trian", "job.toml"], "invalid choice: 'trian'"),
+        (["train", "job.toml", "--resumee"], "unrecognized arguments: --resumee"),
+        (["pack", "digits", "data"], "dpnn: pack runs in one process; launch takes train and eval"),
+    ],
+)
+def test_launch_refuses_a_wrong_command_once_and_starts_nothing(command, told):
+    line = [sys.executable, "-m", "dpnn", "launch", "-n", "3", *command]
+    ended = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.count(told) == 1
+    assert ended.stdout == ""
+
+
+def test_pack_under_a_launcher_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    assert cli.main(["pack", "digits", str(tmp_path)]) == 2
+    assert "Open MPI's mpirun started 3 processes, and pack runs in one" in capsys.readouterr().err

@@ -15,6 +15,7 @@ def test_the_place_of_the_true_class_is_the_number_of_better_ones():
 def test_of_several_labels_the_best_placed_counts():
     labels = np.array([[1, 1, 0], [0, 0, 1], [1, 1, 0]], np.uint8)
     assert n_better(SCORES, labels).tolist() == [0, 2, 1]
+    assert n_better(np.array([[1.0, 3.0, 3.0]]), np.array([[0, 1, 1]])).tolist() == [0]
 
 
 def test_a_sample_without_labels_is_never_right():
@@ -27,8 +28,8 @@ def test_a_score_that_is_not_a_number_is_never_right(label):
     assert n_better(scores, np.array([label]))[0] >= 1
 
 
-def test_equal_scores_count_as_right():
-    assert n_better(np.ones((1, 4)), np.array([2])).tolist() == [0]
+def test_a_network_that_gives_all_classes_one_score_is_never_right():
+    assert n_better(np.ones((2, 4)), np.array([2, 0])).tolist() == [3, 3]
 
 
 def test_scores_print_shares_in_per_cent():

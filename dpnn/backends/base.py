@@ -28,10 +28,6 @@ Array = NDArray[Any]
 Mode = Literal["train", "eval"]
 
 
-class NotSuitable(Exception):
-    """A backend doesn't compute this node; the next one in the list is asked."""
-
-
 @dataclass
 class Step:
     """What ops read that changes from step to step."""
@@ -120,7 +116,7 @@ class Backend(Protocol):
         ...
 
     def build(self, group: Group, slot: Slot, mode: Mode) -> Op:
-        """The op of a group in a slot. In mode "eval" `backward` is never called. NotSuitable for a layer unknown here.
+        """The op of one of this backend's groups in a slot. In mode "eval" `backward` is never called.
 
         The forward of a group with `forward_view`, and the backward of one with `backward_view`, is never called. What
         backward needs (`d_output`, `d_input`) may be asked of the slot only in mode "train" for nodes that need a

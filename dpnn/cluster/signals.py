@@ -7,22 +7,21 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Remembers that one of the signals came. Used as a context manager: the handlers before it come back at the end.
+    """Remembers, from when it is made to the end of the process, that one of the signals came.
 
     A second SIGINT interrupts at once. The other signals may well come twice (from the batch system and from the
-    launcher), so they only ask again.
+    launcher, also when the run has stopped already), so they only ask again.
     """
 
     def __init__(self) -> None:
         self.asked = False
+        for number in SIGNALS:
+            signal.signal(number, self._ask)
 
-    def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def settle(self) -> None:
+        """How the run ends is settled: a signal that comes now can't change the exit code any more."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # Python's end gives back the default for any other handler
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -55,6 +56,12 @@ def launch(n: int, args: Sequence[str], program: Sequence[str] = _DPNN) -> int:
     """
     line = command(n, args, program)
     print(shlex.join(line), flush=True)
+    with tempfile.TemporaryDirectory(prefix="dpnn-", ignore_cleanup_errors=True) as folder:
+        return _run(line, folder)
+
+
+def _run(line: list[str], folder: str) -> int:
+    """Run mpirun, with `folder` for its own files, until it and all its ranks have ended."""
     mark = secrets.token_hex(8)
     mpirun: subprocess.Popen[bytes] | None = None
     asked = 0
@@ -76,7 +83,7 @@ def launch(n: int, args: Sequence[str], program: Sequence[str] = _DPNN) -> int:
     for number in (number for number, handler in handlers.items() if handler != signal.SIG_IGN):
         signal.signal(number, stop)
     try:
-        mpirun = _spawn(line, mark)
+        mpirun = _spawn(line, mark, folder)
         if asked:
             mpirun.send_signal(signal.SIGUSR1)  # asked for while it was starting
         passing = threading.Thread(target=_pass_on, args=(mpirun.stderr,), daemon=True)
@@ -90,6 +97,14 @@ def launch(n: int, args: Sequence[str], program: Sequence[str] = _DPNN) -> int:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return code if code >= 0 else 128 - code
+
+
+def session_folder(folder: str) -> dict[str, str]:
+    """The environment in which Open MPI (5, 4) keeps its session in `folder`.
+
+    In the common place a job can meet what a killed one has left under the same number, and doesn't start.
+    """
+    return {"PRTE_MCA_prte_tmpdir_base": folder, "OMPI_MCA_orte_tmpdir_base": folder}
 
 
 def sweep(name: str, value: str) -> None:
@@ -129,8 +144,8 @@ def _options(mpirun: str) -> list[str]:
     return options
 
 
-def _spawn(line: list[str], mark: str) -> "subprocess.Popen[bytes]":
-    environ = {**os.environ, _MARK: mark}
+def _spawn(line: list[str], mark: str, folder: str) -> "subprocess.Popen[bytes]":
+    environ = {**os.environ, _MARK: mark, **session_folder(folder)}
     environ.pop("DPNN_TERMINAL", None)
     if sys.stdout.isatty():
         # The ranks can't tell: to them stdout is a pipe, or a terminal that Open MPI made up.

@@ -30,9 +30,8 @@ class Mesh:
                 f"use parts = {', '.join(map(str, fits))}, or a number of ranks that {parts} divides"
             )
         self.parts = parts
-        self.limit_s = world.timeout_s
         self.replicas = world.size // parts
         self.replica, self.part = divmod(world.rank, parts)
-        with deadline(self.limit_s, "splitting the world into replicas and parts", world.fail):
+        with deadline(world.timeout_s, "splitting the world into replicas and parts", world.fail):
             self.data: MPI.Comm = world.comm.Split(self.part, self.replica)
             self.model: MPI.Comm = world.comm.Split(self.replica, self.part)

@@ -19,7 +19,9 @@ class BucketReducer:
     between pieces of work is what hides the communication behind them.
     """
 
-    def __init__(self, comm: "MPI.Comm", flat: "np.ndarray[Any, np.dtype[Any]]", limit_s: float) -> None:
+    def __init__(
+        self, comm: "MPI.Comm", flat: "np.ndarray[Any, np.dtype[Any]]", limit_s: float, what: str = "gradients"
+    ) -> None:
         """Collective over `comm`. `flat`: 1-D, contiguous, float32 or float64, kept; `limit_s` bounds each wait.
 
         TypeError or ValueError where `flat` is something else, RankError where a rank doesn't come.
@@ -34,7 +36,7 @@ class BucketReducer:
         self._limit_s = limit_s
         self._pending: deque[MPI.Request] = deque()
         self._sum, self._in_place = MPI.SUM, MPI.IN_PLACE
-        self._whom = f"the sum of the gradients over {comm.size} replicas"
+        self._whom = f"the sum of the {what} over {comm.size} ranks"
         self._comm, duplicated = comm.Idup()
         wait(duplicated.Test, f"{comm.size} replicas to prepare their sums", limit_s)
 

@@ -88,10 +88,10 @@ class World:
         """This rank's share of its node's cores, at least 1: a core that k ranks may run on counts as 1/k."""
         return self._threads
 
-    def first(self, make: Callable[[], T], limit_s: float | None = None) -> T:
+    def first(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, on every rank (pickled: for set-up only). Collective.
 
-        Where `make` raises a DpnnError, every rank raises it. The others wait `limit_s` seconds, or `timeout_s`.
+        Where `make` raises a DpnnError, every rank raises it.
         """
         value: T | None = None
         refused: DpnnError | None = None
@@ -100,7 +100,7 @@ class World:
                 value = make()
             except DpnnError as error:
                 refused = error
-        value, refused = self._broadcast((value, refused), 0, limit_s or self.timeout_s)
+        value, refused = self._broadcast((value, refused), 0, self.timeout_s)
         if refused is not None:
             self._raise_agreed(refused)
         return value

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, NamedTuple
 
@@ -28,7 +28,8 @@ from dpnn.errors import DataError, JobError
 
 Array = NDArray[Any]
 
-_BUFFERS = 3
+_NO_LABELS, _NO_LISTS = np.empty(0, np.int32), Lists(np.zeros(1, np.int64), np.empty(0, np.int32))
+_POOLS, _BUFFERS = 2, 3
 _AT_ONCE_NBYTES = 1 << 20
 """Small batches are made several at a time, up to this size: threads that take turns for each cost more than it."""
 _PATIENCE_S = 10.0
@@ -91,6 +92,7 @@ class Loader:
         window_mb: float = 2048,
         start: tuple[int, int] = (0, 0),
         last: tuple[int, int] | None = None,
+        limit_s: float | None = None,
     ) -> None:
         if manifest.kind != "raw":
             raise DataError(
@@ -100,10 +102,10 @@ class Loader:
             raise DataError(f"step {start[1]} of an epoch of {sampler.steps} steps: these are not the data of that run")
         if augment not in AUGMENTATIONS:
             raise JobError(f"data.augment = {augment!r} is none of {', '.join(AUGMENTATIONS)}")
-        sampler.check(replicas)
         self.sampler, self._manifest, self._lanes = sampler, manifest, sampler.owned(replica, replicas)
         self._start = start if start[1] < sampler.steps else (start[0] + 1, 0)
         self._last = last or (math.inf, 0)
+        self._folder, self._limit_s = folder, limit_s
         rows = sampler.max_rows(replicas)
         stored = np.dtype(manifest.dtype)
         self._channels_first = len(manifest.shape) == 3
@@ -113,20 +115,24 @@ class Loader:
         rows *= self._at_once
         self._augment = AUGMENTATIONS[augment](sampler.seed, manifest.shape, stored, rows)
         self._staged = np.empty((rows, *manifest.shape), stored)
-        label_shape = (rows, manifest.num_classes) if manifest.labels == "multi" else (rows,)
+        self._multi = manifest.labels == "multi"
+        label_shape = (rows, manifest.num_classes) if self._multi else (rows,)
         self._buffers = [
             (
                 np.empty((rows, *manifest.network_shape), dtype),
-                np.empty(label_shape, np.uint8 if manifest.labels == "multi" else np.int32),
+                np.empty(label_shape, np.uint8 if self._multi else np.int32),
                 np.empty(rows, np.uint64),
             )
             for _ in range(_BUFFERS)
         ]
-        width = len(self._lanes) * min(sampler.window, sampler.longest)
-        pooled = width * manifest.sample_nbytes <= window_mb * 2**20
         # At both ends of its window a lane may touch a block that is its neighbour's as well.
+        width = len(self._lanes) * min(sampler.window, sampler.longest)
         slots = min(sampler.samples, width + 2 * len(self._lanes) * (sampler.block - 1))
-        self._pools = [np.empty((slots, *manifest.shape), stored) if pooled else None for _ in range(2)]
+        self.window_mb = _POOLS * slots * manifest.sample_nbytes / 2**20
+        """MiB that whole windows take."""
+        self.pooled = self.window_mb <= window_mb
+        """Whether windows are read whole; else samples are read one by one."""
+        self._pools = [np.empty((slots, *manifest.shape), stored) if self.pooled else None for _ in range(_POOLS)]
         self._reader, self._sample_reader = ShardReader(folder, manifest), ShardReader(folder, manifest)
 
         self._closing = False
@@ -149,7 +155,13 @@ class Loader:
     def next(self) -> Batch:
         """The next batch, waiting for it. Raises what a thread of the loader raised."""
         if self._failure is None:
-            batch = self._batches.get()
+            try:
+                batch = self._batches.get(timeout=self._limit_s)
+            except Empty:
+                batch = DataError(
+                    f"no batch came from {self._folder} for {self._limit_s:g} s: its file system doesn't answer, or is "
+                    "much too slow; try again, or raise parallel.timeout_s"
+                )
             if isinstance(batch, Batch):
                 return batch
             self._failure = batch
@@ -236,9 +248,7 @@ class Loader:
             ids[lo:hi] = index.ids[first:end]
             if samples is not None:
                 self._read_run(shard, first, samples[lo:hi])
-        labels: Labels = np.empty(0, np.int32)
-        if parts:
-            labels = Lists.join(parts) if isinstance(parts[0], Lists) else np.concatenate(parts)
+        labels: Labels = Lists.join([_NO_LISTS, *parts]) if self._multi else np.concatenate([_NO_LABELS, *parts])
         return _Loaded(window, pool, samples, labels, ids, self._augment.draw(ids, epoch), epoch, steps)
 
     def _read_run(self, shard: int, first: int, out: Array) -> None:

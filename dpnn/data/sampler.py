@@ -99,7 +99,6 @@ class Sampler:
         self.counts = np.array(counts, np.int64)
         self.shard_blocks = np.concatenate(([0], np.cumsum(-(-self.counts // block))))
         """int64[shards + 1]: the number of each shard's first block."""
-        self._rows: dict[tuple[bool, int, int], int] = {}
         self._micro: dict[tuple[bool, int, int, int], list[tuple[int, int]]] = {}
 
     def check(self, replicas: int) -> None:
@@ -121,13 +120,6 @@ class Sampler:
     def total(self, step: int) -> int:
         """Samples of a step on all replicas together."""
         return min(self.global_batch, self.samples - step * self.global_batch)
-
-    def rows(self, step: int, replica: int, replicas: int) -> int:
-        """Samples of a step on one replica."""
-        key = (step == self.steps - 1, replica, replicas)
-        if key not in self._rows:
-            self._rows[key] = int(self._replica_rows(step, replicas)[replica])
-        return self._rows[key]
 
     def max_rows(self, replicas: int) -> int:
         """The most samples of a step that any replica can have."""

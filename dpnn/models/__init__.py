@@ -51,7 +51,7 @@ def build(name: str, classes: int, shape: Shape, options: Mapping[str, Any]) -> 
     network = model(classes, shape, **_check(name, model, options))
     if not isinstance(network, Layer | Chain | Branches):
         raise JobError(f"model.name = {name!r} returned a {type(network).__name__}, not a Chain, Branches or a layer")
-    return network
+    return _plain(network)
 
 
 def graph(job: config.Job, network: Network, shape: Shape) -> Graph:
@@ -59,6 +59,15 @@ def graph(job: config.Job, network: Network, shape: Shape) -> Graph:
     if job.train.loss == "softmax":
         return Graph(network, shape, SoftmaxCrossEntropy(smoothing=job.train.label_smoothing))
     return Graph(network, shape, SigmoidCrossEntropy(), labels=(job.model.classes,))
+
+
+def _plain(network: Network) -> Network:
+    """The same network in our own classes: other ranks don't have those of a user's file."""
+    if isinstance(network, Chain):
+        return Chain(*map(_plain, network.parts), name=network.name)
+    if isinstance(network, Branches):
+        return Branches(*map(_plain, network.branches), join=network.join, name=network.name)
+    return network
 
 
 def _load(name: str) -> Model:

@@ -37,8 +37,8 @@ class Conv(Layer):
     def params(self, *shapes: Shape) -> dict[str, ParamSpec]:
         size = pair(self.size)
         channels = shapes[0][0] // self.groups
-        fan_in, fan_out = channels * math.prod(size), self.filters // self.groups * math.prod(size)
-        specs = {"weight": ParamSpec((self.filters, channels, *size), "he", fan_in, fan_out, decay=True)}
+        fan_in = channels * math.prod(size)
+        specs = {"weight": ParamSpec((self.filters, channels, *size), "he", fan_in, decay=True)}
         if self.bias:
             specs["bias"] = ParamSpec((self.filters,), "zeros")
         return specs

@@ -21,7 +21,7 @@ class Dense(Layer):
 
     def params(self, *shapes: Shape) -> dict[str, ParamSpec]:
         (channels,) = shapes[0]
-        specs = {"weight": ParamSpec((self.units, channels), "he", channels, self.units, decay=True)}
+        specs = {"weight": ParamSpec((self.units, channels), "he", channels, decay=True)}
         if self.bias:
             specs["bias"] = ParamSpec((self.units,), "zeros")
         return specs

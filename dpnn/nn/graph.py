@@ -115,7 +115,7 @@ class Graph:
             source = self._add(Fork(readers=len(part.branches)), f"{name}.fork", (source,), training_only)
         ends = []
         for i, child in enumerate(part.branches):
-            own = child.name or f"branch{i + 1}"
+            own = checked_name(child) or f"branch{i + 1}"
             path = _join(name, own)
             if heads is not None and i == 0:
                 # The first branch is the network going on: heads at its side leave its names as they were.
@@ -138,7 +138,7 @@ class Graph:
         """A name for a part of a chain: its own, or its kind and a counter (`conv1`, `conv2`, `relu1`)."""
         kind = _kind(part)
         self._counts[scope, kind] += 1
-        return part.name or f"{kind}{self._counts[scope, kind]}"
+        return checked_name(part) or f"{kind}{self._counts[scope, kind]}"
 
     def _layer(self, layer: Layer, name: str, source: int, training_only: bool) -> int:
         if isinstance(layer, BatchNorm) and layer.sync:
@@ -167,6 +167,13 @@ class Graph:
         )
         self._nodes.append(node)
         return node.index
+
+
+def checked_name(part: Network) -> str:
+    """A part's own name; JobError where it can't be a part of longer names and of paths in a checkpoint."""
+    if "." in part.name or "/" in part.name:
+        raise JobError(f"{part.name!r} is not a name for a layer: it has a dot or a slash; use a dash or an underscore")
+    return part.name
 
 
 def _kind(part: Network) -> str:

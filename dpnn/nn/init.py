@@ -5,7 +5,6 @@ in. A shard of a parameter draws only its own piece.
 """
 
 import math
-from collections.abc import Callable
 from hashlib import blake2b
 from typing import Any
 
@@ -27,22 +26,17 @@ def draw(
 ) -> NDArray[Any]:
     """The numbers [lo, hi) of the flattened initial values of the parameter `name`, as dtype[hi - lo].
 
-    "he" is normal with the variance 2 / fan_in (He et al. 2015), "xavier" uniform in +-sqrt(6 / (fan_in + fan_out))
-    (Glorot and Bengio 2010). Computed in float64, then rounded to `dtype`.
+    "he" is normal with the variance 2 / fan_in (He et al. 2015). Computed in float64, then rounded to `dtype`.
     """
     hi = math.prod(spec.shape) if hi is None else hi
     if spec.draw in ("zeros", "ones"):
         return np.full(hi - lo, spec.draw == "ones", dtype)
-    distribution: Callable[[NDArray[np.uint64]], NDArray[np.float64]]
-    if spec.draw == "he":
-        distribution, scale = _normal, math.sqrt(2 / spec.fan_in)
-    else:
-        distribution, scale = _uniform, math.sqrt(6 / (spec.fan_in + spec.fan_out))
+    scale = math.sqrt(2 / spec.fan_in)
     stream = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little")
     values = np.empty(hi - lo, dtype)
     for start in range(lo // _LANE * _LANE, hi, _BLOCK):
         stop = min(start + _BLOCK, -(-hi // _LANE) * _LANE)
-        block = scale * distribution(words(stop - start, seed, stream, start=start))
+        block = scale * _normal(words(stop - start, seed, stream, start=start))
         first, last = max(lo, start), min(hi, stop)
         values[first - lo : last - lo] = block[first - start : last - start]
     return values
@@ -53,8 +47,3 @@ def _normal(word: NDArray[np.uint64]) -> NDArray[np.float64]:
     radius = np.sqrt(-2 * np.log(((word >> np.uint64(32)) + 0.5) * 2.0**-32))
     angle = (word & np.uint64(0xFFFFFFFF)) * (2 * np.pi * 2.0**-32)
     return np.asarray(radius * np.cos(angle), np.float64)
-
-
-def _uniform(word: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """One number a word, uniform in [-1, 1)."""
-    return np.asarray((word >> np.uint64(11)) * 2.0**-52 - 1, np.float64)

@@ -10,14 +10,14 @@ from typing import ClassVar, Literal
 from dpnn.errors import JobError
 
 Shape = tuple[int, ...]
-Draw = Literal["he", "xavier", "zeros", "ones"]
+Draw = Literal["he", "zeros", "ones"]
 
 
 @dataclass(frozen=True)
 class ParamSpec:
     """One parameter of a layer.
 
-    `fan_in` and `fan_out` scale the draws "he" and "xavier". `decay` says whether weight decay applies. Where
+    `fan_in` scales the draw "he". `decay` says whether weight decay applies. Where
     `statistic` isn't 0 (a running mean or variance) the parameter is not trained: its "gradient" is the row-weighted
     value of the batch, and once a step it becomes (1 - statistic) * itself + statistic * gradient.
     """
@@ -25,7 +25,6 @@ class ParamSpec:
     shape: Shape
     draw: Draw
     fan_in: int = 1
-    fan_out: int = 1
     decay: bool = False
     statistic: float = 0.0
 

@@ -1,5 +1,6 @@
 """The run folder: where one run keeps everything that it writes."""
 
+import itertools
 import os
 import re
 from pathlib import Path
@@ -29,12 +30,26 @@ class RunFolder:
                     f"output.dir = {wanted!r} holds a run already; go on with --resume, or name another folder"
                 )
         else:
-            taken = [int(path.name.rpartition("-")[2]) for path in cls._numbered(name)]
-            folder = cls(Path("runs") / f"{name}-{max(taken, default=0) + 1:03d}")
+            folder = cls._next(name)
         try:
             folder.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise JobError(f"the run folder {folder.path} can't be made ({error.strerror}); set output.dir") from error
+        return folder
+
+    @classmethod
+    def _next(cls, name: str) -> "RunFolder":
+        """The next free number, made at once: two jobs that start together get two folders."""
+        newest = [int(path.name.rpartition("-")[2]) for path in cls._numbered(name)[-1:]]
+        for number in itertools.count(max(newest, default=0) + 1):
+            folder = cls(Path("runs") / f"{name}-{number:03d}")
+            try:
+                folder.path.mkdir(parents=True)
+                break
+            except FileExistsError:
+                continue
+            except OSError:
+                break
         return folder
 
     @classmethod
@@ -56,7 +71,8 @@ class RunFolder:
     @staticmethod
     def _numbered(name: str) -> list[Path]:
         numbered = re.compile(re.escape(name) + r"-\d+")
-        return sorted(path for path in Path("runs").glob("*") if numbered.fullmatch(path.name))
+        found = [path for path in Path("runs").glob("*") if numbered.fullmatch(path.name)]
+        return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
     def write_job(self, text: str) -> None:
         """Keep the job as it runs from now on."""

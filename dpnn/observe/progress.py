@@ -4,6 +4,8 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, TextIO
@@ -61,10 +63,11 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line that stays; it stands above the live line."""
-        if self._live is None:
-            print(text, file=self._out, flush=True)
-        else:
-            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        with self._unharmed():
+            if self._live is None:
+                print(text, file=self._out, flush=True)
+            else:
+                self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Show the last step, and leave the line where it is."""
@@ -80,10 +83,22 @@ class Progress:
         text = self._text(*self._last, now)
         self._last, self._samples = None, 0
         self._shown, self._due = now, now + self._period
-        if self._live is None:
-            print(text, file=self._out, flush=True)
-        else:
-            self._live.update(_one_line(text), refresh=True)
+        with self._unharmed():
+            if self._live is None:
+                print(text, file=self._out, flush=True)
+            else:
+                self._live.update(_one_line(text), refresh=True)
+
+    @contextmanager
+    def _unharmed(self) -> Iterator[None]:
+        """Where the output takes no more (its reader is gone, its disk is full) the run goes on, in silence."""
+        try:
+            yield
+        except OSError:
+            self._live = None
+            self._out = open(os.devnull, "w")  # noqa: SIM115
+            if sys.stdout is not None and sys.stdout.fileno() == 1:
+                os.dup2(self._out.fileno(), 1)  # what is still in the buffer would fail again at the end
 
     def _text(self, epoch: int, step: int, loss: float, rate: float, now: float) -> str:
         interval = max(now - self._shown, 1e-9)

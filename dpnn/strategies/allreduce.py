@@ -29,8 +29,8 @@ class Allreduce:
         self._told = np.zeros(2)  # loss, requests to stop
         self._norm = np.zeros(1)  # sum of squares of the gradient, over the parts of a replica
         self._gradients = BucketReducer(mesh.data, store.grads, limit_s)
-        self._telling = BucketReducer(mesh.data, self._told, limit_s)
-        self._norms = BucketReducer(mesh.model, self._norm, limit_s)
+        self._telling = BucketReducer(mesh.data, self._told, limit_s, "losses")
+        self._norms = BucketReducer(mesh.model, self._norm, limit_s, "norms")
 
     def begin(self) -> None:
         """Nothing is under way: `finish` has waited for all."""

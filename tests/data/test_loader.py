@@ -57,7 +57,7 @@ def test_batches_equal_a_direct_computation(write_folder, window_mb, shape, dtyp
                 x = (x.astype(np.float64) - data.manifest.mean) / data.manifest.std
                 if len(shape) == 3:
                     x = x.transpose(0, 3, 1, 2)
-                assert batch.rows == len(ids) == sampler.rows(batch.step, replica, 4)
+                assert batch.rows == len(ids) == sampler.micro(batch.step, replica, 4, 1)[0][0]
                 assert np.array_equal(batch.x, x)
                 assert np.array_equal(batch.labels, labels)
                 assert np.array_equal(batch.ids, ids)
@@ -245,8 +245,6 @@ def test_impossible_arguments_are_refused(write_folder):
         Loader(data.folder, data.manifest, sampler, augment="crop-flip")
     with pytest.raises(JobError, match=r"data.augment = 'swirl' is none of none, crop-flip"):
         Loader(data.folder, data.manifest, sampler, augment="swirl")
-    with pytest.raises(JobError, match=r"data.lanes = 6 is less than the 7 replicas"):
-        Loader(data.folder, data.manifest, sampler, 0, 7)
     with pytest.raises(DataError, match=rf"step 99 of an epoch of {sampler.steps} steps: these are not the data"):
         Loader(data.folder, data.manifest, sampler, start=(0, 99))
 
@@ -256,3 +254,26 @@ def test_encoded_samples_are_refused_by_name(write_folder):
     manifest = type("Encoded", (), {"kind": "encoded", "codec": "jpeg"})
     with pytest.raises(DataError, match="holds samples encoded as 'jpeg', which this dpnn can't decode"):
         Loader(data.folder, manifest, sampler_of(data))
+
+
+def test_a_file_system_that_does_not_answer_is_an_error_in_time(write_folder, monkeypatch):
+    data = write_folder()
+    held = threading.Event()
+    monkeypatch.setattr(loader_module.ShardReader, "read_blocks", lambda *args: held.wait(30))
+    with Loader(data.folder, data.manifest, sampler_of(data), limit_s=0.2) as loader:
+        with pytest.raises(DataError, match=rf"no batch came from {data.folder} for 0.2 s: its file system"):
+            loader.next()
+        held.set()
+
+
+def test_the_limit_of_memory_is_that_of_both_pools(write_folder):
+    data = write_folder()
+    sampler = sampler_of(data)
+    with Loader(data.folder, data.manifest, sampler) as loader:
+        assert loader.pooled
+        needed = loader.window_mb
+        assert sum(pool.nbytes for pool in loader._pools) == pytest.approx(needed * 2**20)
+    with Loader(data.folder, data.manifest, sampler, window_mb=needed * 0.999) as loader:
+        assert not loader.pooled
+    with Loader(data.folder, data.manifest, sampler, window_mb=needed) as loader:
+        assert loader.pooled

@@ -48,7 +48,7 @@ def test_every_sample_comes_once_an_epoch_on_any_number_of_replicas(sampler, rep
     assert steps == [global_batch(sampler, epoch, step) for step in range(sampler.steps)]
     assert [len(step) for step in steps] == [sampler.total(step) for step in range(sampler.steps)]
     assert all(len(step) == sampler.global_batch for step in steps[:-1])
-    rows = [[sampler.rows(s, r, replicas) for r in range(replicas)] for s in range(sampler.steps)]
+    rows = [[sampler.micro(s, r, replicas, 1)[0][0] for r in range(replicas)] for s in range(sampler.steps)]
     assert rows == [[len(batch(sampler, epoch, s, r, replicas)) for r in range(replicas)] for s in range(sampler.steps)]
     assert sampler.max_rows(replicas) == max(map(max, rows))
 
@@ -106,7 +106,7 @@ def test_micro_batches_cut_every_replicas_rows_alike(sampler, replicas, microbat
     for step in {0, sampler.steps - 1}:
         counts = [sampler.micro(step, replica, replicas, microbatches) for replica in range(replicas)]
         for replica, mine in enumerate(counts):
-            n = sampler.rows(step, replica, replicas)
+            n = sampler.micro(step, replica, replicas, 1)[0][0]
             cuts = [n * m // microbatches for m in range(microbatches + 1)]
             assert [rows for rows, _ in mine] == np.diff(cuts).tolist()
         for m in range(microbatches):

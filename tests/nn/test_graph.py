@@ -212,3 +212,10 @@ def test_every_output_with_a_gradient_has_one_reader_that_sends_it(seed):
             assert all(reader.inputs[position] == node.index for reader, position in network.readers(node))
         assert len({node.name for node in network.nodes}) == len(network.nodes)
         assert not network.nodes[network.output].training_only
+
+
+@pytest.mark.parametrize("name", ["a/b", "a.b"])
+def test_a_name_that_would_be_a_path_is_refused(name):
+    for network in (Chain(ReLU(name=name)), Branches(Chain(ReLU(), name=name), Chain(), join=Add())):
+        with pytest.raises(JobError, match=f"'{name}' is not a name for a layer"):
+            Graph(network, (3, 4, 4), SoftmaxCrossEntropy())

@@ -48,14 +48,14 @@ def test_the_shape_of_the_output(layer: nn.Layer, shapes: list[nn.Shape], out: n
 
 def test_the_parameters_of_a_convolution() -> None:
     specs = nn.Conv(6, (3, 2), groups=3).params((9, 8, 8))
-    assert specs["weight"] == nn.ParamSpec((6, 3, 3, 2), "he", fan_in=18, fan_out=12, decay=True)
+    assert specs["weight"] == nn.ParamSpec((6, 3, 3, 2), "he", fan_in=18, decay=True)
     assert specs["bias"] == nn.ParamSpec((6,), "zeros")
     assert list(nn.Conv(6, 3, bias=False).params((9, 8, 8))) == ["weight"]
 
 
 def test_the_parameters_of_a_dense_layer() -> None:
     specs = nn.Dense(5).params((7,))
-    assert specs["weight"] == nn.ParamSpec((5, 7), "he", fan_in=7, fan_out=5, decay=True)
+    assert specs["weight"] == nn.ParamSpec((5, 7), "he", fan_in=7, decay=True)
     assert specs["bias"] == nn.ParamSpec((5,), "zeros")
     assert list(nn.Dense(5, bias=False).params((7,))) == ["weight"]
 

@@ -25,6 +25,18 @@ def test_runs_of_one_job_are_numbered():
     assert str(RunFolder.existing("", "digits").path) == "runs/digits-003"
 
 
+def test_after_999_runs_the_newest_is_still_the_newest():
+    for number in (998, 999, 1000):
+        Path(f"runs/digits-{number}").mkdir(parents=True)
+        Path(f"runs/digits-{number}/job.toml").write_text("")
+    assert str(RunFolder.existing("", "digits").path) == "runs/digits-1000"
+    assert str(RunFolder.create("", "digits").path) == "runs/digits-1001"
+
+
+def test_two_jobs_that_start_together_get_two_folders():
+    assert RunFolder.create("", "digits").path != RunFolder.create("", "digits").path
+
+
 def test_a_folder_that_holds_a_run_is_not_written_over():
     RunFolder.create("my run", "digits").write_job("seed = 0\n")
     with pytest.raises(JobError, match="'my run' holds a run already"):

@@ -99,7 +99,7 @@ def test_eval_of_data_that_do_not_fit(trained, tags, capfd, messages, setting, c
 
 def test_the_built_in_digits(python, tmp_path):
     """Packed where they aren't yet; settings on the command line; a folder with a space; another working folder."""
-    text = '[data]\ntrain = "digits"\n[model]\nname = "lenet"\nkernel = 3\nfilters = [4]\n'
+    text = '[data]\ntrain = "digits"\ntest = "digits"\n[model]\nname = "lenet"\nkernel = 3\nfilters = [4]\n'
     (tmp_path / "first job").write_text(text + "[train]\nsteps = 9\nglobal_batch = 64\n[optimizer]\nlr = 0.05\n")
     line = ("-m", "dpnn", "train", "first job", "--set", "output.dir=my runs/one", "--set", "model.dense=32")
     ended = python(*line, cwd=tmp_path)
@@ -129,7 +129,7 @@ def test_the_job_that_a_run_keeps_is_the_job_that_it_ran(trained, tmp_path, iden
     """job.toml has every value written out; trained again from it, the run is the same."""
     folder = trained(2)
     job = config.load(str(folder / "job.toml"))
-    assert job.data.lanes == 16
+    assert job.data.lanes == 0
     assert job.model.classes == 5
     assert config.parse(job.dump()) == job
     again = tmp_path / "again"

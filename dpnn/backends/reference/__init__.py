@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import DTypeLike
 
-from dpnn.backends.base import Group, Mode, NotSuitable, Op, Slot
+from dpnn.backends.base import Group, Mode, Op, Slot
 from dpnn.backends.reference.conv import ConvOp
 from dpnn.backends.reference.dense import DenseOp
 from dpnn.backends.reference.join import AddOp, ConcatOp, ForkOp, ViewOp
@@ -66,9 +66,6 @@ class Reference:
         ]
 
     def build(self, group: Group, slot: Slot, mode: Mode) -> Op:
-        """The op of a group; NotSuitable for a layer that isn't in the table."""
-        node = group.nodes[0]
-        op = _OPS.get(type(node.layer))
-        if op is None:
-            raise NotSuitable(f"{node.name}: the reference backend doesn't compute {type(node.layer).__name__}")
-        return op(node, slot, mode)
+        """The op of one of the groups that `groups` made."""
+        (node,) = group.nodes
+        return _OPS[type(node.layer)](node, slot, mode)
