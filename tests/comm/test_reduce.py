@@ -102,7 +102,7 @@ def test_a_replica_that_stays_away_is_a_rank_error(world):
     sums = BucketReducer(world.comm, flat, 0.2)
     if world.rank == 0:
         sums.start(0, 3)
-        with pytest.raises(RankError, match=r"waited 0\.2 s for the sum of the gradients over 2 replicas"):
+        with pytest.raises(RankError, match=r"waited 0\.2 s for the sum of the gradients over 2 ranks"):
             sums.finish()
     world.comm.barrier()
     if world.rank == 1:
