@@ -46,7 +46,7 @@ class Benchmark:
         parser.add_argument("--json", metavar="FILE", help="write the rows, with machine and versions")
         options = parser.parse_args()
         self.quick: bool = options.quick
-        self._json: str | None = options.json
+        self._json: Path | None = Path(options.json).resolve() if options.json else None
         self._name, self._packages = name, packages
         self.rows: list[Row] = []
         print(f"{'case':<40} {'ours':>10} {'peer':>10} {'unit':<9} {'peer is':<24} {'ratio':>6} {'goal':>5}")
@@ -86,7 +86,7 @@ class Benchmark:
             "versions": versions(self._packages),
             "rows": [asdict(row) for row in self.rows],
         }
-        Path(self._json).write_text(json.dumps(report, indent=1) + "\n")
+        self._json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def alternate(calls: Sequence[Callable[[], object]], repeat: int) -> list[float]:
