@@ -90,12 +90,12 @@ class Training:
         )
         self.optimizer = Optimizer(job.optimizer, segments, model.store.params, model.store.grads)
         self.rate = schedule(job.schedule, job.optimizer.lr, sampler.steps, self.end)
-        if mesh.replica == 0:
-            model.store.draw(job.seed)
         if found is not None:
             model.store.fill(model.store.params, found.params, "the checkpoint")
             for name, flat in self.optimizer.state.items():
                 model.store.fill(flat, found.optimizer.get(name, {}), "the checkpoint")
+        elif mesh.replica == 0:
+            model.store.draw(job.seed)
         state = self.optimizer.state.values() if start.steps else ()
         for flat in (model.store.params, *state):
             share(mesh.data, flat, limit_s)

@@ -1,5 +1,6 @@
 """Losses, in float64: the mean over the step's samples, of which each micro-batch gives its rows' part."""
 
+from abc import ABC, abstractmethod
 from typing import TypeVar
 
 import numpy as np
@@ -12,7 +13,7 @@ from dpnn.nn.loss import SigmoidCrossEntropy, SoftmaxCrossEntropy
 S = TypeVar("S", SoftmaxCrossEntropy, SigmoidCrossEntropy)
 
 
-class LossOp(LayerOp[S]):
+class LossOp(LayerOp[S], ABC):
     """Scores x (N, K) and labels -> y (); backward starts here, so there is no dy."""
 
     def __init__(self, node: Node, slot: Slot, mode: Mode) -> None:
@@ -29,13 +30,13 @@ class LossOp(LayerOp[S]):
         if self.dx is not None:
             self.dx[: self.step.rows] = self.gradient(*self._read()) * self._scale()
 
+    @abstractmethod
     def losses(self, scores: Array, labels: Array) -> Array:
         """Numbers whose sum is the loss."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gradient(self, scores: Array, labels: Array) -> Array:
         """The derivative of that sum by the scores, (rows, K)."""
-        raise NotImplementedError
 
     def _read(self) -> tuple[Array, Array]:
         return self.x[: self.step.rows].astype(np.float64), self.labels[: self.step.rows]

@@ -4,6 +4,7 @@ Sums over the batch are taken in float64: in float32 a large mean would leave li
 """
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, TypeVar
 
 import numpy as np
@@ -37,7 +38,7 @@ class ChannelOp(LayerOp[L]):
         return vector.astype(dtype or self.x.dtype).reshape(-1, *(1,) * (self.x.ndim - 2))
 
 
-class NormalizeOp(ChannelOp[N]):
+class NormalizeOp(ChannelOp[N], ABC):
     """BatchNorm and BatchNormalize alike; they differ in whose mean and variance they take, and in dx."""
 
     m: int
@@ -74,13 +75,13 @@ class NormalizeOp(ChannelOp[N]):
         """The normalised input, (rows, C, ...)."""
         return (self.x[: self.step.rows] - self.spread(self.mean)) * self.spread(self.r)
 
+    @abstractmethod
     def moments(self) -> tuple[Array, Array, int]:
         """Mean and (biased) variance of each channel, float64 (C,), and over how many numbers; zeros over none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward_x(self, dy: Array, z: Array, d_weight: Array, d_bias: Array) -> None:
         """What goes back to the inputs, from the micro-batch's own gradients of weight and bias, float64 (C,)."""
-        raise NotImplementedError
 
 
 class BatchNormOp(NormalizeOp[BatchNorm]):
