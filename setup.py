@@ -1,8 +1,9 @@
 """What dpnn is called, needs and installs. How its tools are set up stands in pyproject.toml."""
 
+import platform
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 REQUIRES = [
     "mpi4py>=4.1",  # messages between ranks; finds the MPI library of a wheel or of the cluster when it is imported
@@ -11,6 +12,7 @@ REQUIRES = [
     "msgspec>=0.18",  # job files and manifests: typed, checked, and quick to read
     "rich>=13",  # the live line on a terminal
     "isal>=1.6",  # CRC-32 at 10 GB/s, which zlib's 3 GB/s would make slower than a cached read
+    "onednn-cpu-gomp>=2023.2; platform_machine == 'x86_64'",  # oneDNN, the CPU's convolutions; needs only libgomp
     "threadpoolctl>=3.2",  # a rank's share of the cores, for the BLAS inside NumPy
 ]
 EXTRAS = {
@@ -29,6 +31,24 @@ EXTRAS = {
 }
 
 here = Path(__file__).parent
+
+# The CPU kernels, once for each instruction set; the one that fits is chosen at run time (dpnn/native.py). They are plain
+# C libraries, loaded by ctypes. Without a compiler dpnn installs all the same, and computes on its slow reference.
+FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wno-psabi"]
+VARIANTS: dict[str, list[str]] = {"baseline": []}
+if platform.machine() == "x86_64":
+    VARIANTS |= {"avx2": ["-mavx2", "-mfma"], "avx512": ["-march=x86-64-v4"]}
+KERNELS = [
+    Extension(
+        f"dpnn.kernels._cpu_{name}",
+        sources=sorted(str(file.relative_to(here)) for file in (here / "kernels").glob("*.c")),
+        depends=["kernels/cpu.h"],
+        extra_compile_args=[*FLAGS, *flags],
+        extra_link_args=["-fopenmp", "-lm"],
+        optional=True,
+    )
+    for name, flags in VARIANTS.items()
+]
 setup(
     name="dpnn",
     version="0.1.0",
@@ -43,6 +63,7 @@ setup(
     extras_require=EXTRAS,
     packages=[*find_packages(include=["dpnn", "dpnn.*"]), "dpnn.kernels"],
     package_dir={"dpnn.kernels": "kernels"},
-    package_data={"dpnn": ["py.typed"], "dpnn.kernels": ["*.cu", "*.cuh", "*.h"]},
+    package_data={"dpnn": ["py.typed"], "dpnn.kernels": ["*.cu", "*.cuh", "*.c", "*.h"]},
+    ext_modules=KERNELS,
     entry_points={"console_scripts": ["dpnn = dpnn.cli:main"]},
 )

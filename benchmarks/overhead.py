@@ -82,7 +82,7 @@ def step_times(world: World, steps: int) -> list[float]:
     Path("job.toml").write_text(JOB.format(steps=steps))
     prepared, _ = prepare("job.toml", (), None, 1)
     with (
-        mock.patch("dpnn.evaluate.choose_backends", return_value=[NullBackend()]),
+        mock.patch("dpnn.evaluate.choose_backends", return_value=([NullBackend()], "")),
         mock.patch("dpnn.train.Optimizer", NullOptimizer),
     ):
         training = Stamped(world, prepared, None)

@@ -108,9 +108,9 @@ class Parallel(Table, frozen=True, kw_only=True):
 
 
 class Backend(Table, frozen=True, kw_only=True):
-    """[backend]: how layers are computed. float64 is for checking."""
+    """[backend]: how layers are computed. float64 is for checking, on the reference only."""
 
-    name: Literal["auto", "reference"] = "auto"
+    name: Literal["auto", "onednn", "reference"] = "auto"
     threads: CountOr0 = 0
     """0: the rank's share of the node's cores."""
     precision: Literal["float32", "float64"] = "float32"

@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 
 from dpnn import checkpoint, config, models
 from dpnn.backends.base import Backend
+from dpnn.backends.onednn import OneDNN, Unavailable
 from dpnn.backends.reference import Reference
 from dpnn.checkpoint import Checkpoint
 from dpnn.comm.mesh import Mesh
@@ -26,10 +27,9 @@ from dpnn.data import Loader, Manifest, Sampler
 from dpnn.errors import DataError, JobError
 from dpnn.nn import Network, Shape
 from dpnn.plan import Arena, Executor, Layout, Placement, Plan, Store, Strategy, Sum, compile_plan
+from dpnn.team import Team
 
 Array = NDArray[Any]
-BACKENDS = {"reference": Reference}
-"""By name, the fastest first: with "auto" they are asked in this order."""
 MOST_ROWS = 64
 """Samples of one evaluation batch, where training doesn't take fewer."""
 
@@ -55,7 +55,9 @@ class Model:
 
     def __init__(self, job: config.Job, network: Network, shape: Shape, part: int, threads: int) -> None:
         self.graph = models.graph(job, network, shape)
-        self.backends = choose_backends(job.backend, threads)
+        self.team = Team(job.backend.threads or threads)
+        self.backends, self.note = choose_backends(job.backend, self.team)
+        self.kernels = self.backends[0].kernels if isinstance(self.backends[0], OneDNN) else None
         self.dtype = self.backends[0].dtype
         self.nodes = Placement.whole(self.graph).nodes(self.graph, part)
         self.store = Store(self.nodes, self.dtype)
@@ -85,11 +87,28 @@ class Model:
         return layout
 
 
-def choose_backends(options: config.Backend, threads: int) -> list[Backend]:
-    """The backends to ask, best first, each on this rank's share of the node's cores."""
-    threadpool_limits(options.threads or threads)
-    names = BACKENDS if options.name == "auto" else (options.name,)
-    return [BACKENDS[name](np.dtype(options.precision)) for name in names]
+def choose_backends(options: config.Backend, team: Team) -> tuple[list[Backend], str]:
+    """The backends to ask, best first, each on the rank's threads; and a line on why not the best.
+
+    The reference comes last: it computes what the others decline. JobError where the one asked for can't be had.
+    """
+    threadpool_limits(team.size)
+    reference = Reference(np.dtype(options.precision))
+    if options.name == "reference":
+        return [reference], ""
+    if options.precision != "float32":
+        if options.name == "onednn":
+            raise JobError(
+                f'backend.precision = "{options.precision}" is not among what backend.name = "onednn" computes in; '
+                'use "float32", or backend.name = "reference"'
+            )
+        return [reference], ""
+    try:
+        return [OneDNN(team), reference], ""
+    except Unavailable as error:
+        if options.name == "onednn":
+            raise JobError(f'backend.name = "onednn": {error}') from error
+        return [reference], f"computing on the reference backend, which is slow: {error}"
 
 
 class Evaluator:

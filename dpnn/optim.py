@@ -2,7 +2,7 @@
 
 An optimizer walks the flat arrays of parameters and gradients in blocks that stay in the cache, by a table of
 segments. Every number is updated by itself, in the arrays' own type, so the walk may be cut anywhere without changing
-a bit. With g the gradient times the scale of clipping, plus weight decay times p where the segment decays:
+a bit: the rank's threads each take a run of them. With g the gradient times the scale of clipping, plus weight decay times p where the segment decays:
     sgd        p -= rate g
     momentum   m = momentum m + g;  p -= rate m                     as PyTorch's SGD
     nesterov   m = momentum m + g;  p -= rate (g + momentum m)      likewise
@@ -13,12 +13,15 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpnn import config
+from dpnn.native import Kernels
+from dpnn.team import Team
 
 Array = NDArray[Any]
 
@@ -61,10 +64,15 @@ def merge(segments: Iterable[Segment]) -> tuple[Segment, ...]:
 class Optimizer:
     """Updates `params` from `grads`, two flat arrays of n numbers that `segments` cover from 0 to n.
 
+    Each thread of `team` takes a run of them; in float32 `kernels`, where given, do it in one pass over memory.
+
     `state` holds what is kept from step to step, flat arrays as long as `params`, by name: "momentum", or nothing.
     """
 
-    def __init__(self, options: config.Optimizer, segments: Iterable[Segment], params: Array, grads: Array) -> None:
+    def __init__(
+        self, options: config.Optimizer, segments: Iterable[Segment], params: Array, grads: Array, team: Team,
+        kernels: Kernels | None = None,
+    ) -> None:
         # Without weight decay a decaying segment is like any other: fewer, longer segments are faster.
         decays = options.weight_decay != 0
         self._segments = merge(replace(segment, decay=segment.decay and decays) for segment in segments)
@@ -76,16 +84,28 @@ class Optimizer:
         self._params, self._grads = params, grads
         self.state: dict[str, Array] = {name: np.zeros_like(params) for name in STATES[options.name]}
         self._momentum = self.state.get("momentum")
-        self._scratch = (np.empty(_BLOCK, params.dtype), np.empty(_BLOCK, params.dtype))
+        self._team = team
+        self._kernels = kernels if params.dtype == np.float32 else None
+        self._scratch = np.empty((team.size, 2, _BLOCK), params.dtype)
         self._wide = np.empty(_BLOCK, np.float64)
 
     def apply(self, lo: int, hi: int, rate: float, scale: float = 1.0) -> None:
         """Update params[lo:hi]. `scale` multiplies the gradients (clipping); they are left as they are."""
+        if self._kernels is not None:
+            self._apply(lo, hi, rate, scale, 0)
+            return
+        runs = self._team.cut(hi - lo, least=_BLOCK)
+        self._team.run(
+            [[partial(self._apply, lo + run.start, lo + run.stop, rate, scale, i)] for i, run in enumerate(runs)]
+        )
+
+    def _apply(self, lo: int, hi: int, rate: float, scale: float, thread: int) -> None:
+        scratch = self._scratch[thread]
         for segment, start, end in self._pieces(lo, hi):
             if segment.statistic:
-                self._average(start, end, segment.statistic)
+                self._average(start, end, segment.statistic, scratch)
             else:
-                self._descend(start, end, rate, scale, segment.decay)
+                self._descend(start, end, rate, scale, segment.decay, scratch)
 
     def sum_of_squares(self, lo: int, hi: int) -> float:
         """Of the trained gradients in [lo, hi), added up in float64."""
@@ -110,19 +130,26 @@ class Optimizer:
                 break
             yield segment, max(lo, segment.lo), min(hi, segment.hi)
 
-    def _average(self, lo: int, hi: int, share: float) -> None:
+    def _average(self, lo: int, hi: int, share: float, scratch: Array) -> None:
         for at in range(lo, hi, _BLOCK):
-            p, new = self._params[at : min(at + _BLOCK, hi)], self._scratch[0][: min(_BLOCK, hi - at)]
+            p, new = self._params[at : min(at + _BLOCK, hi)], scratch[0, : min(_BLOCK, hi - at)]
             np.multiply(self._grads[at : at + new.size], share, out=new)
             np.multiply(p, 1.0 - share, out=p)
             np.add(p, new, out=p)
 
-    def _descend(self, lo: int, hi: int, rate: float, scale: float, decay: bool) -> None:
+    def _descend(self, lo: int, hi: int, rate: float, scale: float, decay: bool, scratch: Array) -> None:
         options, momentum = self._options, self._momentum
+        if self._kernels is not None:
+            self._kernels.bind(
+                "descend", hi - lo, self._params[lo:hi], self._grads[lo:hi],
+                None if momentum is None else momentum[lo:hi], rate, scale, options.weight_decay if decay else 0.0,
+                options.momentum, options.nesterov,
+            )()  # fmt: skip
+            return
         for at in range(lo, hi, _BLOCK):
             end = min(at + _BLOCK, hi)
             p, g = self._params[at:end], self._grads[at:end]
-            changed, work = self._scratch[0][: end - at], self._scratch[1][: end - at]
+            changed, work = scratch[:, : end - at]
             if scale != 1.0:
                 g = np.multiply(g, scale, out=changed)
             if decay:

@@ -88,7 +88,7 @@ class Training:
         segments = merge(
             [Segment(piece.offset, piece.end, piece.spec.decay, piece.spec.statistic) for piece in model.store.pieces]
         )
-        self.optimizer = Optimizer(job.optimizer, segments, model.store.params, model.store.grads)
+        self.optimizer = Optimizer(job.optimizer, segments, model.store.params, model.store.grads, model.team, model.kernels)
         self.rate = schedule(job.schedule, job.optimizer.lr, sampler.steps, self.end)
         if found is not None:
             model.store.fill(model.store.params, found.params, "the checkpoint")

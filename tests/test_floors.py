@@ -13,7 +13,7 @@ FLOORS = {
     room: floor
     for floor, rooms in enumerate(
         [
-            ("errors", "config", "philox"),
+            ("errors", "config", "philox", "team"),
             ("nn", "backends", "comm", "data"),
             ("models", "plan", "optim"),
             ("strategies", "checkpoint", "observe"),

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dpnn import config, optim
 from dpnn.optim import Optimizer, Segment, merge, schedule
+from dpnn.team import Team
 
 Array = NDArray[Any]
 
@@ -57,7 +58,7 @@ def test_three_steps_follow_the_formulas(kind: str, scale: float):
     options = KINDS[kind]
     params = numbers(0, "float64")
     grads = np.empty_like(params)
-    optimizer = Optimizer(options, SEGMENTS, params, grads)
+    optimizer = Optimizer(options, SEGMENTS, params, grads, Team(2))
     p, m = params.copy(), np.zeros(N)
     for step in range(3):
         grads[:] = numbers(step + 1, "float64")
@@ -74,7 +75,7 @@ def test_updates_equal_those_of_pytorch(kind: str):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: updates are held to the formulas only")
     options = KINDS[kind]
     params, grads = numbers(0, "float64"), np.empty(N)
-    optimizer = Optimizer(options, [Segment(0, N, True, 0.0)], params, grads)
+    optimizer = Optimizer(options, [Segment(0, N, True, 0.0)], params, grads, Team(2))
     theirs = torch.nn.Parameter(torch.from_numpy(params.copy()))
     sgd = torch.optim.SGD(
         [theirs],
@@ -96,7 +97,7 @@ def test_updates_equal_those_of_pytorch(kind: str):
 def test_any_split_gives_the_same_bits(cuts: list[int], kind: str, reverse: bool):
     def steps(bounds: list[tuple[int, int]]) -> tuple[bytes, list[bytes]]:
         params, grads = numbers(0), numbers(1)
-        optimizer = Optimizer(KINDS[kind], SEGMENTS, params, grads)
+        optimizer = Optimizer(KINDS[kind], SEGMENTS, params, grads, Team(2))
         for rate in (0.1, 0.07):
             for lo, hi in bounds:
                 optimizer.apply(lo, hi, rate, 0.7)
@@ -108,7 +109,7 @@ def test_any_split_gives_the_same_bits(cuts: list[int], kind: str, reverse: bool
 
 def test_gradients_are_left_as_they_are():
     grads = numbers(1)
-    optimizer = Optimizer(KINDS["nesterov"], SEGMENTS, numbers(0), grads)
+    optimizer = Optimizer(KINDS["nesterov"], SEGMENTS, numbers(0), grads, Team(2))
     optimizer.apply(0, N, 0.1, 0.5)
     optimizer.sum_of_squares(0, N)
     assert np.array_equal(grads, numbers(1))
@@ -116,7 +117,7 @@ def test_gradients_are_left_as_they_are():
 
 def test_nothing_outside_the_slice_is_touched():
     params = numbers(0)
-    optimizer = Optimizer(KINDS["momentum"], SEGMENTS, params, numbers(1))
+    optimizer = Optimizer(KINDS["momentum"], SEGMENTS, params, numbers(1), Team(2))
     optimizer.apply(70_050, 299_500, 0.1)
     untouched = np.r_[0:70_050, 299_500:N]
     assert np.array_equal(params[untouched], numbers(0)[untouched])
@@ -126,7 +127,7 @@ def test_nothing_outside_the_slice_is_touched():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_allocates_no_arrays(kind: str):
-    optimizer = Optimizer(KINDS[kind], SEGMENTS, numbers(0), numbers(1))
+    optimizer = Optimizer(KINDS[kind], SEGMENTS, numbers(0), numbers(1), Team(2))
     optimizer.apply(0, N, 0.1, 0.5)
     tracemalloc.start()
     try:
@@ -140,7 +141,7 @@ def test_a_step_allocates_no_arrays(kind: str):
 
 def test_the_norm_is_of_the_trained_gradients_in_float64():
     grads = np.full(N, 1e25, np.float32)  # its square is no float32
-    optimizer = Optimizer(KINDS["sgd"], SEGMENTS, numbers(0), grads)
+    optimizer = Optimizer(KINDS["sgd"], SEGMENTS, numbers(0), grads, Team(2))
     assert optimizer.sum_of_squares(0, N) == pytest.approx(TRAINED * float(grads[0]) ** 2, rel=1e-12)
     assert optimizer.sum_of_squares(TRAINED - 10, N) == pytest.approx(10 * float(grads[0]) ** 2, rel=1e-12)
     assert optimizer.sum_of_squares(5, 5) == 0.0

@@ -44,18 +44,44 @@ class Step:
     """Whether this is the step's first micro-batch: parameter gradients are assigned, not added to."""
 
 
+Edge = tuple[int, int]
+"""(index of the reading node, position of the input)."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Nodes that a backend computes in one op, in topological order.
 
+    Only the last node is read from outside the group; what passes between its nodes has no buffer in the plan.
+
     `forward_view`: the output is the first input's buffer, seen with the output's shape; nothing is computed.
     `backward_view`: the gradient of the first input is the gradient of the output, likewise.
+    `in_place`: the gradient of this input is written over the gradient of the output (of a Fork, its first reader's).
     """
 
     nodes: tuple[Node, ...]
     backend: "Backend"
     forward_view: bool = False
     backward_view: bool = False
+    in_place: Edge | None = None
+
+    @property
+    def inputs(self) -> list[tuple[Node, int]]:
+        """The edges that enter the group."""
+        inside = {node.index for node in self.nodes}
+        return [(node, i) for node in self.nodes for i, source in enumerate(node.inputs) if source not in inside]
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that an op wants beside its activations and gradients.
+
+    `kept` lasts from forward to backward; `forward` and `backward` are scratch of one call each.
+    """
+
+    kept: int = 0
+    forward: int = 0
+    backward: int = 0
 
 
 class Slot(Protocol):
@@ -81,6 +107,10 @@ class Slot(Protocol):
 
     def d_input(self, node: Node, position: int = 0) -> Array | None:
         """Where `node` writes the gradient by its input number `position`; None where nobody wants it."""
+        ...
+
+    def room(self, group: Group) -> tuple[Array, Array, Array]:
+        """The bytes that the backend asked for: kept, forward, backward (uint8, aligned to a cache line)."""
         ...
 
     def param(self, node: Node, role: str) -> Array:
@@ -110,9 +140,16 @@ class Backend(Protocol):
     name: str
     dtype: np.dtype[Any]
     """The type it computes in, and that parameters and gradients have."""
+    channels_last: bool
+    """Whether it wants images to lie as NHWC in memory. Arrays have the shape (N, C, H, W) either way: the order in
+    memory is a matter of their strides. A plan follows the first of its backends; all others take what comes."""
 
     def groups(self, nodes: Sequence[Node], mode: Mode) -> list[Group]:
         """The groups of those of `nodes` that this backend computes, in topological order; it leaves out the others."""
+        ...
+
+    def room(self, group: Group, rows: int, mode: Mode) -> Room:
+        """What the op of one of this backend's groups wants, for at most `rows` rows."""
         ...
 
     def build(self, group: Group, slot: Slot, mode: Mode) -> Op:

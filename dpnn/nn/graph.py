@@ -32,6 +32,7 @@ class Node:
     name: str
     layer: Layer
     inputs: tuple[int, ...]
+    input_shapes: tuple[Shape, ...]
     shape: Shape
     params: tuple[Param, ...]
     needs_grad: bool
@@ -160,6 +161,7 @@ class Graph:
             name=name,
             layer=layer,
             inputs=inputs,
+            input_shapes=shapes,
             shape=shape,
             params=params,
             needs_grad=any(p.spec.statistic == 0 for p in params) or any(self._nodes[i].needs_grad for i in inputs),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpnn.backends.base import Step
+from dpnn.backends.base import Group, Step
 from dpnn.nn.graph import Node
 from dpnn.nn.layer import Input
 from dpnn.plan.schedule import Backward, Forward, Load, Loss, Plan
@@ -21,7 +21,10 @@ Array = NDArray[Any]
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 
 Key = tuple[int, int]
-"""(node, -1): the output of a node. (node, position): the gradient by one of its inputs."""
+"""(node, -1): the output of a node. (node, position): the gradient by one of its inputs. (last node of a group, KEPT
+and so on): the bytes that its op asked for."""
+
+KEPT, FORWARD, BACKWARD = -2, -3, -4
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,11 @@ class Layout:
                 self._same[node.index, -1] = (node.inputs[0], -1)
             if group.backward_view and self.graph.readers(node):
                 self._same[node.index, 0] = self._gradient(node)
+            if group.in_place is not None and self.graph.readers(node):
+                self._same[group.in_place] = self._gradient(node)
+        self.rooms = {
+            group.nodes[-1].index: group.backend.room(group, plan.rows, plan.mode) for group in plan.groups
+        }
         self.offsets, self.nbytes = pack(self._lives(plan))
 
     def shape(self, node: Node) -> tuple[int, ...]:
@@ -91,45 +99,59 @@ class Layout:
 
     def _lives(self, plan: Plan) -> dict[Key, Life]:
         lives: dict[Key, Life] = {}
-        nodes = self.graph.nodes
-
-        def touch(node: Node, position: int, at: int) -> None:
-            source = node if position < 0 else nodes[node.inputs[position]]
-            if source.layer.collected:
-                return
-            key = self.root((node.index, position))
-            nbytes = math.prod(self.shape(source)) * self.type(source).itemsize
-            old = lives.get(key, Life(nbytes, at, at))
-            lives[key] = Life(max(old.nbytes, nbytes), min(old.first, at), max(old.last, at))
-
         end = len(plan.instructions)
         for at, instruction in enumerate(plan.instructions):
             match instruction:
                 case Load(micro, _):
                     if micro > 0:  # the micro-batches of a slot are alike: the first one's lives are all lives
                         break
-                    for index in (self.graph.images, self.graph.labels, self.graph.ids):
-                        touch(nodes[index], -1, at)
-                case Forward(group, _) | Backward(group, _):
-                    for node in plan.groups[group].nodes:
-                        touch(node, -1, at)
-                        for position, source in enumerate(node.inputs):
-                            touch(nodes[source], -1, at)
-                            if isinstance(instruction, Backward) and nodes[source].needs_grad:
-                                touch(node, position, at)
-                        if isinstance(instruction, Backward):
-                            for reader, position in self.graph.readers(node):
-                                touch(reader, position, at)
+                    touched = {(index, -1) for index in (self.graph.images, self.graph.labels, self.graph.ids)}
+                case Forward(group, _):
+                    touched = self._touched(plan.groups[group], FORWARD)
+                case Backward(group, _):
+                    touched = self._touched(plan.groups[group], BACKWARD)
                 case Loss():
-                    for index in self.graph.losses:
-                        if plan.mode == "train" or not nodes[index].training_only:
-                            touch(nodes[index], -1, at)
+                    nodes = [self.graph.nodes[index] for index in self.graph.losses]
+                    touched = {(n.index, -1) for n in nodes if plan.mode == "train" or not n.training_only}
                 case _:
-                    pass
+                    touched = set()
+            self._touch(lives, touched, at)
         if plan.mode == "eval":  # the scores and labels are read after the last instruction
-            for index in (self.graph.output, self.graph.labels):
-                touch(nodes[index], -1, end)
+            self._touch(lives, {(self.graph.output, -1), (self.graph.labels, -1)}, end)
         return lives
+
+    def _touched(self, group: Group, direction: int) -> set[Key]:
+        """The buffers that the op of a group reads or writes, forward or backward."""
+        last = group.nodes[-1]
+        keys = {(last.index, -1), (last.index, KEPT), (last.index, direction)}
+        for node, position in group.inputs:
+            source = self.graph.nodes[node.inputs[position]]
+            keys.add((source.index, -1))
+            if direction == BACKWARD and source.needs_grad:
+                keys.add((node.index, position))
+        if direction == BACKWARD:
+            keys.update((reader.index, position) for reader, position in self.graph.readers(last))
+        return keys
+
+    def _touch(self, lives: dict[Key, Life], keys: set[Key], at: int) -> None:
+        for key in keys:
+            nbytes = self._nbytes(key)
+            if nbytes:
+                root = self.root(key)
+                old = lives.get(root, Life(nbytes, at, at))
+                lives[root] = Life(max(old.nbytes, nbytes), min(old.first, at), max(old.last, at))
+
+    def _nbytes(self, key: Key) -> int:
+        """How large a buffer is; 0 for what doesn't lie in the arena."""
+        index, position = key
+        node = self.graph.nodes[index]
+        if position < -1:
+            room = self.rooms[index]
+            return {KEPT: room.kept, FORWARD: room.forward, BACKWARD: room.backward}[position]
+        source = node if position < 0 else self.graph.nodes[node.inputs[position]]
+        if source.layer.collected:
+            return 0
+        return math.prod(self.shape(source)) * self.type(source).itemsize
 
 
 def pack(lives: dict[Key, Life]) -> tuple[dict[Key, int], int]:
@@ -185,6 +207,16 @@ class Buffers:
         source = self._layout.graph.nodes[node.inputs[position]]
         return self._array((node.index, position), source) if source.needs_grad else None
 
+    def room(self, group: Group) -> tuple[Array, Array, Array]:
+        """The bytes that the group's backend asked for."""
+        index = group.nodes[-1].index
+        room, offsets = self._layout.rooms[index], self._layout.offsets
+        kept, forward, backward = (
+            self._arena.take(offsets.get((index, key), 0), (nbytes,), np.dtype(np.uint8))
+            for key, nbytes in ((KEPT, room.kept), (FORWARD, room.forward), (BACKWARD, room.backward))
+        )
+        return kept, forward, backward
+
     def param(self, node: Node, role: str) -> Array:
         """A parameter, as a view of the flat array."""
         return self._store.param(f"{node.name}.{role}")
@@ -197,4 +229,8 @@ class Buffers:
         if node.layer.collected:
             return self._collected[key]
         layout = self._layout
-        return self._arena.take(layout.offsets[layout.root(key)], layout.shape(node), layout.type(node))
+        offset, shape, kind = layout.offsets[layout.root(key)], layout.shape(node), layout.type(node)
+        if layout.plan.channels_last and len(shape) == 4:
+            n, c, h, w = shape
+            return self._arena.take(offset, (n, h, w, c), kind).transpose(0, 3, 1, 2)
+        return self._arena.take(offset, shape, kind)

@@ -105,6 +105,8 @@ class Plan:
     instructions: tuple[Instruction, ...]
     rows: int
     """The most samples that a micro-batch of this rank can have."""
+    channels_last: bool = False
+    """Whether images lie as NHWC in memory."""
 
     def __str__(self) -> str:
         names = [" + ".join(node.name for node in group.nodes) for group in self.groups]
@@ -146,7 +148,7 @@ def compile_plan(
         steps = _with_collections(graph, groups, steps)
         steps = _with_buckets(groups, steps, make_buckets(pieces, bucket_nbytes, backends[0].dtype.itemsize), pieces)
         steps.append(Finish())
-    return Plan(graph, mode, tuple(groups), tuple(steps), rows)
+    return Plan(graph, mode, tuple(groups), tuple(steps), rows, backends[0].channels_last)
 
 
 def choose_groups(nodes: Sequence[Node], backends: Sequence[Backend], mode: Mode) -> list[Group]:

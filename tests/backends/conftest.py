@@ -12,10 +12,13 @@ import pytest
 
 from dpnn import nn
 from dpnn.backends.base import Array, Backend, Group, Mode, Op, Step
+from dpnn.backends.onednn import OneDNN
 from dpnn.backends.reference import Reference
+from dpnn.team import Team
 
-BACKENDS: dict[str, Callable[[Any], Backend]] = {"reference": Reference}
-DTYPES = {"reference": (np.float32, np.float64)}
+ONEDNN = OneDNN(Team(2))
+BACKENDS: dict[str, Callable[[Any], Backend]] = {"reference": Reference, "onednn": lambda dtype: ONEDNN}
+DTYPES = {"reference": (np.float32, np.float64), "onednn": (np.float32,)}
 
 
 @dataclass(frozen=True)
@@ -92,23 +95,29 @@ class Bench:
             shapes = (*shapes, ())
         params = tuple(nn.Param(f"{name}.{role}", role, spec) for role, spec in layer.params(*shapes).items())
         inputs = tuple(range(len(shapes)))
-        self.node = nn.Node(len(shapes), name, layer, inputs, layer.infer(*shapes), params, True, False)
-        self.group: Group = backend.groups([self.node], mode)[0]
+        self.node = nn.Node(len(shapes), name, layer, inputs, shapes, layer.infer(*shapes), params, True, False)
+        declined = Reference(backend.dtype).groups([self.node], mode)  # as in a plan, where the next backend is asked
+        self.group: Group = (backend.groups([self.node], mode) or declined)[0]
         self.dtype, self.capacity, self.step = backend.dtype, capacity, Step()
+        self.channels_last = backend.channels_last
+        room = self.group.backend.room(self.group, capacity, mode)
+        self.rooms = [self._bytes(n) for n in (room.kept, room.forward, room.backward)]
         self.inputs = [self._room(shape, self._kind(i), self._batched(i)) for i, shape in enumerate(shapes)]
-        self.d_inputs = [np.full_like(x, np.nan) if np.issubdtype(x.dtype, np.floating) else None for x in self.inputs]
+        self.d_inputs = [self._like(x) if np.issubdtype(x.dtype, np.floating) else None for x in self.inputs]
         kind = self.dtype if layer.dtype == "float" else np.dtype(layer.dtype)
         self.output_buffer = self._room(self.node.shape, kind, layer.batched)
         readers = layer.readers if isinstance(layer, nn.Fork) else 1
-        self.dys = [np.full_like(self.output_buffer, np.nan) for _ in range(readers)]
+        self.dys = [self._like(self.output_buffer) for _ in range(readers)]
         if self.group.forward_view:
             self.output_buffer = self.inputs[0].reshape(self.output_buffer.shape)
         if self.group.backward_view:
             self.d_inputs[0] = self.dys[0].reshape(self.inputs[0].shape)
+        if self.group.in_place is not None:
+            self.d_inputs[self.group.in_place[1]] = self.dys[0]
         rng = np.random.default_rng(5)
         self.params = {p.role: rng.uniform(0.5, 1.5, p.spec.shape).astype(self.dtype) for p in params}
         self.d_params = {role: np.full_like(value, np.nan) for role, value in self.params.items()}
-        self.op: Op = backend.build(self.group, self, mode)
+        self.op: Op = self.group.backend.build(self.group, self, mode)
 
     def _kind(self, position: int) -> np.dtype[Any]:
         layer = self.node.layer
@@ -124,7 +133,22 @@ class Bench:
 
     def _room(self, shape: nn.Shape, dtype: np.dtype[Any], batched: bool) -> Array:
         nothing = np.nan if np.issubdtype(dtype, np.floating) else np.iinfo(dtype).max
+        if batched and len(shape) == 3 and self.channels_last:
+            c, h, w = shape
+            return np.full((self.capacity, h, w, c), nothing, dtype).transpose(0, 3, 1, 2)
         return np.full((self.capacity, *shape) if batched else shape, nothing, dtype)
+
+    def _like(self, array: Array) -> Array:
+        return np.full_like(array, np.nan)
+
+    def _bytes(self, n: int) -> Array:
+        """Scratch: aligned, and NaN whatever it is taken for."""
+        raw = np.full(n + 64, 255, np.uint8)
+        return raw[-raw.ctypes.data % 64 :][:n]
+
+    def room(self, group: Group) -> tuple[Array, Array, Array]:
+        kept, forward, backward = self.rooms
+        return kept, forward, backward
 
     def input(self, node: nn.Node, position: int = 0) -> Array:
         return self.inputs[position]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import DTypeLike
 
-from dpnn.backends.base import Group, Mode, Op, Slot
+from dpnn.backends.base import Group, Mode, Op, Room, Slot
 from dpnn.backends.reference.conv import ConvOp
 from dpnn.backends.reference.dense import DenseOp
 from dpnn.backends.reference.join import AddOp, ConcatOp, ForkOp, ViewOp
@@ -48,6 +48,7 @@ class Reference:
     """Each node is a group of its own; computes in float32 or float64."""
 
     name = "reference"
+    channels_last = False
 
     def __init__(self, dtype: DTypeLike = np.float32) -> None:
         self.dtype = np.dtype(dtype)
@@ -64,6 +65,10 @@ class Reference:
             for node in nodes
             if type(node.layer) in _OPS
         ]
+
+    def room(self, group: Group, rows: int, mode: Mode) -> Room:
+        """None: NumPy reserves what it needs when it needs it."""
+        return Room()
 
     def build(self, group: Group, slot: Slot, mode: Mode) -> Op:
         """The op of one of the groups that `groups` made."""

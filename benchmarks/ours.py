@@ -1,0 +1,131 @@
+"""Our side of a measurement: a network as `dpnn train` builds it, on one rank, without MPI and without a loader."""
+
+import math
+from collections import Counter
+from typing import Literal
+
+import numpy as np
+
+from dpnn import config
+from dpnn.data import Batch
+from dpnn.evaluate import Model
+from dpnn.nn import Conv, Dense, Network, Shape
+from dpnn.optim import Optimizer, Segment, merge
+
+RATE = 1e-3
+JOB = """
+[data]
+train = "random numbers"
+[model]
+name = "given"
+[train]
+steps = 1
+global_batch = {rows}
+[optimizer]
+name = "momentum"
+lr = {rate}
+momentum = 0.9
+weight_decay = 1e-4
+[backend]
+name = "auto"
+threads = {threads}
+"""
+
+
+class Alone:
+    """The strategy of a rank without others: nothing is exchanged, `finish` updates the parameters."""
+
+    def __init__(self, optimizer: Optimizer, n: int) -> None:
+        self._optimizer, self._n = optimizer, n
+
+    def begin(self) -> None:
+        """Nothing is under way."""
+
+    def open(self, lo: int, hi: int) -> None:
+        """Nobody else reads the gradients."""
+
+    def ready(self, lo: int, hi: int) -> None:
+        """Nobody waits for them."""
+
+    def poke(self) -> None:
+        """Nothing is under way."""
+
+    def tell(self, loss: float) -> None:
+        """Nobody asks."""
+
+    def finish(self) -> None:
+        """Update all parameters."""
+        self._optimizer.apply(0, self._n, RATE)
+
+
+class Ours:
+    """A network and a batch of random numbers; `step` is a training step, or (`eval`) a forward pass."""
+
+    def __init__(self, network: Network, shape: Shape, rows: int, threads: int, mode: Literal["train", "eval"]) -> None:
+        job = config.parse(JOB.format(rows=rows, rate=RATE, threads=threads))
+        self.model = model = Model(job, network, shape, 0, threads)
+        store, layout, strategy = model.store, None, None
+        if mode == "train":
+            segments = merge(Segment(p.offset, p.end, p.spec.decay, p.spec.statistic) for p in store.pieces)
+            optimizer = Optimizer(job.optimizer, segments, store.params, store.grads, model.team)
+            strategy = Alone(optimizer, store.params.size)
+            layout = model.training(job, rows)
+        else:
+            layout = model.evaluation(rows)
+        self.executor = model.executor(layout, strategy=strategy)
+        self._nbytes = layout.nbytes + (3 if strategy else 1) * store.params.nbytes
+        rng = np.random.default_rng(0)
+        for piece in store.pieces:  # as Store.draw does, but in a tenth of the time
+            param = store.param(piece.name)
+            if piece.spec.draw == "he":
+                rng.standard_normal(dtype=np.float32, out=param)
+                param *= math.sqrt(2 / piece.spec.fan_in)
+            else:
+                param[...] = piece.spec.draw == "ones"
+        x = rng.standard_normal((rows, *shape), np.float32)
+        (classes,) = model.graph.nodes[model.graph.output].shape
+        labels = rng.integers(0, classes, rows, np.int32)
+        self._step = (Batch(x, labels, np.arange(rows, dtype=np.uint64), rows, 0, 0, None), [(rows, rows)], rows)
+
+    def step(self) -> None:
+        """One step over the batch."""
+        self.executor.run(*self._step)
+
+    def scores(self, x: np.ndarray) -> np.ndarray:
+        """The network's output for other images, (rows, classes); in mode "eval"."""
+        batch, counts, total = self._step
+        self.executor.run(batch._replace(x=x), counts, total)
+        return self.executor.scores[: batch.rows]
+
+    def backends(self) -> str:
+        """Which backends compute how many of the groups, and why not the best one."""
+        found = Counter(group.backend.name for group in self.executor.plan.groups)
+        names = [f"{name} ({n} groups)" for name, n in found.items()]
+        return ", ".join([*names, self.model.note] if self.model.note else names)
+
+    def nbytes(self) -> int:
+        """What all buffers take, known before the first step."""
+        return self._nbytes
+
+    def peer_nbytes(self) -> int:
+        """About what PyTorch takes, eager and both layouts: parameters, outputs kept, and some that come and go."""
+        rows, train = self.executor.plan.rows, self.executor.plan.mode == "train"
+        # ReLU's outputs aren't kept, they are made in place; but poolings keep where their maxima were.
+        outputs = [4 * rows * math.prod(node.shape) for node in self.model.graph.nodes if node.shape]
+        # Two processes hold parameters (in training also gradients and momentum); one of them at a time takes a step.
+        held = 2 * (3 if train else 1) * self.model.store.params.nbytes
+        return held + train * sum(outputs) + 3 * max(outputs)
+
+    def multiply_adds(self) -> int:
+        """Of one training step, in convolutions and dense layers, as the direct algorithm has them.
+
+        Forward, backward by the weights, and backward by the data save where no gradient is wanted.
+        """
+        graph = self.model.graph
+        total = 0
+        for node in graph.nodes:
+            if isinstance(node.layer, Conv | Dense):
+                weight = next(param.spec.shape for param in node.params if param.role == "weight")
+                passes = 3 if graph.nodes[node.inputs[0]].needs_grad else 2
+                total += passes * math.prod(node.shape[1:]) * math.prod(weight)
+        return self.executor.plan.rows * total

@@ -1,0 +1,74 @@
+"""The fully connected layer: y = x weight^T + bias. Each thread makes its own run of units, and of inputs backward."""
+
+from functools import partial
+
+import numpy as np
+
+from dpnn.backends.base import Array, Group, Mode, Slot, put
+from dpnn.backends.onednn.op import CallsOp, Tools
+from dpnn.native import Call
+
+_LEAST = 1 << 16
+"""Numbers of the weights that are worth a thread."""
+
+
+class DenseOp(CallsOp):
+    """Dense, then ReLU and Fork, in one."""
+
+    def __init__(self, group: Group, slot: Slot, mode: Mode, tools: Tools) -> None:
+        super().__init__(group, slot, mode, tools)
+        node = group.nodes[0]
+        self.x, self.w = slot.input(node), slot.param(node, "weight")
+        biased = "bias" in {param.role for param in node.params}
+        self.bias = slot.param(node, "bias") if biased else None
+        if self.tail.trains:
+            self.dx, self.dw = slot.d_input(node), slot.d_param(node, "weight")
+            if biased:
+                self.d_bias, self.total = slot.d_param(node, "bias"), np.empty((1, node.shape[0]))
+        self.prepare()
+
+    def bind_forward(self, rows: int) -> list[Call]:
+        k, c = self.w.shape
+        x, y = self.x[:rows], self.tail.y[:rows]
+        shares = []
+        for run in self.tools.team.cut(k, least=-(-_LEAST // c)):
+            mine = slice(run.start, run.stop)
+            calls: list[Call] = [partial(np.matmul, x, self.w[mine].T, y[:, mine])]
+            if self.bias is not None:
+                calls.append(partial(np.add, y[:, mine], self.bias[mine], y[:, mine]))
+            if self.tail.relu:
+                calls.append(partial(np.maximum, y[:, mine], np.float32(0), out=y[:, mine]))
+            shares.append(calls)
+        return [partial(self.tools.team.run, shares)]
+
+    def bind_backward(self, rows: int) -> list[Call]:
+        k, c = self.w.shape
+        x, dy = self.x[:rows], self.tail.dys[0][:rows]
+        calls = self.tail.gather(rows, self.total if self.bias is not None else None)
+        if self.bias is not None:
+            calls.append(partial(put, self.d_bias, self.total[0], self.step))
+        shares = []
+        for run in self.tools.team.cut(k, least=-(-_LEAST // c)):
+            mine = slice(run.start, run.stop)
+            shares.append([partial(self._weights, dy[:, mine].T, x, self.dw[mine])])
+        calls.append(partial(self.tools.team.run, shares))
+        if self.dx is not None:
+            dx = self.dx[:rows]
+            runs = [slice(run.start, run.stop) for run in self.tools.team.cut(c, least=-(-_LEAST // k))]
+            calls.append(
+                partial(self.tools.team.run, [[partial(np.matmul, dy, self.w[:, mine], dx[:, mine])] for mine in runs])
+            )
+        return calls
+
+    def _weights(self, dy: Array, x: Array, dw: Array) -> None:
+        """dw = dy x, or += in a later micro-batch."""
+        if self.step.first:
+            np.matmul(dy, x, out=dw)
+        else:
+            dw += dy @ x
+
+    def zero_gradients(self) -> None:
+        put(self.dw, np.zeros(1, np.float32), self.step)
+        if self.bias is not None:
+            put(self.d_bias, np.zeros(1, np.float32), self.step)
+

@@ -1,0 +1,156 @@
+"""oneDNN's own convolutions: activations channels-last, filters in the layout that it asks for.
+
+The filters are reordered into scratch before each call; their gradient is reordered from there into its place.
+"""
+
+from ctypes import c_void_p
+
+import numpy as np
+
+from dpnn.backends.base import Array, Step
+from dpnn.backends.onednn.geometry import Bound, Geometry
+from dpnn.backends.onednn.library import Failed, Library, dims
+from dpnn.backends.onednn.primitive import (
+    BIAS,
+    DIFF_DST,
+    DIFF_SRC,
+    DIFF_WEIGHTS,
+    DST,
+    LINE,
+    SRC,
+    WEIGHTS,
+    Description,
+    Layouts,
+    Owned,
+    Primitive,
+    attributes,
+    reorder,
+    same,
+)
+from dpnn.native import Call
+
+_DIRECT, _TRAINING = 1, 64
+_RELU, _MULTIPLY, _ADD = 0x20, 0x1FFF1, 0x1FFF0
+_MULTIPLIER_INDEX, _SUMMAND_INDEX = 32768 * 1 + 2, 32768 * 2 + 2  # DNNL_ARG_ATTR_MULTIPLE_POST_OP(i) | SRC_1
+
+
+class Direct:
+    """Descriptions of oneDNN's convolutions of one geometry, and calls bound to arrays."""
+
+    def __init__(self, library: Library, g: Geometry) -> None:
+        self._library, self._g = library, g
+        self._layouts = Layouts(library)
+        images = ((g.n, g.c, g.h, g.w), (g.n, g.k, g.p, g.q))
+        self._x, self._y = (self._layouts.strided(s, (s[1] * s[2] * s[3], 1, s[3] * s[1], s[1])) for s in images)
+        r, s = g.size
+        shape = (g.k, g.c // g.groups, r, s) if g.groups == 1 else (g.groups, g.k // g.groups, g.c // g.groups, r, s)
+        self._shape = shape
+        self._w = self._layouts.free(shape)
+        self._canonical = self._layouts.array(np.lib.stride_tricks.as_strided(np.empty(1, np.float32), shape, _dense(shape)))
+        self._line = Owned(library, "memory_desc", library.make("memory_desc_create_with_tag", 1, dims([g.k]), 3, LINE))
+        self._window = (dims(g.stride), dims((0, 0)), dims(g.padding), dims(g.padding))
+        self._forward: dict[tuple[bool, bool, bool], Description] = {}
+
+    def forward(self, bias: bool, relu: bool, scale: bool) -> Description:
+        """y = x * w + bias, or with `scale` (x * w) scale + bias; then ReLU."""
+        key = bias, relu, scale
+        if key not in self._forward:
+            library, channel = self._library, self._layouts.strided((1, self._g.k, 1, 1), (self._g.k, 1, 1, 1))
+            operations: list[tuple[str, tuple[object, ...]]] = []
+            if scale:
+                operations += [("binary", (_MULTIPLY, channel.handle)), ("binary", (_ADD, channel.handle))]
+            if relu:
+                operations.append(("eltwise", (_RELU, 0.0, 0.0)))
+            attribute = attributes(library, operations)
+            line = self._line.handle if bias and not scale else None
+            handle = library.make(
+                "convolution_forward_primitive_desc_create", library.engine, _TRAINING, _DIRECT,
+                self._x.handle, self._w.handle, line, self._y.handle, *self._window, attribute.handle,
+            )  # fmt: skip
+            self._forward[key] = Description(library, handle)
+        return self._forward[key]
+
+    def backward_data(self) -> Description:
+        """dx from dy."""
+        library, hint = self._library, self.forward(False, False, False)
+        handle = library.make(
+            "convolution_backward_data_primitive_desc_create", library.engine, _DIRECT,
+            self._x.handle, self._w.handle, self._y.handle, *self._window, hint.owned.handle, None,
+        )  # fmt: skip
+        return Description(library, handle)
+
+    def backward_weights(self) -> Description:
+        """dw from x and dy."""
+        library, hint = self._library, self.forward(False, False, False)
+        handle = library.make(
+            "convolution_backward_weights_primitive_desc_create", library.engine, _DIRECT,
+            self._x.handle, self._w.handle, None, self._y.handle, *self._window, hint.owned.handle, None,
+        )  # fmt: skip
+        return Description(library, handle)
+
+    def bind_forward(self, room: Array, arrays: Bound) -> list[Call]:
+        """The calls of a forward convolution."""
+        scale = arrays.scale is not None
+        description = self.forward(arrays.bias is not None, arrays.relu, scale)
+        calls, w = self._filters(description, room, arrays.w)
+        arguments = [(SRC, self._x.handle, arrays.x), (DST, self._y.handle, arrays.y), w]
+        if arrays.scale is not None and arrays.bias is not None:
+            channel = self._layouts.strided((1, self._g.k, 1, 1), (self._g.k, 1, 1, 1))
+            arguments.append((_MULTIPLIER_INDEX, channel.handle, arrays.scale))
+            arguments.append((_SUMMAND_INDEX, channel.handle, arrays.bias))
+        elif arrays.bias is not None:
+            arguments.append((BIAS, self._line.handle, arrays.bias))
+        return [*calls, Primitive(description, arguments)]
+
+    def bind_backward_data(self, room: Array, arrays: Bound) -> list[Call]:
+        """The calls that make dx."""
+        description = self.backward_data()
+        calls, w = self._filters(description, room, arrays.w)
+        arguments = [(DIFF_SRC, self._x.handle, arrays.dx), (DIFF_DST, self._y.handle, arrays.dy), w]
+        return [*calls, Primitive(description, arguments)]
+
+    def bind_backward_weights(self, room: Array, arrays: Bound, step: Step) -> list[Call]:
+        """The calls that make dw."""
+        description, library = self.backward_weights(), self._library
+        layout = description.layout(DIFF_WEIGHTS)
+        dw = _enough(room, description.nbytes(DIFF_WEIGHTS))
+        arguments = [
+            (SRC, self._x.handle, arrays.x),
+            (DIFF_DST, self._y.handle, arrays.dy),
+            (DIFF_WEIGHTS, layout, dw),
+        ]
+        ends = [(SRC, layout, dw), (DST, self._canonical.handle, arrays.dw)]
+        assign, add = (Primitive(reorder(library, layout, self._canonical.handle, add), ends) for add in (False, True))
+        return [Primitive(description, arguments), lambda: assign() if step.first else add()]
+
+    def _filters(self, description: Description, room: Array, w: Array) -> tuple[list[Call], tuple[int, c_void_p, Array]]:
+        """The call that brings the filters into the layout asked for, where it isn't their own; and the argument."""
+        layout = description.layout(WEIGHTS)
+        if same(self._library, layout, self._canonical.handle):
+            return [], (WEIGHTS, layout, w)
+        blocked = _enough(room, description.nbytes(WEIGHTS))
+        ends = [(SRC, self._canonical.handle, w), (DST, layout, blocked)]
+        return [Primitive(reorder(self._library, self._canonical.handle, layout), ends)], (WEIGHTS, layout, blocked)
+
+
+def exists(library: Library, g: Geometry) -> bool:
+    """Whether oneDNN has more than its reference for all directions of a convolution."""
+    direct = Direct(library, g)
+    try:
+        descriptions = direct.forward(False, False, False), direct.backward_data(), direct.backward_weights()
+    except Failed:
+        return False
+    return not any(description.name.startswith("ref") for description in descriptions)
+
+
+def _enough(room: Array, nbytes: int) -> Array:
+    return room if room.size >= nbytes else np.empty(nbytes, np.uint8)
+
+
+def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, size = [], 4
+    for n in reversed(shape):
+        strides.append(size)
+        size *= n
+    return tuple(reversed(strides))
+

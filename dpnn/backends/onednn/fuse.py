@@ -1,0 +1,71 @@
+"""Which nodes become one op: a layer, the normalisation or addition behind it, its ReLU, its Fork."""
+
+from collections.abc import Sequence
+
+from dpnn.backends.base import Backend, Edge, Group, Mode
+from dpnn.nn.conv import Conv
+from dpnn.nn.dense import Dense
+from dpnn.nn.graph import Node
+from dpnn.nn.join import Add, Concat, Fork
+from dpnn.nn.norm import BatchNorm, LocalResponseNorm
+from dpnn.nn.pointwise import Flatten, ReLU
+from dpnn.nn.pool import GlobalAvgPool, MaxPool
+
+_HEADS = (Conv, Dense, MaxPool, GlobalAvgPool, LocalResponseNorm, Concat, Flatten, BatchNorm, Add, ReLU, Fork)
+_BEFORE_RELU = (Conv, Dense, BatchNorm, Add)
+
+
+def fuse(nodes: Sequence[Node], mode: Mode, backend: Backend) -> list[Group]:
+    """The groups of the nodes that this backend computes, in topological order of their last nodes."""
+    readers: dict[int, list[Node]] = {}
+    for node in nodes:
+        for source in node.inputs:
+            readers.setdefault(source, []).append(node)
+    taken: set[int] = set()
+    groups: list[Group] = []
+
+    def only_reader(node: Node) -> Node | None:
+        """The one node behind `node`, if it is one of mine."""
+        found = readers.get(node.index, [])
+        return found[0] if len(found) == 1 and found[0].index not in taken else None
+
+    def follow(chain: list[Node], kind: type) -> bool:
+        """Append the only reader of the chain's end, where it is of a kind."""
+        reader = only_reader(chain[-1])
+        if reader is None or type(reader.layer) is not kind:
+            return False
+        chain.append(reader)
+        return True
+
+    # A sum takes in the normalisations before it, so sums come first.
+    adds = [node for node in nodes if isinstance(node.layer, Add)]
+    for head in [*adds, *(node for node in nodes if type(node.layer) in _HEADS)]:
+        if head.index in taken:
+            continue
+        chain = [head]
+        if isinstance(head.layer, Add) and mode == "train":
+            sources = [node for node in nodes if node.index in head.inputs and isinstance(node.layer, BatchNorm)]
+            chain = [*(node for node in sources if only_reader(node) is head), head]
+        if isinstance(head.layer, Conv) and mode == "eval":
+            follow(chain, BatchNorm)
+        if type(chain[-1].layer) in _BEFORE_RELU:
+            follow(chain, ReLU)
+        if not isinstance(head.layer, Fork):
+            follow(chain, Fork)
+        taken.update(node.index for node in chain)
+        groups.append(_group(chain, nodes, backend))
+    return sorted(groups, key=lambda group: group.nodes[-1].index)
+
+
+def _group(chain: list[Node], nodes: Sequence[Node], backend: Backend) -> Group:
+    group = Group(tuple(chain), backend, forward_view=isinstance(chain[0].layer, Fork))
+    return Group(group.nodes, backend, group.forward_view, in_place=_in_place(group, nodes))
+
+
+def _in_place(group: Group, nodes: Sequence[Node]) -> Edge | None:
+    """The input whose gradient may be written over the output's: a plain one of a sum, or the only one."""
+    if not any(isinstance(node.layer, BatchNorm | Add | ReLU | Fork) for node in group.nodes[:1]):
+        return None
+    plain = [(node.index, i) for node, i in group.inputs if not isinstance(node.layer, BatchNorm)]
+    edges = plain or [(node.index, i) for node, i in group.inputs]
+    return edges[0] if plain or len(edges) == 1 else None

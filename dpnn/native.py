@@ -1,0 +1,94 @@
+"""Our own CPU kernels: the C files in kernels/, compiled when dpnn is installed, once for each instruction set.
+
+Each call runs on all of the rank's threads, which are OpenMP's, and lets other Python threads run meanwhile.
+"""
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Callable
+from ctypes import POINTER, c_float, c_int64, c_void_p
+from functools import partial
+
+import numpy as np
+
+Call = Callable[[], object]
+
+LEVELS = ("baseline", "avx2", "avx512")
+_LIMITS = {"SSE41": 0, "AVX": 0, "AVX2": 1, "AVX2_VNNI": 1, "AVX2_VNNI_2": 1}
+"""What ONEDNN_MAX_CPU_ISA, which limits oneDNN, means for these kernels; other values don't limit them."""
+
+_P, _I, _F, _PP = c_void_p, c_int64, c_float, POINTER(c_void_p)
+# Every kernel's arguments; what they are stands in the C files.
+_TABLE: dict[str, tuple[object, ...]] = {
+    "winograd": (_P, _P, _P, _P, _P, _I, _I, _P, _P, _P, _P),
+    "winograd_gradient": (_P, _P, _P, _P, _I, _P, _P, _P),
+    "moments": (_I, _I, _P, _P, _P, _P),
+    "combine": (_I, _I, _I, _PP, _PP, _P, _I, _PP, _I, _P),
+    "gather": (_I, _I, _P, _I, _PP, _P, _I, _PP, _I, _PP, _PP, _P, _P),
+    "normalize_gradient": (_I, _I, _P, _P, _P, _P, _P, _P),
+    "lrn": (_I, _I, _P, _I, _F, _F, _F, _P, _P),
+    "lrn_gradient": (_I, _I, _P, _P, _I, _F, _F, _F, _P, _P),
+    "maxpool": (_P, _P, _P, _P),
+    "maxpool_gradient": (_P, _P, _P, _P),
+    "descend": (_I, _P, _P, _P, _F, _F, _F, _F, _I),
+}
+
+
+class Unavailable(Exception):
+    """Why something compiled can't be used here, in words for the user."""
+
+
+class Kernels:
+    """The kernels for this processor. `level`: the instruction set; `threads`: how many each call runs on."""
+
+    def __init__(self, threads: int) -> None:
+        """Unavailable where they were not built, because there was no C compiler when dpnn was installed."""
+        set_openmp(threads)
+        baseline = _load(LEVELS[0])
+        limit = _LIMITS.get(os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper(), len(LEVELS) - 1)
+        self.level = LEVELS[min(baseline.dpnn_level(), limit)]
+        library = _load(self.level)
+        library.dpnn_set_threads(threads)  # where OpenMP was loaded before, by another package
+        self.threads = threads
+        for name, arguments in _TABLE.items():
+            function = library[f"dpnn_{name}"]
+            function.argtypes, function.restype = arguments, None
+            setattr(self, name, function)
+
+    def bind(self, name: str, *arguments: object) -> Call:
+        """A call of a kernel. Arrays stand for their first byte, sequences of arrays for lists of these, None for NULL.
+
+        The arrays live as long as the call.
+        """
+        call = partial(getattr(self, name), *(_argument(value) for value in arguments))
+        call.arrays = arguments  # type: ignore[attr-defined]
+        return call
+
+
+def set_openmp(threads: int) -> None:
+    """What OpenMP reads from the environment when the first library that uses it is loaded."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    # Threads that wait longer than some microseconds would take the core from NumPy's and from other ranks.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def _argument(value: object) -> object:
+    if isinstance(value, np.ndarray):
+        return value.ctypes.data
+    if isinstance(value, list | tuple):
+        return (c_void_p * max(1, len(value)))(*(array.ctypes.data for array in value))
+    return value
+
+
+def _load(level: str) -> ctypes.CDLL:
+    found = importlib.util.find_spec(f"dpnn.kernels._cpu_{level}")
+    if found is None or found.origin is None:
+        raise Unavailable(
+            f"the CPU kernels ({level}) were not built: install a C compiler with OpenMP (gcc), then dpnn again"
+        )
+    try:
+        return ctypes.CDLL(found.origin)
+    except OSError as error:
+        raise Unavailable(f"the CPU kernels can't be loaded: {error}; install dpnn again on this machine") from error
+

@@ -1,0 +1,57 @@
+/* What the CPU kernels have in common: vectors, and how rows are shared among threads.
+ *
+ * Each .c file is compiled once for each instruction set (setup.py); the one that fits is loaded at run time. Images lie
+ * as (N, H, W, C); letters as in dpnn/backends/base.py. Every kernel is parallel by OpenMP inside, and adds in an order
+ * that depends on the number of threads only: static schedules, partial sums added in the order of threads.
+ */
+#ifndef DPNN_CPU_H
+#define DPNN_CPU_H
+
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+#define KERNEL __attribute__((visibility("default")))
+
+static inline vec load(const float *p) { return *(const vec *)p; }
+static inline void store(float *p, vec v) { *(vec *)p = v; }
+static inline vec zeros(void) { return (vec){0}; }
+static inline vec positive(vec v) { return (vec)((ivec)v & (v > 0)); }
+
+/* The first n numbers, zeros beyond. */
+static inline vec load_some(const float *p, long n) {
+    if (n >= LANES) return load(p);
+    vec v = zeros();
+    for (long i = 0; i < n; i++) v[i] = p[i];
+    return v;
+}
+
+static inline void store_some(float *p, vec v, long n) {
+    if (n >= LANES) {
+        store(p, v);
+        return;
+    }
+    for (long i = 0; i < n; i++) p[i] = v[i];
+}
+
+/* The run [*lo, *hi) of n rows that is this thread's. */
+static inline void my_rows(long n, long *lo, long *hi) {
+    long size = omp_get_num_threads(), rank = omp_get_thread_num();
+    *lo = n * rank / size;
+    *hi = n * (rank + 1) / size;
+}
+
+/* Below this many numbers a second thread costs more than it brings. */
+enum { WORTH = 1 << 14 };
+
+#endif

@@ -1,0 +1,23 @@
+/* Stochastic gradient descent over flat arrays, as dpnn/optim.py says, in one pass: with g = scale g + decay p
+ *     momentum:  m = momentum m + g;  p -= rate m   (Nesterov: p -= rate (g + momentum m));   else p -= rate g
+ * Bound by memory: 20 bytes a number with momentum, 12 without.
+ */
+#include "cpu.h"
+
+KERNEL void dpnn_descend(int64_t n, float *p, const float *g, float *m, float rate, float scale, float decay, float momentum,
+                         int64_t nesterov) {
+#pragma omp parallel for schedule(static) if (n > WORTH)
+    for (long i = 0; i < n; i += LANES) {
+        long left = n - i;
+        vec old = load_some(p + i, left), step = scale * load_some(g + i, left) + decay * old;
+        if (m) {
+            vec velocity = momentum * load_some(m + i, left) + step;
+            store_some(m + i, velocity, left);
+            if (nesterov)
+                step += momentum * velocity;
+            else
+                step = velocity;
+        }
+        store_some(p + i, old - rate * step, left);
+    }
+}
