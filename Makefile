@@ -70,7 +70,7 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # What is installed is kept in the name of a stamp: the extras of setup.py.
-$(ENV)/.has-%: setup.py
+$(ENV)/.has-%: setup.py $(wildcard kernels/*.c kernels/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(ENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	touch $@

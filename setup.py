@@ -32,8 +32,8 @@ EXTRAS = {
 
 here = Path(__file__).parent
 
-# The CPU kernels, once for each instruction set; the one that fits is chosen at run time (dpnn/native.py). They are plain
-# C libraries, loaded by ctypes. Without a compiler dpnn installs all the same, and computes on its slow reference.
+# The CPU kernels, once for each instruction set; the one that fits is chosen at run time (dpnn/native.py). They are
+# plain C libraries, loaded by ctypes. Without a compiler dpnn installs all the same, and computes on its reference.
 FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wno-psabi"]
 VARIANTS: dict[str, list[str]] = {"baseline": []}
 if platform.machine() == "x86_64":

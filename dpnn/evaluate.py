@@ -4,11 +4,12 @@ Each replica takes its own run of the samples, every sample counts once, and the
 for another before that.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ from dpnn.plan import Arena, Executor, Layout, Placement, Plan, Store, Strategy,
 from dpnn.team import Team
 
 Array = NDArray[Any]
+L = TypeVar("L")
 MOST_ROWS = 64
 """Samples of one evaluation batch, where training doesn't take fewer."""
 
@@ -73,6 +75,25 @@ class Model:
     def evaluation(self, rows: int) -> Layout:
         """The plan of a forward pass over at most `rows` samples, laid out."""
         return self._layout(compile_plan(self.graph, self.nodes, self.backends, "eval", min(rows, MOST_ROWS)))
+
+    def lay_out(self, first: Callable[[Callable[[], dict[str, str]]], dict[str, str]], make: Callable[[], L]) -> L:
+        """What `make` lays out. Collective: `first` runs something on rank 0 and gives its result to all ranks.
+
+        What backends choose by timing is timed on rank 0; like ranks take it over, so that they compute alike.
+        """
+        made: list[L] = []
+
+        def on_first() -> dict[str, str]:
+            made.append(make())
+            return self.choices
+
+        self.choices.update(first(on_first))
+        return made[0] if made else make()
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """What was chosen by timing."""
+        return self.backends[0].choices
 
     def executor(
         self, layout: Layout, sum_over: Callable[[Array], Sum] | None = None, strategy: Strategy | None = None
@@ -181,7 +202,9 @@ def evaluate(world: World, path: str, overrides: Sequence[str]) -> int:
     if found is not None:
         model.store.fill(model.store.params, found.params, path)
     share(mesh.data, model.store.params, limit_s)
-    executor = model.executor(model.evaluation(MOST_ROWS))
+    if world.rank == 0 and model.note:
+        print(model.note, file=sys.stderr)
+    executor = model.executor(model.lay_out(world.first, lambda: model.evaluation(MOST_ROWS)))
     evaluator = Evaluator(mesh, executor, job.data.test, source.test, source.mean, source.std, limit_s)
     scores = evaluator.run()
     if world.rank == 0:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from ctypes import POINTER, c_float, c_int64, c_void_p
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ _LIMITS = {"SSE41": 0, "AVX": 0, "AVX2": 1, "AVX2_VNNI": 1, "AVX2_VNNI_2": 1}
 
 _P, _I, _F, _PP = c_void_p, c_int64, c_float, POINTER(c_void_p)
 # Every kernel's arguments; what they are stands in the C files.
-_TABLE: dict[str, tuple[object, ...]] = {
+_TABLE: dict[str, tuple[Any, ...]] = {
     "winograd": (_P, _P, _P, _P, _P, _I, _I, _P, _P, _P, _P),
     "winograd_gradient": (_P, _P, _P, _P, _I, _P, _P, _P),
     "moments": (_I, _I, _P, _P, _P, _P),
@@ -91,4 +92,3 @@ def _load(level: str) -> ctypes.CDLL:
         return ctypes.CDLL(found.origin)
     except OSError as error:
         raise Unavailable(f"the CPU kernels can't be loaded: {error}; install dpnn again on this machine") from error
-

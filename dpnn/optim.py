@@ -2,7 +2,8 @@
 
 An optimizer walks the flat arrays of parameters and gradients in blocks that stay in the cache, by a table of
 segments. Every number is updated by itself, in the arrays' own type, so the walk may be cut anywhere without changing
-a bit: the rank's threads each take a run of them. With g the gradient times the scale of clipping, plus weight decay times p where the segment decays:
+a bit: the rank's threads each take a run of it. In float32 the kernel in kernels/descend.c does the same in one pass.
+With g the gradient times the scale of clipping, plus weight decay times p where the segment decays:
     sgd        p -= rate g
     momentum   m = momentum m + g;  p -= rate m                     as PyTorch's SGD
     nesterov   m = momentum m + g;  p -= rate (g + momentum m)      likewise
@@ -64,13 +65,16 @@ def merge(segments: Iterable[Segment]) -> tuple[Segment, ...]:
 class Optimizer:
     """Updates `params` from `grads`, two flat arrays of n numbers that `segments` cover from 0 to n.
 
-    Each thread of `team` takes a run of them; in float32 `kernels`, where given, do it in one pass over memory.
-
     `state` holds what is kept from step to step, flat arrays as long as `params`, by name: "momentum", or nothing.
     """
 
     def __init__(
-        self, options: config.Optimizer, segments: Iterable[Segment], params: Array, grads: Array, team: Team,
+        self,
+        options: config.Optimizer,
+        segments: Iterable[Segment],
+        params: Array,
+        grads: Array,
+        team: Team,
         kernels: Kernels | None = None,
     ) -> None:
         # Without weight decay a decaying segment is like any other: fewer, longer segments are faster.

@@ -5,6 +5,7 @@ thread is one of the team.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from queue import SimpleQueue
 from threading import Thread
 
@@ -55,4 +56,4 @@ class Team:
         """[0, n) as at most `size` runs of like length, each of at least `least`; at least one run."""
         count = max(1, min(self.size, n // least))
         bounds = [n * i // count for i in range(count + 1)]
-        return [range(lo, hi) for lo, hi in zip(bounds, bounds[1:], strict=False)]
+        return [range(lo, hi) for lo, hi in pairwise(bounds)]

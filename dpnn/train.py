@@ -88,7 +88,9 @@ class Training:
         segments = merge(
             [Segment(piece.offset, piece.end, piece.spec.decay, piece.spec.statistic) for piece in model.store.pieces]
         )
-        self.optimizer = Optimizer(job.optimizer, segments, model.store.params, model.store.grads, model.team, model.kernels)
+        self.optimizer = Optimizer(
+            job.optimizer, segments, model.store.params, model.store.grads, model.team, model.kernels
+        )
         self.rate = schedule(job.schedule, job.optimizer.lr, sampler.steps, self.end)
         if found is not None:
             model.store.fill(model.store.params, found.params, "the checkpoint")
@@ -104,8 +106,12 @@ class Training:
         rows = -(-self.sampler.max_rows(mesh.replicas) // job.parallel.microbatches)
         strategy = STRATEGIES[job.parallel.strategy]
         self.strategy: Strategy = strategy(mesh, model.store, self.optimizer, job.optimizer.clip, limit_s)
-        training = model.training(job, rows)
-        held_out = model.evaluation(rows) if start.test and job.train.eval_every else None
+        evaluates = start.test and job.train.eval_every
+        self.folder = RunFolder(start.folder)
+        model.choices.update(self.folder.read_choices() if world.rank == 0 else {})
+        training, held_out = model.lay_out(
+            world.first, lambda: (model.training(job, rows), model.evaluation(rows) if evaluates else None)
+        )
         sum_over = partial(BucketReducer, mesh.data, limit_s=limit_s, what="BatchNorm statistics")
         self.executor = model.executor(training, sum_over, self.strategy)
         self.evaluator = None
@@ -115,7 +121,6 @@ class Training:
             self.evaluator = Evaluator(mesh, evaluation, job.data.test, start.test, mean, std, limit_s)
 
         # What the run tells.
-        self.folder = RunFolder(start.folder)
         self.journal = Journal(self.folder, self.total_steps, first=world.rank == 0)
 
     def run(self, request: StopRequest) -> int:
@@ -197,14 +202,19 @@ class Training:
 
     def _tell_start(self) -> None:
         job, start, graph, world = self.job, self.start, self.model.graph, self.world
-        backends = "+".join(backend.name for backend in self.model.backends)
+        backends = "+".join(dict.fromkeys(group.backend.name for group in self.executor.plan.groups))
         self.journal.start(
             f"{job.model.name}, {graph.n_params:,} parameters, on {world.size} ranks ({backends}); "
             f"{self.sampler.samples:,} samples, {self.total_steps} steps of {start.global_batch}",
             mpi=library.version(), ranks=world.size, replicas=self.mesh.replicas, parts=self.mesh.parts,
             parameters=graph.n_params, seed=job.seed, backend=backends, threads=job.backend.threads or world.threads(),
             global_batch=start.global_batch, lanes=start.lanes, from_step=self.steps,
+            library=self.model.backends[0].about,
         )  # fmt: skip
+        if self.model.note:
+            self.journal.event("slow_backend", self.model.note)
+        if world.rank == 0:
+            self.folder.write_choices(self.model.choices)
         for name in start.damaged:
             self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {name}", path=name)
         if self.steps:

@@ -26,6 +26,7 @@ typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 static inline vec load(const float *p) { return *(const vec *)p; }
 static inline void store(float *p, vec v) { *(vec *)p = v; }
 static inline vec zeros(void) { return (vec){0}; }
+static inline ivec zeros_int(void) { return (ivec){0}; }
 static inline vec positive(vec v) { return (vec)((ivec)v & (v > 0)); }
 
 /* The first n numbers, zeros beyond. */

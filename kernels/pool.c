@@ -7,35 +7,37 @@ typedef struct {
     int64_t n, h, w, c, p, q, rows, cols, down, right, above, left;
 } Window;
 
+typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+
 /* `places` (N, P, Q, C) may be NULL. */
 KERNEL void dpnn_maxpool(const Window *s, const float *x, float *y, uint8_t *places) {
 #pragma omp parallel for collapse(2) schedule(static) if (s->n * s->h * s->w * s->c > WORTH)
     for (long n = 0; n < s->n; n++)
         for (long p = 0; p < s->p; p++)
             for (long q = 0; q < s->q; q++) {
+                long top = p * s->down - s->above, first = q * s->right - s->left;
+                long r_end = s->h - top < s->rows ? s->h - top : s->rows, t_end = s->w - first < s->cols ? s->w - first : s->cols;
+                long r_begin = top < 0 ? -top : 0, t_begin = first < 0 ? -first : 0;
+                const float *window = x + ((n * s->h + top) * s->w + first) * s->c;
                 long out = ((n * s->p + p) * s->q + q) * s->c;
-                long r0 = p * s->down - s->above, c0 = q * s->right - s->left;
-                int first = 1;
-                for (long r = r0 < 0 ? -r0 : 0; r < s->rows && r0 + r < s->h; r++)
-                    for (long t = c0 < 0 ? -c0 : 0; t < s->cols && c0 + t < s->w; t++) {
-                        const float *from = x + ((n * s->h + r0 + r) * s->w + c0 + t) * s->c;
-                        float *to = y + out;
-                        uint8_t place = r * s->cols + t;
-                        if (first) {
-                            memcpy(to, from, s->c * sizeof *to);
-                            if (places) memset(places + out, place, s->c);
-                        } else if (places) {
-                            uint8_t *kept = places + out;
-                            for (long c = 0; c < s->c; c++) {
-                                int better = from[c] > to[c] || from[c] != from[c]; /* not a number is passed on */
-                                to[c] = better ? from[c] : to[c];
-                                kept[c] = better ? place : kept[c];
-                            }
-                        } else {
-                            for (long c = 0; c < s->c; c++) to[c] = from[c] > to[c] || from[c] != from[c] ? from[c] : to[c];
+                for (long c = 0; c < s->c; c += LANES) {
+                    vec best = load_some(window + (r_begin * s->w + t_begin) * s->c + c, s->c - c);
+                    ivec place = zeros_int() + (int32_t)(r_begin * s->cols + t_begin);
+                    for (long r = r_begin; r < r_end; r++)
+                        for (long t = t_begin; t < t_end; t++) {
+                            vec v = load_some(window + (r * s->w + t) * s->c + c, s->c - c);
+                            ivec better = (v > best) | (v != v); /* what is not a number is passed on */
+                            best = (vec)(((ivec)v & better) | ((ivec)best & ~better));
+                            place = ((zeros_int() + (int32_t)(r * s->cols + t)) & better) | (place & ~better);
                         }
-                        first = 0;
-                    }
+                    store_some(y + out + c, best, s->c - c);
+                    if (!places) continue;
+                    bytes kept = __builtin_convertvector(place, bytes);
+                    if (s->c - c >= LANES)
+                        *(bytes *)(places + out + c) = kept;
+                    else
+                        for (long i = 0; i < s->c - c; i++) places[out + c + i] = kept[i];
+                }
             }
 }
 

@@ -13,7 +13,7 @@ FLOORS = {
     room: floor
     for floor, rooms in enumerate(
         [
-            ("errors", "config", "philox", "team"),
+            ("errors", "config", "philox", "team", "native"),
             ("nn", "backends", "comm", "data"),
             ("models", "plan", "optim"),
             ("strategies", "checkpoint", "observe"),

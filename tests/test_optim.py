@@ -150,7 +150,7 @@ def test_the_norm_is_of_the_trained_gradients_in_float64():
 def test_clipping_scales_the_norm_to_the_limit_and_never_up():
     def scale(clip: float, squares: float) -> float:
         options = config.Optimizer(lr=0.1, clip=clip)
-        return Optimizer(options, [Segment(0, 1, False, 0.0)], np.zeros(1), np.zeros(1)).clip_scale(squares)
+        return Optimizer(options, [Segment(0, 1, False, 0.0)], np.zeros(1), np.zeros(1), Team(2)).clip_scale(squares)
 
     assert scale(2.0, 16.0) == 0.5
     assert scale(2.0, 4.0) == scale(2.0, 1.0) == scale(2.0, 0.0) == 1.0
@@ -168,7 +168,7 @@ def test_neighbours_of_one_kind_are_merged():
 @pytest.mark.parametrize("segments", [[Segment(0, 5, True, 0.0)], [Segment(1, 10, True, 0.0)], []])
 def test_segments_that_do_not_cover_the_arrays_are_refused(segments: list[Segment]):
     with pytest.raises(ValueError, match="don't fit"):
-        Optimizer(KINDS["sgd"], segments, np.zeros(10), np.zeros(10))
+        Optimizer(KINDS["sgd"], segments, np.zeros(10), np.zeros(10), Team(2))
 
 
 def test_segments_with_a_gap_are_refused():
@@ -177,7 +177,7 @@ def test_segments_with_a_gap_are_refused():
 
 
 def test_a_network_without_parameters_has_nothing_to_update():
-    optimizer = Optimizer(KINDS["momentum"], [], np.zeros(0), np.zeros(0))
+    optimizer = Optimizer(KINDS["momentum"], [], np.zeros(0), np.zeros(0), Team(2))
     optimizer.apply(0, 0, 0.1)
     assert optimizer.sum_of_squares(0, 0) == 0.0
 

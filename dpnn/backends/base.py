@@ -143,6 +143,10 @@ class Backend(Protocol):
     channels_last: bool
     """Whether it wants images to lie as NHWC in memory. Arrays have the shape (N, C, H, W) either way: the order in
     memory is a matter of their strides. A plan follows the first of its backends; all others take what comes."""
+    about: str
+    """Which library it computes with, and where that was found; empty where there is none to tell."""
+    choices: dict[str, str]
+    """What it chose by timing, by a name for the question; what stands here before `room` is asked isn't timed."""
 
     def groups(self, nodes: Sequence[Node], mode: Mode) -> list[Group]:
         """The groups of those of `nodes` that this backend computes, in topological order; it leaves out the others."""

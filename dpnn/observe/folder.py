@@ -1,6 +1,7 @@
 """The run folder: where one run keeps everything that it writes."""
 
 import itertools
+import json
 import os
 import re
 from pathlib import Path
@@ -11,14 +12,28 @@ from dpnn.observe.metrics import Metrics
 
 
 class RunFolder:
-    """`job.toml` (as resolved), `metrics.jsonl`, `checkpoints/`, and `failure.txt` once a run has failed."""
+    """`job.toml` (as resolved), `metrics.jsonl`, `choices.json`, `checkpoints/`; `failure.txt` of a run that failed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.job = path / "job.toml"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.choices = path / "choices.json"
         self.failure = path / "failure.txt"
+
+    def read_choices(self) -> dict[str, str]:
+        """What an earlier part of the run chose by timing; a resumed run computes alike only with the same choices."""
+        try:
+            choices = json.loads(self.choices.read_text())
+        except (OSError, ValueError):
+            return {}
+        return choices if isinstance(choices, dict) else {}
+
+    def write_choices(self, choices: dict[str, str]) -> None:
+        """Keep them."""
+        if choices:
+            self.choices.write_text(json.dumps(choices, indent=1, sort_keys=True) + "\n")
 
     @classmethod
     def create(cls, wanted: str, name: str) -> "RunFolder":

@@ -72,9 +72,7 @@ class Layout:
                 self._same[node.index, 0] = self._gradient(node)
             if group.in_place is not None and self.graph.readers(node):
                 self._same[group.in_place] = self._gradient(node)
-        self.rooms = {
-            group.nodes[-1].index: group.backend.room(group, plan.rows, plan.mode) for group in plan.groups
-        }
+        self.rooms = {group.nodes[-1].index: group.backend.room(group, plan.rows, plan.mode) for group in plan.groups}
         self.offsets, self.nbytes = pack(self._lives(plan))
 
     def shape(self, node: Node) -> tuple[int, ...]:

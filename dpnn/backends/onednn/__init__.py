@@ -19,7 +19,6 @@ from dpnn.backends.onednn.fuse import fuse
 from dpnn.backends.onednn.library import Library
 from dpnn.backends.onednn.op import Tools
 from dpnn.native import Kernels, Unavailable
-from dpnn.team import Team
 from dpnn.nn.conv import Conv
 from dpnn.nn.dense import Dense
 from dpnn.nn.graph import Node
@@ -28,6 +27,7 @@ from dpnn.nn.layer import Layer
 from dpnn.nn.norm import LocalResponseNorm
 from dpnn.nn.pointwise import Flatten
 from dpnn.nn.pool import GlobalAvgPool, MaxPool
+from dpnn.team import Team
 
 __all__ = ["OneDNN", "Unavailable"]
 
@@ -53,8 +53,11 @@ class OneDNN:
         self.library = Library(team.size)
         self._tools = Tools(self.kernels, team)
         threadpool_limits(1, "blas")  # the team's threads multiply matrices side by side, each its own
-        name = f"onednn-{self.library.version}-{self.library.isa}-{self.kernels.level}-{team.size}"
-        self._kit = Kit(self.library, self._tools, Choices(name))
+        library = self.library
+        name = f"onednn-{library.version}-{library.isa}-{self.kernels.level}-{team.size}"
+        self.choices: dict[str, str] = {}
+        self.about = f"oneDNN {library.version} ({library.isa}) from {library.path}"
+        self._kit = Kit(library, self._tools, Choices(name, self.choices))
 
     def groups(self, nodes: Sequence[Node], mode: Mode) -> list[Group]:
         """Chains of layers that one op computes."""

@@ -71,7 +71,9 @@ class Kit:
     def _shapes(self, g: Geometry, direction: str, name: str) -> Shapes:
         """Scratch of our own algorithms."""
         if name == "winograd":
-            return winograd.shapes(winograd.turned(g) if direction == "backward_data" else g, direction == DIRECTIONS[2])
+            return winograd.shapes(
+                winograd.turned(g) if direction == "backward_data" else g, direction == DIRECTIONS[2]
+            )
         shapes = {"forward": unfold.forward_shapes, "backward_weights": unfold.gradient_shapes}
         return shapes[direction](g, self.tools.team) if direction in shapes else {}
 
@@ -84,11 +86,16 @@ class Kit:
             bind = direct.bind_forward if direction == "forward" else direct.bind_backward_data
             return bind(room, arrays)
         scratch = cut(room, self._shapes(g, direction, name))
-        module, tool = (unfold, self.tools.team) if name == "unfold" else (winograd, self.tools.kernels)
+        if name == "winograd":
+            kernels = self.tools.kernels
+            if direction == "backward_weights":
+                return winograd.backward_weights(g, kernels, scratch, arrays, step)
+            run = winograd.forward if direction == "forward" else winograd.backward_data
+            return run(g, kernels, scratch, arrays)
+        team = self.tools.team
         if direction == "backward_weights":
-            return module.backward_weights(g, tool, scratch, arrays, step)
-        function = module.forward if direction == "forward" else module.backward_data
-        return function(g, tool, scratch, arrays)
+            return unfold.backward_weights(g, team, scratch, arrays, step)
+        return (unfold.forward if direction == "forward" else unfold.backward_data)(g, team, scratch, arrays)
 
     def _time(self, g: Geometry, direction: str, name: str) -> float:
         """Seconds of one call, on arrays of ones (memory never written would be one page of zeros)."""
@@ -124,7 +131,7 @@ class ConvOp(CallsOp):
         if norms:
             roles = ("weight", "bias", "running_mean", "running_var")
             self.norm = [slot.param(norms[0], role) for role in roles]
-            self.eps = norms[0].layer.eps
+            self.eps = cast(BatchNorm, norms[0].layer).eps
             self.scale, self.shift = np.empty(node.shape[0], np.float32), np.empty(node.shape[0], np.float32)
         if self.tail.trains:
             self.dx = slot.d_input(node)
@@ -155,11 +162,6 @@ class ConvOp(CallsOp):
             calls += self._bind("backward_data", rows, self.room_backward, arrays)
         return calls
 
-    def zero_gradients(self) -> None:
-        put(self.dw, np.zeros(1, np.float32), self.step)
-        if self.bias is not None:
-            put(self.d_bias, np.zeros(1, np.float32), self.step)
-
     def _bind(self, direction: str, rows: int, room: Array, arrays: Bound) -> list[Call]:
         """The algorithm is that of the most rows, so that a step's result doesn't depend on when it was timed."""
         name = self.kit.choose(Geometry.of(self.node, self.capacity), direction)
@@ -177,7 +179,7 @@ class ConvOp(CallsOp):
 def room(group: Group, rows: int, mode: Mode, kit: Kit) -> Room:
     """The scratch of a group."""
     g = Geometry.of(group.nodes[0], rows)
-    sizes = {direction: 0 for direction in DIRECTIONS}
+    sizes = dict.fromkeys(DIRECTIONS, 0)
     for direction in DIRECTIONS if mode == "train" else DIRECTIONS[:1]:
         sizes[direction] = kit.scratch(g, direction, kit.choose(g, direction))
     forward, data, weights = (sizes[direction] for direction in DIRECTIONS)

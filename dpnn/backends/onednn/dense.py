@@ -66,9 +66,3 @@ class DenseOp(CallsOp):
             np.matmul(dy, x, out=dw)
         else:
             dw += dy @ x
-
-    def zero_gradients(self) -> None:
-        put(self.dw, np.zeros(1, np.float32), self.step)
-        if self.bias is not None:
-            put(self.d_bias, np.zeros(1, np.float32), self.step)
-

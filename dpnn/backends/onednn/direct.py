@@ -3,6 +3,7 @@
 The filters are reordered into scratch before each call; their gradient is reordered from there into its place.
 """
 
+import math
 from ctypes import c_void_p
 
 import numpy as np
@@ -29,6 +30,9 @@ from dpnn.backends.onednn.primitive import (
 )
 from dpnn.native import Call
 
+Operand = tuple[int, c_void_p, Array]
+"""Index of an argument, memory description, array."""
+
 _DIRECT, _TRAINING = 1, 64
 _RELU, _MULTIPLY, _ADD = 0x20, 0x1FFF1, 0x1FFF0
 _MULTIPLIER_INDEX, _SUMMAND_INDEX = 32768 * 1 + 2, 32768 * 2 + 2  # DNNL_ARG_ATTR_MULTIPLE_POST_OP(i) | SRC_1
@@ -44,9 +48,8 @@ class Direct:
         self._x, self._y = (self._layouts.strided(s, (s[1] * s[2] * s[3], 1, s[3] * s[1], s[1])) for s in images)
         r, s = g.size
         shape = (g.k, g.c // g.groups, r, s) if g.groups == 1 else (g.groups, g.k // g.groups, g.c // g.groups, r, s)
-        self._shape = shape
         self._w = self._layouts.free(shape)
-        self._canonical = self._layouts.array(np.lib.stride_tricks.as_strided(np.empty(1, np.float32), shape, _dense(shape)))
+        self._canonical = self._layouts.strided(shape, [math.prod(shape[i + 1 :]) for i in range(len(shape))])
         self._line = Owned(library, "memory_desc", library.make("memory_desc_create_with_tag", 1, dims([g.k]), 3, LINE))
         self._window = (dims(g.stride), dims((0, 0)), dims(g.padding), dims(g.padding))
         self._forward: dict[tuple[bool, bool, bool], Description] = {}
@@ -123,7 +126,9 @@ class Direct:
         assign, add = (Primitive(reorder(library, layout, self._canonical.handle, add), ends) for add in (False, True))
         return [Primitive(description, arguments), lambda: assign() if step.first else add()]
 
-    def _filters(self, description: Description, room: Array, w: Array) -> tuple[list[Call], tuple[int, c_void_p, Array]]:
+    def _filters(
+        self, description: Description, room: Array, w: Array
+    ) -> tuple[list[Call], tuple[int, c_void_p, Array]]:
         """The call that brings the filters into the layout asked for, where it isn't their own; and the argument."""
         layout = description.layout(WEIGHTS)
         if same(self._library, layout, self._canonical.handle):
@@ -145,12 +150,3 @@ def exists(library: Library, g: Geometry) -> bool:
 
 def _enough(room: Array, nbytes: int) -> Array:
     return room if room.size >= nbytes else np.empty(nbytes, np.uint8)
-
-
-def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, size = [], 4
-    for n in reversed(shape):
-        strides.append(size)
-        size *= n
-    return tuple(reversed(strides))
-

@@ -1,5 +1,6 @@
 """Which nodes become one op: a layer, the normalisation or addition behind it, its ReLU, its Fork."""
 
+import math
 from collections.abc import Sequence
 
 from dpnn.backends.base import Backend, Edge, Group, Mode
@@ -7,6 +8,7 @@ from dpnn.nn.conv import Conv
 from dpnn.nn.dense import Dense
 from dpnn.nn.graph import Node
 from dpnn.nn.join import Add, Concat, Fork
+from dpnn.nn.layer import pair
 from dpnn.nn.norm import BatchNorm, LocalResponseNorm
 from dpnn.nn.pointwise import Flatten, ReLU
 from dpnn.nn.pool import GlobalAvgPool, MaxPool
@@ -17,6 +19,7 @@ _BEFORE_RELU = (Conv, Dense, BatchNorm, Add)
 
 def fuse(nodes: Sequence[Node], mode: Mode, backend: Backend) -> list[Group]:
     """The groups of the nodes that this backend computes, in topological order of their last nodes."""
+    heads = [node for node in nodes if type(node.layer) in _HEADS and _fits(node)]
     readers: dict[int, list[Node]] = {}
     for node in nodes:
         for source in node.inputs:
@@ -39,7 +42,7 @@ def fuse(nodes: Sequence[Node], mode: Mode, backend: Backend) -> list[Group]:
 
     # A sum takes in the normalisations before it, so sums come first.
     adds = [node for node in nodes if isinstance(node.layer, Add)]
-    for head in [*adds, *(node for node in nodes if type(node.layer) in _HEADS)]:
+    for head in [*adds, *heads]:
         if head.index in taken:
             continue
         chain = [head]
@@ -55,6 +58,11 @@ def fuse(nodes: Sequence[Node], mode: Mode, backend: Backend) -> list[Group]:
         taken.update(node.index for node in chain)
         groups.append(_group(chain, nodes, backend))
     return sorted(groups, key=lambda group: group.nodes[-1].index)
+
+
+def _fits(node: Node) -> bool:
+    """Whether a pooling's places can be numbered in a byte."""
+    return not isinstance(node.layer, MaxPool) or math.prod(pair(node.layer.size)) <= 256
 
 
 def _group(chain: list[Node], nodes: Sequence[Node], backend: Backend) -> Group:

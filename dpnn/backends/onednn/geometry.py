@@ -1,4 +1,4 @@
-"""What a convolution's algorithms have in common: its numbers, its arrays, scratch cut out of bytes, calls in shares."""
+"""What a convolution's algorithms have in common: its numbers, its arrays, scratch cut out of bytes."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -41,7 +41,8 @@ class Geometry:
         """Of a Conv node, for n rows."""
         layer = cast(Conv, node.layer)
         sizes = pair(layer.size), pair(layer.stride), pair(layer.padding)
-        return cls(n, *node.input_shapes[0], layer.filters, *sizes, layer.groups, *node.shape[1:])
+        (c, h, w), (k, p, q) = node.input_shapes[0], node.shape
+        return cls(n, c, h, w, k, *sizes, layer.groups, p, q)
 
     @property
     def multiply_adds(self) -> int:
@@ -120,4 +121,3 @@ def copy_window(x: Array, window: Array, corner: tuple[int, int]) -> Iterator[Ca
 def images_last(x: Array) -> Array:
     """(N, C, H, W) seen as (N, H, W, C), which is contiguous where the plan keeps images channels-last."""
     return x.transpose(0, 2, 3, 1)
-

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint, c_void_p
 from pathlib import Path
+from typing import Any
 
 from dpnn.native import Unavailable, set_openmp
 
@@ -33,7 +34,7 @@ class Argument(ctypes.Structure):
 
 _P, _I, _D, _F = c_void_p, c_int, POINTER(c_int64), c_float
 # Every function that is used: its arguments. All return a status but for those in _RESULTS.
-_TABLE: dict[str, tuple[object, ...]] = {
+_TABLE: dict[str, tuple[Any, ...]] = {
     "engine_create": (_OUT, _I, c_size_t),
     "stream_create": (_OUT, _P, c_uint),
     "memory_desc_create_with_strides": (_OUT, _I, _D, _I, _D),

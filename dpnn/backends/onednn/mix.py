@@ -1,6 +1,8 @@
 """Sums of normalised and plain inputs, with a ReLU: BatchNorm, Add, ReLU, and what a residual block ends in, in one.
 
-    y = ReLU( sum over normalised inputs (weight (x - mean) r + bias) + sum over plain inputs x ),  r = 1/sqrt(var + eps)
+    y = ReLU( sum over normalised inputs (weight (x - mean) r + bias) + sum over plain inputs x )
+
+with r = 1 / sqrt(var + eps).
 
 In training a first pass takes the sums of x - x0 and its square, x0 being one pixel, so that a large mean cancels
 nothing; a second makes y. Backward a first pass makes dz (dy where the ReLU let it pass) and the sums of dz and
@@ -38,7 +40,7 @@ class Norm:
 
     def take_centre(self) -> None:
         """x0: the first pixel."""
-        np.copyto(self.centre, self.x[(0, slice(None), *(0,) * (self.x.ndim - 2))])
+        np.copyto(self.centre, flat(self.x, 1)[0])
 
     def use_moments(self, m: int) -> None:
         """Mean and variance of m numbers a channel, for the second pass; and the running statistics' share."""
@@ -72,11 +74,6 @@ class Norm:
         self.a[...] = factor
         self.b[...] = slope
         self.d[...] = -factor * s / m - slope * self.mean
-
-    def zero_gradients(self) -> None:
-        """Of a micro-batch without rows."""
-        for d_param in (self.d_weight, self.d_bias, *self.d_running):
-            put(d_param, np.zeros(1, np.float32), self.step)
 
 
 class MixOp(CallsOp):
@@ -137,10 +134,6 @@ class MixOp(CallsOp):
                     self.tools.kernels.bind("normalize_gradient", *dz.shape, dz, x, norm.a, norm.b, norm.d, dx)
                 )
         return calls
-
-    def zero_gradients(self) -> None:
-        for norm in self.norms:
-            norm.zero_gradients()
 
 
 def _start(array: Array | None) -> int:

@@ -11,13 +11,14 @@ from functools import partial
 
 import numpy as np
 
-from dpnn.backends.base import Array, Group, Mode, Slot
+from dpnn.backends.base import Array, Group, Mode, Slot, put
 from dpnn.backends.onednn.geometry import images_last
 from dpnn.native import Call, Kernels
 from dpnn.nn.join import Fork
 from dpnn.nn.pointwise import ReLU
 from dpnn.team import Team
 
+_ZERO = np.zeros(1, np.float32)
 BLOCK = 1 << 16
 """Numbers that are worth a thread of the team."""
 
@@ -50,6 +51,9 @@ class CallsOp(ABC):
         self.tail = Tail(group, slot, mode, tools.kernels)
         self.kept, self.room_forward, self.room_backward = slot.room(group)
         self._forward, self._backward = Bindings(self.bind_forward), Bindings(self.bind_backward)
+        self.d_params: list[Array] = []
+        if self.tail.trains:
+            self.d_params = [slot.d_param(node, param.role) for node in group.nodes for param in node.params]
         self._forward[0] = []
         self._backward[0] = [self.zero_gradients]
 
@@ -77,7 +81,9 @@ class CallsOp(ABC):
         """The calls of backward."""
 
     def zero_gradients(self) -> None:
-        """Backward of no rows; an op with parameters assigns zeros."""
+        """Backward of no rows: zeros into the gradients of parameters."""
+        for d_param in self.d_params:
+            put(d_param, _ZERO, self.step)
 
 
 class Tail:
@@ -129,4 +135,6 @@ def flat(array: Array, rows: int) -> Array:
 def copies(team: Team, target: Array, source: Array) -> Call:
     """target = source, each thread its run of the first dimension."""
     runs = team.cut(len(target), least=-(-BLOCK // max(1, target[0].size)))
-    return partial(team.run, [[partial(np.copyto, target[run.start : run.stop], source[run.start : run.stop])] for run in runs])
+    return partial(
+        team.run, [[partial(np.copyto, target[run.start : run.stop], source[run.start : run.stop])] for run in runs]
+    )

@@ -77,7 +77,7 @@ class GlobalAvgPoolOp(CallsOp):
 
     def _least(self, images: Array) -> int:
         """Images that are worth a thread."""
-        return -(-BLOCK // images[0].size)
+        return -(-BLOCK // math.prod(images.shape[1:]))
 
 
 def room(group: Group, rows: int, mode: Mode) -> Room:

@@ -30,11 +30,6 @@ class Layouts:
     def __init__(self, library: Library) -> None:
         self._library = library
 
-    def array(self, array: Array) -> Owned:
-        """Of a float32 array as it lies in memory."""
-        strides = [stride // array.itemsize for stride in array.strides]
-        return self.strided(array.shape, strides)
-
     def strided(self, shape: Sequence[int], strides: Sequence[int]) -> Owned:
         """Of float32 numbers with the given strides (in numbers)."""
         return self._make("memory_desc_create_with_strides", len(shape), dims(shape), FLOAT, dims(strides))
@@ -115,5 +110,3 @@ def attributes(library: Library, post_ops: Sequence[tuple[str, tuple[object, ...
 def same(library: Library, a: c_void_p, b: c_void_p) -> bool:
     """Whether two memory descriptions are equal."""
     return bool(library.call("memory_desc_equal", a, b))
-
-

@@ -142,7 +142,7 @@ def _window_shapes(g: Geometry, team: Team) -> Shapes:
 
 
 def _windows(g: Geometry, x: Array, piece: range, scratch: dict[str, Array], i: int) -> tuple[list[Call], list[Array]]:
-    """The windows of a run as (windows, R S C), for each group; and the calls that copy them into thread i's scratch."""
+    """The windows of a run as (windows, R S C), a group each; and the calls that copy them into thread i's scratch."""
     if is_product(g):
         pixels = x.reshape(-1, g.c)[piece.start : piece.stop]
         return [], [pixels[:, g.channels(group)[0]] for group in range(g.groups)]
@@ -155,5 +155,5 @@ def _windows(g: Geometry, x: Array, piece: range, scratch: dict[str, Array], i: 
     shape = (g.groups, count, g.q, r, s, c)
     view = as_strided(image, shape, (c * channel, down * row, right * column, row, column, channel), writeable=False)
     corner = (first * down - g.padding[0], -g.padding[1])
-    calls = [*copy_window(x[n : n + 1], image, corner), partial(np.copyto, windows.reshape(shape), view)]
+    calls: list[Call] = [*copy_window(x[n : n + 1], image, corner), partial(np.copyto, windows.reshape(shape), view)]
     return calls, list(windows)

@@ -4,7 +4,6 @@
 largest output.
 """
 
-from collections.abc import Sequence
 from ctypes import c_int64
 from dataclasses import replace
 
@@ -52,9 +51,7 @@ def backward_data(g: Geometry, kernels: Kernels, scratch: dict[str, Array], arra
     return [kernels.bind("winograd", _shape(turned(g)), arrays.dy, arrays.w, *rest, *scratch.values())]
 
 
-def backward_weights(
-    g: Geometry, kernels: Kernels, scratch: dict[str, Array], arrays: Bound, step: Step
-) -> list[Call]:
+def backward_weights(g: Geometry, kernels: Kernels, scratch: dict[str, Array], arrays: Bound, step: Step) -> list[Call]:
     """dw from x and dy."""
     bound = (_shape(g, gradient=True), arrays.x, arrays.dy, arrays.dw)
     assign, add = (kernels.bind("winograd_gradient", *bound, later, *scratch.values()) for later in (False, True))
@@ -76,7 +73,7 @@ def _tiles(g: Geometry, gradient: bool) -> int:
     return -(-tiles // _ROWS) * _ROWS
 
 
-def _shape(g: Geometry, gradient: bool = False) -> Sequence[int]:
+def _shape(g: Geometry, gradient: bool = False) -> object:
     """The kernels' Shape."""
     numbers = (g.n, g.h, g.w, g.c, g.p, g.q, g.k, *g.padding, g.size[0], g.groups, _tiles(g, gradient))
     return (c_int64 * len(numbers))(*numbers)

@@ -49,9 +49,11 @@ class Reference:
 
     name = "reference"
     channels_last = False
+    about = ""
 
     def __init__(self, dtype: DTypeLike = np.float32) -> None:
         self.dtype = np.dtype(dtype)
+        self.choices: dict[str, str] = {}
 
     def groups(self, nodes: Sequence[Node], mode: Mode) -> list[Group]:
         """One group for each node whose layer is in the table; Fork and Flatten are views."""
