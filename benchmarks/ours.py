@@ -67,7 +67,7 @@ class Ours:
         store, layout, strategy = model.store, None, None
         if mode == "train":
             segments = merge(Segment(p.offset, p.end, p.spec.decay, p.spec.statistic) for p in store.pieces)
-            optimizer = Optimizer(job.optimizer, segments, store.params, store.grads, model.team)
+            optimizer = Optimizer(job.optimizer, segments, store.params, store.grads, model.team, model.kernels)
             strategy = Alone(optimizer, store.params.size)
             layout = model.training(job, rows)
         else:

@@ -113,7 +113,8 @@ class Backend(Table, frozen=True, kw_only=True):
     name: Literal["auto", "onednn", "reference"] = "auto"
     threads: CountOr0 = 0
     """0: the rank's share of the node's cores."""
-    precision: Literal["float32", "float64"] = "float32"
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    """bfloat16: products of convolutions only; arrays stay float32."""
 
 
 class Output(Table, frozen=True, kw_only=True):

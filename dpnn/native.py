@@ -25,6 +25,7 @@ _TABLE: dict[str, tuple[Any, ...]] = {
     "winograd": (_P, _P, _P, _P, _P, _I, _I, _P, _P, _P, _P),
     "winograd_gradient": (_P, _P, _P, _P, _I, _P, _P, _P),
     "moments": (_I, _I, _P, _P, _P, _P),
+    "sums": (_I, _I, _P, _P, _P),
     "combine": (_I, _I, _I, _PP, _PP, _P, _I, _PP, _I, _P),
     "gather": (_I, _I, _P, _I, _PP, _P, _I, _PP, _I, _PP, _PP, _P, _P),
     "normalize_gradient": (_I, _I, _P, _P, _P, _P, _P, _P),

@@ -1,1 +1,1 @@
-"""CUDA sources, one family of operations a file; installed as the package data `dpnn.kernels`."""
+"""Kernels, one family of operations a file: C for the CPU, compiled when dpnn is installed, and CUDA sources."""

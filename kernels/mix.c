@@ -52,6 +52,27 @@ KERNEL void dpnn_moments(int64_t m, int64_t c, const float *x, const float *cent
     add_threads(sums, work, 2 * c, 4 * c, threads);
 }
 
+/* sums (2, c) = the sums of x and of its square, each number in double. `work`: 2 c doubles for each thread. */
+KERNEL void dpnn_sums(int64_t m, int64_t c, const float *x, double *sums, double *work) {
+    int threads = 1;
+#pragma omp parallel if (m * c > WORTH)
+    {
+        long lo, hi;
+        my_rows(m, &lo, &hi);
+        double *total = work + omp_get_thread_num() * 2 * c, *squares = total + c;
+        clear(total, 2 * c);
+#pragma omp master
+        threads = omp_get_num_threads();
+        for (long i = lo; i < hi; i++)
+            for (long j = 0; j < c; j++) {
+                double value = x[i * c + j];
+                total[j] += value;
+                squares[j] += value * value;
+            }
+    }
+    add_threads(sums, work, 2 * c, 2 * c, threads);
+}
+
 /* y = ReLU?( sum of xs[i] as[i] + b + sum of plains[i] ); b may be NULL. */
 KERNEL void dpnn_combine(int64_t m, int64_t c, int64_t n_norms, const float **xs, const float **as, const float *b,
                          int64_t n_plains, const float **plains, int64_t relu, float *y) {

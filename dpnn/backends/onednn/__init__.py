@@ -24,7 +24,7 @@ from dpnn.nn.dense import Dense
 from dpnn.nn.graph import Node
 from dpnn.nn.join import Concat
 from dpnn.nn.layer import Layer
-from dpnn.nn.norm import LocalResponseNorm
+from dpnn.nn.norm import BatchSums, LocalResponseNorm
 from dpnn.nn.pointwise import Flatten
 from dpnn.nn.pool import GlobalAvgPool, MaxPool
 from dpnn.team import Team
@@ -32,6 +32,7 @@ from dpnn.team import Team
 __all__ = ["OneDNN", "Unavailable"]
 
 _OPS: dict[type[Layer], Callable[[Group, Slot, Mode, Tools], Op]] = {
+    BatchSums: mix.BatchSumsOp,
     Concat: join.ConcatOp,
     Dense: dense.DenseOp,
     Flatten: join.FlattenOp,
@@ -42,22 +43,31 @@ _OPS: dict[type[Layer], Callable[[Group, Slot, Mode, Tools], Op]] = {
 
 
 class OneDNN:
-    """Computes in float32 on the threads of a team; Unavailable where oneDNN or our kernels are missing."""
+    """Computes in float32 on the threads of a team; Unavailable where oneDNN or our kernels are missing.
+
+    `bfloat16`: oneDNN's convolutions round their inputs to bfloat16 and add in float32; Unavailable where the processor
+    hasn't the instructions.
+    """
 
     name = "onednn"
     dtype = np.dtype(np.float32)
     channels_last = True
 
-    def __init__(self, team: Team) -> None:
+    def __init__(self, team: Team, bfloat16: bool = False) -> None:
         self.kernels = Kernels(team.size)
         self.library = Library(team.size)
+        if bfloat16 and not self.library.has_bfloat16:
+            raise Unavailable(
+                f"this processor's {self.library.isa} has no bfloat16 (AVX-512 BF16 or AMX has); "
+                'use backend.precision = "float32"'
+            )
         self._tools = Tools(self.kernels, team)
         threadpool_limits(1, "blas")  # the team's threads multiply matrices side by side, each its own
         library = self.library
         name = f"onednn-{library.version}-{library.isa}-{self.kernels.level}-{team.size}"
         self.choices: dict[str, str] = {}
         self.about = f"oneDNN {library.version} ({library.isa}) from {library.path}"
-        self._kit = Kit(library, self._tools, Choices(name, self.choices))
+        self._kit = Kit(library, self._tools, Choices(name, self.choices), bfloat16)
 
     def groups(self, nodes: Sequence[Node], mode: Mode) -> list[Group]:
         """Chains of layers that one op computes."""

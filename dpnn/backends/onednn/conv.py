@@ -15,7 +15,7 @@ from dpnn.backends.onednn.library import Library
 from dpnn.backends.onednn.op import CallsOp, Tools
 from dpnn.native import Call
 from dpnn.nn.conv import Conv
-from dpnn.nn.norm import BatchNorm
+from dpnn.nn.norm import BatchNorm, BatchNormalize
 
 DIRECTIONS = ("forward", "backward_data", "backward_weights")
 _TRIVIAL = 1 << 22
@@ -27,22 +27,24 @@ _LONG = 0.1
 class Kit:
     """What every convolution works with: the library, kernels and threads, the choices made so far."""
 
-    def __init__(self, library: Library, tools: Tools, choices: Choices) -> None:
-        self.library, self.tools, self.choices = library, tools, choices
+    def __init__(self, library: Library, tools: Tools, choices: Choices, bfloat16: bool) -> None:
+        self.library, self.tools, self.choices, self.bfloat16 = library, tools, choices, bfloat16
         self._direct: dict[Geometry, Direct] = {}
         self._exists: dict[Geometry, bool] = {}
 
     def direct(self, g: Geometry) -> Direct:
         """oneDNN's convolution of a geometry."""
         if g not in self._direct:
-            self._direct[g] = Direct(self.library, g)
+            self._direct[g] = Direct(self.library, g, self.bfloat16)
         return self._direct[g]
 
     def algorithms(self, g: Geometry, direction: str) -> list[str]:
         """Those that can be used, the first of them where nothing is timed."""
         if g not in self._exists:
-            self._exists[g] = exists(self.library, g)
+            self._exists[g] = exists(self.direct(g))
         names = ["direct"] if self._exists[g] else []
+        if names and self.bfloat16:
+            return names
         if direction != "backward_data" or unfold.is_product(g):
             names.append("unfold")
         if winograd.applies(g):
@@ -127,7 +129,7 @@ class ConvOp(CallsOp):
         self.capacity = len(self.x)
         self.bias = slot.param(node, "bias") if layer.bias else None
         self.norm = None
-        norms = [n for n in group.nodes if isinstance(n.layer, BatchNorm)]
+        norms = [n for n in group.nodes if isinstance(n.layer, BatchNorm | BatchNormalize)]
         if norms:
             roles = ("weight", "bias", "running_mean", "running_var")
             self.norm = [slot.param(norms[0], role) for role in roles]
@@ -139,7 +141,7 @@ class ConvOp(CallsOp):
             if layer.bias:
                 self.d_bias = slot.d_param(node, "bias")
                 self.total = np.empty((1, node.shape[0]))
-        self.prepare()
+        self.prepare(len(self.tail.y))
 
     def bind_forward(self, rows: int) -> list[Call]:
         arrays = Bound(self.w, images_last(self.x[:rows]), images_last(self.tail.y[:rows]), relu=self.tail.relu)

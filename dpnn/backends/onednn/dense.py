@@ -25,7 +25,7 @@ class DenseOp(CallsOp):
             self.dx, self.dw = slot.d_input(node), slot.d_param(node, "weight")
             if biased:
                 self.d_bias, self.total = slot.d_param(node, "bias"), np.empty((1, node.shape[0]))
-        self.prepare()
+        self.prepare(len(self.tail.y))
 
     def bind_forward(self, rows: int) -> list[Call]:
         k, c = self.w.shape

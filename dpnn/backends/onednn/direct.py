@@ -41,8 +41,8 @@ _MULTIPLIER_INDEX, _SUMMAND_INDEX = 32768 * 1 + 2, 32768 * 2 + 2  # DNNL_ARG_ATT
 class Direct:
     """Descriptions of oneDNN's convolutions of one geometry, and calls bound to arrays."""
 
-    def __init__(self, library: Library, g: Geometry) -> None:
-        self._library, self._g = library, g
+    def __init__(self, library: Library, g: Geometry, bfloat16: bool) -> None:
+        self._library, self._g, self._bfloat16 = library, g, bfloat16
         self._layouts = Layouts(library)
         images = ((g.n, g.c, g.h, g.w), (g.n, g.k, g.p, g.q))
         self._x, self._y = (self._layouts.strided(s, (s[1] * s[2] * s[3], 1, s[3] * s[1], s[1])) for s in images)
@@ -64,7 +64,7 @@ class Direct:
                 operations += [("binary", (_MULTIPLY, channel.handle)), ("binary", (_ADD, channel.handle))]
             if relu:
                 operations.append(("eltwise", (_RELU, 0.0, 0.0)))
-            attribute = attributes(library, operations)
+            attribute = attributes(library, operations, self._bfloat16)
             line = self._line.handle if bias and not scale else None
             handle = library.make(
                 "convolution_forward_primitive_desc_create", library.engine, _TRAINING, _DIRECT,
@@ -76,18 +76,20 @@ class Direct:
     def backward_data(self) -> Description:
         """dx from dy."""
         library, hint = self._library, self.forward(False, False, False)
+        attribute = attributes(library, bfloat16=self._bfloat16)
         handle = library.make(
             "convolution_backward_data_primitive_desc_create", library.engine, _DIRECT,
-            self._x.handle, self._w.handle, self._y.handle, *self._window, hint.owned.handle, None,
+            self._x.handle, self._w.handle, self._y.handle, *self._window, hint.owned.handle, attribute.handle,
         )  # fmt: skip
         return Description(library, handle)
 
     def backward_weights(self) -> Description:
         """dw from x and dy."""
         library, hint = self._library, self.forward(False, False, False)
+        attribute = attributes(library, bfloat16=self._bfloat16)
         handle = library.make(
             "convolution_backward_weights_primitive_desc_create", library.engine, _DIRECT,
-            self._x.handle, self._w.handle, None, self._y.handle, *self._window, hint.owned.handle, None,
+            self._x.handle, self._w.handle, None, self._y.handle, *self._window, hint.owned.handle, attribute.handle,
         )  # fmt: skip
         return Description(library, handle)
 
@@ -138,9 +140,8 @@ class Direct:
         return [Primitive(reorder(self._library, self._canonical.handle, layout), ends)], (WEIGHTS, layout, blocked)
 
 
-def exists(library: Library, g: Geometry) -> bool:
+def exists(direct: Direct) -> bool:
     """Whether oneDNN has more than its reference for all directions of a convolution."""
-    direct = Direct(library, g)
     try:
         descriptions = direct.forward(False, False, False), direct.backward_data(), direct.backward_weights()
     except Failed:

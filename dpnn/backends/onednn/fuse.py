@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dpnn.backends.base import Backend, Edge, Group, Mode
 from dpnn.nn.conv import Conv
@@ -9,12 +10,14 @@ from dpnn.nn.dense import Dense
 from dpnn.nn.graph import Node
 from dpnn.nn.join import Add, Concat, Fork
 from dpnn.nn.layer import pair
-from dpnn.nn.norm import BatchNorm, LocalResponseNorm
+from dpnn.nn.norm import BatchNorm, BatchNormalize, BatchSums, LocalResponseNorm
 from dpnn.nn.pointwise import Flatten, ReLU
 from dpnn.nn.pool import GlobalAvgPool, MaxPool
 
-_HEADS = (Conv, Dense, MaxPool, GlobalAvgPool, LocalResponseNorm, Concat, Flatten, BatchNorm, Add, ReLU, Fork)
-_BEFORE_RELU = (Conv, Dense, BatchNorm, Add)
+_NORMS = (BatchNorm, BatchNormalize)
+_MIXED = (*_NORMS, Add, ReLU, Fork)
+_HEADS = (Conv, Dense, MaxPool, GlobalAvgPool, LocalResponseNorm, Concat, Flatten, BatchSums, *_MIXED)
+_BEFORE_RELU = (Conv, Dense, *_NORMS, Add)
 
 
 def fuse(nodes: Sequence[Node], mode: Mode, backend: Backend) -> list[Group]:
@@ -47,16 +50,19 @@ def fuse(nodes: Sequence[Node], mode: Mode, backend: Backend) -> list[Group]:
             continue
         chain = [head]
         if isinstance(head.layer, Add) and mode == "train":
-            sources = [node for node in nodes if node.index in head.inputs and isinstance(node.layer, BatchNorm)]
+            sources = [node for node in nodes if node.index in head.inputs and type(node.layer) in _NORMS]
             chain = [*(node for node in sources if only_reader(node) is head), head]
-        if isinstance(head.layer, Conv) and mode == "eval":
-            follow(chain, BatchNorm)
+        # What stands before a synchronous BatchNorm is forked: to its sums, which only training has.
+        folds = isinstance(head.layer, Conv) and mode == "eval"
+        if folds and not follow(chain, BatchNorm) and follow(chain, Fork):
+            follow(chain, BatchNormalize)
         if type(chain[-1].layer) in _BEFORE_RELU:
             follow(chain, ReLU)
-        if not isinstance(head.layer, Fork):
+        if type(chain[-1].layer) not in (Fork, BatchSums):
             follow(chain, Fork)
         taken.update(node.index for node in chain)
-        groups.append(_group(chain, nodes, backend))
+        group = Group(tuple(chain), backend, forward_view=isinstance(head.layer, Fork))
+        groups.append(replace(group, in_place=_in_place(group)))
     return sorted(groups, key=lambda group: group.nodes[-1].index)
 
 
@@ -65,15 +71,10 @@ def _fits(node: Node) -> bool:
     return not isinstance(node.layer, MaxPool) or math.prod(pair(node.layer.size)) <= 256
 
 
-def _group(chain: list[Node], nodes: Sequence[Node], backend: Backend) -> Group:
-    group = Group(tuple(chain), backend, forward_view=isinstance(chain[0].layer, Fork))
-    return Group(group.nodes, backend, group.forward_view, in_place=_in_place(group, nodes))
-
-
-def _in_place(group: Group, nodes: Sequence[Node]) -> Edge | None:
+def _in_place(group: Group) -> Edge | None:
     """The input whose gradient may be written over the output's: a plain one of a sum, or the only one."""
-    if not any(isinstance(node.layer, BatchNorm | Add | ReLU | Fork) for node in group.nodes[:1]):
+    if type(group.nodes[0].layer) not in _MIXED:
         return None
-    plain = [(node.index, i) for node, i in group.inputs if not isinstance(node.layer, BatchNorm)]
-    edges = plain or [(node.index, i) for node, i in group.inputs]
-    return edges[0] if plain or len(edges) == 1 else None
+    plain = [(node.index, i) for node, i in group.inputs if type(node.layer) not in _NORMS]
+    normalized = [(node.index, i) for node, i in group.inputs if i == 0]
+    return plain[0] if plain else normalized[0] if len(normalized) == 1 else None

@@ -18,7 +18,7 @@ class ConcatOp(CallsOp):
         self.dxs = [slot.d_input(node, i) if self.tail.trains else None for i in positions]
         bounds = pairwise(accumulate((x.shape[1] for x in self.xs), initial=0))
         self.channels = [slice(lo, hi) for lo, hi in bounds]
-        self.prepare()
+        self.prepare(len(self.tail.y))
 
     def bind_forward(self, rows: int) -> list[Call]:
         y, team = flat(self.tail.y, rows), self.tools.team
@@ -38,7 +38,7 @@ class FlattenOp(CallsOp):
         node = group.nodes[0]
         self.x = slot.input(node)
         self.dx = slot.d_input(node) if self.tail.trains else None
-        self.prepare()
+        self.prepare(len(self.tail.y))
 
     def bind_forward(self, rows: int) -> list[Call]:
         x = self.x[:rows]

@@ -23,7 +23,9 @@ _MAX_DIMS = 12
 Dims = c_int64 * _MAX_DIMS
 _OUT = POINTER(c_void_p)
 _STATUSES = {1: "out of memory", 2: "invalid arguments", 3: "unimplemented", 5: "runtime error", 6: "not required"}
-ISAS = {0x1: "SSE4.1", 0x3: "AVX", 0x7: "AVX2", 0xF: "AVX2", 0x1F: "AVX2", 0x27: "AVX-512", 0x67: "AVX-512"}
+_ISAS = {0x1: "SSE4.1", 0x3: "AVX", 0x7: "AVX2", 0xF: "AVX2", 0x1F: "AVX2"}
+_BFLOAT16 = 0xE7
+"""The instruction set AVX-512 with bfloat16, which AMX includes."""
 
 
 class Argument(ctypes.Structure):
@@ -51,6 +53,7 @@ _TABLE: dict[str, tuple[Any, ...]] = {
     "post_ops_destroy": (_P,),
     "primitive_attr_create": (_OUT,),
     "primitive_attr_set_post_ops": (_P, _P),
+    "primitive_attr_set_fpmath_mode": (_P, _I),
     "primitive_attr_destroy": (_P,),
     "convolution_forward_primitive_desc_create": (_OUT, _P, _I, _I, _P, _P, _P, _P, _D, _D, _D, _D, _P),
     "convolution_backward_data_primitive_desc_create": (_OUT, _P, _I, _P, _P, _P, _D, _D, _D, _D, _P, _P),
@@ -95,7 +98,9 @@ class Library:
         for name, arguments in _TABLE.items():
             function = getattr(self._c, f"dnnl_{name}")
             function.argtypes, function.restype = arguments, _RESULTS.get(name, c_int)
-        self.isa = ISAS.get(self.call("get_effective_cpu_isa"), "AVX-512")
+        isa = self.call("get_effective_cpu_isa")
+        self.isa = _ISAS.get(isa, "AVX-512")
+        self.has_bfloat16 = isa & _BFLOAT16 == _BFLOAT16
         self.engine = self.make("engine_create", 1, 0)
         self.stream = self.make("stream_create", self.engine, 1)
         self.execute = self._c.dnnl_primitive_execute

@@ -23,7 +23,7 @@ class LocalResponseNormOp(CallsOp):
         self.dx = slot.d_input(node) if self.tail.trains else None
         self.numbers = (layer.size, layer.alpha, layer.beta, layer.k)
         self.work = np.empty((tools.kernels.threads, 2, self.tail.channels + layer.size + _MOST_LANES), np.float32)
-        self.prepare()
+        self.prepare(len(self.tail.y))
 
     def bind_forward(self, rows: int) -> list[Call]:
         x, y = flat(self.x, rows), flat(self.tail.y, rows)

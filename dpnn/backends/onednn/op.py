@@ -51,15 +51,14 @@ class CallsOp(ABC):
         self.tail = Tail(group, slot, mode, tools.kernels)
         self.kept, self.room_forward, self.room_backward = slot.room(group)
         self._forward, self._backward = Bindings(self.bind_forward), Bindings(self.bind_backward)
-        self.d_params: list[Array] = []
-        if self.tail.trains:
-            self.d_params = [slot.d_param(node, param.role) for node in group.nodes for param in node.params]
-        self._forward[0] = []
-        self._backward[0] = [self.zero_gradients]
+        params = [(node, param) for node in group.nodes for param in node.params] if self.tail.trains else []
+        # Without rows gradients are zero; those of statistics are forward's to write.
+        for calls, statistics in ((self._forward, True), (self._backward, False)):
+            wanted = [(node, param.role) for node, param in params if (param.spec.statistic != 0) == statistics]
+            calls[0] = [partial(put, slot.d_param(node, role), _ZERO, self.step) for node, role in wanted]
 
-    def prepare(self) -> None:
+    def prepare(self, rows: int) -> None:
         """Bind for the most rows; the last thing that a constructor does."""
-        rows = len(self.tail.y)
         self._forward[rows]
         if self.tail.trains:
             self._backward[rows]
@@ -79,11 +78,6 @@ class CallsOp(ABC):
     @abstractmethod
     def bind_backward(self, rows: int) -> list[Call]:
         """The calls of backward."""
-
-    def zero_gradients(self) -> None:
-        """Backward of no rows: zeros into the gradients of parameters."""
-        for d_param in self.d_params:
-            put(d_param, _ZERO, self.step)
 
 
 class Tail:

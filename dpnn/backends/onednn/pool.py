@@ -24,7 +24,7 @@ class MaxPoolOp(CallsOp):
         self.x = slot.input(self.node)
         self.dx = slot.d_input(self.node) if self.tail.trains else None
         self.places = self.kept if mode == "train" else None
-        self.prepare()
+        self.prepare(len(self.tail.y))
 
     def bind_forward(self, rows: int) -> list[Call]:
         return [self.tools.kernels.bind("maxpool", self._window(rows), self.x, self.tail.y, self.places)]
@@ -53,7 +53,7 @@ class GlobalAvgPoolOp(CallsOp):
         self.x = slot.input(node)
         self.dx = slot.d_input(node) if self.tail.trains else None
         self.factor = np.float32(1 / math.prod(node.input_shapes[0][1:]))
-        self.prepare()
+        self.prepare(len(self.tail.y))
 
     def bind_forward(self, rows: int) -> list[Call]:
         images, y = images_last(self.x), self.tail.y

@@ -97,13 +97,16 @@ def reorder(library: Library, source: c_void_p, target: c_void_p, add: bool = Fa
     return Description(library, handle)
 
 
-def attributes(library: Library, post_ops: Sequence[tuple[str, tuple[object, ...]]]) -> Owned:
-    """Post-operations by name ("eltwise", "binary", "sum") with their arguments."""
+def attributes(
+    library: Library, post_ops: Sequence[tuple[str, tuple[object, ...]]] = (), bfloat16: bool = False
+) -> Owned:
+    """Post-operations by name ("eltwise", "binary", "sum") with their arguments; whether products may be bfloat16."""
     operations = Owned(library, "post_ops", library.make("post_ops_create"))
     for name, arguments in post_ops:
         library.do(f"post_ops_append_{name}", operations.handle, *arguments)
     attribute = Owned(library, "primitive_attr", library.make("primitive_attr_create"))
     library.do("primitive_attr_set_post_ops", attribute.handle, operations.handle)
+    library.do("primitive_attr_set_fpmath_mode", attribute.handle, int(bfloat16))
     return attribute
 
 
