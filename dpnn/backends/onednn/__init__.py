@@ -15,9 +15,13 @@ from dpnn.backends.base import Group, Mode, Op, Room, Slot
 from dpnn.backends.onednn import conv, dense, join, lrn, mix, pool
 from dpnn.backends.onednn.choices import Choices
 from dpnn.backends.onednn.conv import Kit
+from dpnn.backends.onednn.direct import Direct
 from dpnn.backends.onednn.fuse import fuse
+from dpnn.backends.onednn.geometry import Algorithm
 from dpnn.backends.onednn.library import Library
 from dpnn.backends.onednn.op import Tools
+from dpnn.backends.onednn.unfold import Unfold
+from dpnn.backends.onednn.winograd import Winograd
 from dpnn.native import Kernels, Unavailable
 from dpnn.nn.conv import Conv
 from dpnn.nn.dense import Dense
@@ -67,7 +71,10 @@ class OneDNN:
         name = f"onednn-{library.version}-{library.isa}-{self.kernels.level}-{team.size}"
         self.choices: dict[str, str] = {}
         self.about = f"oneDNN {library.version} ({library.isa}) from {library.path}"
-        self._kit = Kit(library, self._tools, Choices(name, self.choices), bfloat16)
+        algorithms: list[Algorithm] = [Direct(library, bfloat16)]
+        if not bfloat16:
+            algorithms += [Unfold(team), Winograd(self.kernels)]
+        self._kit = Kit(self._tools, algorithms, Choices(name, self.choices))
 
     def groups(self, nodes: Sequence[Node], mode: Mode) -> list[Group]:
         """Chains of layers that one op computes."""

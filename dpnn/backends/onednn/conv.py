@@ -1,5 +1,6 @@
 """Convolution: which algorithm, chosen once by timing for each direction and shape; then its calls."""
 
+from collections.abc import Sequence
 from functools import partial
 from time import perf_counter
 from typing import cast
@@ -7,115 +8,51 @@ from typing import cast
 import numpy as np
 
 from dpnn.backends.base import Array, Group, Mode, Room, Slot, Step, put
-from dpnn.backends.onednn import unfold, winograd
 from dpnn.backends.onednn.choices import Choices
-from dpnn.backends.onednn.direct import Direct, exists
-from dpnn.backends.onednn.geometry import Bound, Geometry, Shapes, cut, images_last, nbytes
-from dpnn.backends.onednn.library import Library
+from dpnn.backends.onednn.geometry import DIRECTIONS, Algorithm, Bound, Direction, Geometry, images_last
 from dpnn.backends.onednn.op import CallsOp, Tools
 from dpnn.native import Call
 from dpnn.nn.conv import Conv
 from dpnn.nn.norm import BatchNorm, BatchNormalize
 
-DIRECTIONS = ("forward", "backward_data", "backward_weights")
 _TRIVIAL = 1 << 22
 """Multiply-adds below which nothing is timed."""
-_LONG = 0.1
-"""Seconds of a call that is long enough to be timed once."""
+_LONG_S = 0.1
+"""A call so long needs to be timed once only."""
 
 
 class Kit:
-    """What every convolution works with: the library, kernels and threads, the choices made so far."""
+    """What every convolution works with: our tools, the algorithms, the choices made among them."""
 
-    def __init__(self, library: Library, tools: Tools, choices: Choices, bfloat16: bool) -> None:
-        self.library, self.tools, self.choices, self.bfloat16 = library, tools, choices, bfloat16
-        self._direct: dict[Geometry, Direct] = {}
-        self._exists: dict[Geometry, bool] = {}
+    def __init__(self, tools: Tools, algorithms: Sequence[Algorithm], choices: Choices) -> None:
+        self.tools, self._algorithms, self._choices = tools, algorithms, choices
 
-    def direct(self, g: Geometry) -> Direct:
-        """oneDNN's convolution of a geometry."""
-        if g not in self._direct:
-            self._direct[g] = Direct(self.library, g, self.bfloat16)
-        return self._direct[g]
+    def algorithms(self, g: Geometry, direction: Direction) -> dict[str, Algorithm]:
+        """Those that can be used, by name, the best guess first; the first of all as a last resort."""
+        found = [algorithm for algorithm in self._algorithms if algorithm.applies(g, direction)]
+        return {algorithm.name: algorithm for algorithm in found or self._algorithms[:1]}
 
-    def algorithms(self, g: Geometry, direction: str) -> list[str]:
-        """Those that can be used, the first of them where nothing is timed."""
-        if g not in self._exists:
-            self._exists[g] = exists(self.direct(g))
-        names = ["direct"] if self._exists[g] else []
-        if names and self.bfloat16:
-            return names
-        if direction != "backward_data" or unfold.is_product(g):
-            names.append("unfold")
-        if winograd.applies(g):
-            names.append("winograd")
-        return names or ["direct"]
-
-    def choose(self, g: Geometry, direction: str) -> str:
+    def choose(self, g: Geometry, direction: Direction) -> Algorithm:
         """The fastest algorithm, as timed now or before."""
-        names = self.algorithms(g, direction)
-        if len(names) == 1 or g.multiply_adds < _TRIVIAL:
-            return names[0]
-        return self.choices.fastest(f"{direction} {g.key}", names, lambda name: self._time(g, direction, name))
+        found = self.algorithms(g, direction)
+        if len(found) == 1 or g.multiply_adds < _TRIVIAL:
+            return next(iter(found.values()))
+        question = f"{direction} {g.key}"
+        return found[self._choices.fastest(question, list(found), lambda name: self.time(g, direction, found[name]))]
 
-    def scratch(self, g: Geometry, direction: str, name: str) -> int:
-        """Bytes of scratch."""
-        if name == "direct":
-            direct = self.direct(g)
-            sizes = {
-                "forward": lambda: direct.forward(True, True, False).nbytes(33),
-                "backward_data": lambda: direct.backward_data().nbytes(33),
-                "backward_weights": lambda: direct.backward_weights().nbytes(161),
-            }
-            return sizes[direction]()
-        return nbytes(self._shapes(g, direction, name))
-
-    def _shapes(self, g: Geometry, direction: str, name: str) -> Shapes:
-        """Scratch of our own algorithms."""
-        if name == "winograd":
-            return winograd.shapes(
-                winograd.turned(g) if direction == "backward_data" else g, direction == DIRECTIONS[2]
-            )
-        shapes = {"forward": unfold.forward_shapes, "backward_weights": unfold.gradient_shapes}
-        return shapes[direction](g, self.tools.team) if direction in shapes else {}
-
-    def bind(self, g: Geometry, direction: str, name: str, room: Array, arrays: Bound, step: Step) -> list[Call]:
-        """The calls of one direction; `room`: its scratch."""
-        if name == "direct":
-            direct = self.direct(g)
-            if direction == "backward_weights":
-                return direct.bind_backward_weights(room, arrays, step)
-            bind = direct.bind_forward if direction == "forward" else direct.bind_backward_data
-            return bind(room, arrays)
-        scratch = cut(room, self._shapes(g, direction, name))
-        if name == "winograd":
-            kernels = self.tools.kernels
-            if direction == "backward_weights":
-                return winograd.backward_weights(g, kernels, scratch, arrays, step)
-            run = winograd.forward if direction == "forward" else winograd.backward_data
-            return run(g, kernels, scratch, arrays)
-        team = self.tools.team
-        if direction == "backward_weights":
-            return unfold.backward_weights(g, team, scratch, arrays, step)
-        return (unfold.forward if direction == "forward" else unfold.backward_data)(g, team, scratch, arrays)
-
-    def _time(self, g: Geometry, direction: str, name: str) -> float:
+    def time(self, g: Geometry, direction: Direction, algorithm: Algorithm) -> float:
         """Seconds of one call, on arrays of ones (memory never written would be one page of zeros)."""
         x, y = (np.ones(shape, np.float32) for shape in ((g.n, g.h, g.w, g.c), (g.n, g.p, g.q, g.k)))
         w, dw = (np.ones((g.k, g.c // g.groups, *g.size), np.float32) for _ in range(2))
-        room = np.ones(self.scratch(g, direction, name), np.uint8)
-        arrays = Bound(w, x, y, dx=x, dy=y, dw=dw)
-        calls = self.bind(g, direction, name, room, arrays, Step())
-        best = float("inf")
-        for _ in range(4):  # the first one warms up
+        room = np.ones(algorithm.nbytes(g, direction), np.uint8)
+        calls = algorithm.bind(g, direction, room, Bound(w, x, y, dx=x, dy=y, dw=dw), Step())
+        times: list[float] = []
+        while len(times) < 4 and (len(times) < 2 or min(times) < _LONG_S):  # the first one warms up
             begin = perf_counter()
             for call in calls:
                 call()
-            last, best = best, perf_counter() - begin
-            best = min(last, best)
-            if best > _LONG and last < float("inf"):
-                break
-        return best
+            times.append(perf_counter() - begin)
+        return min(times)
 
 
 class ConvOp(CallsOp):
@@ -164,10 +101,10 @@ class ConvOp(CallsOp):
             calls += self._bind("backward_data", rows, self.room_backward, arrays)
         return calls
 
-    def _bind(self, direction: str, rows: int, room: Array, arrays: Bound) -> list[Call]:
+    def _bind(self, direction: Direction, rows: int, room: Array, arrays: Bound) -> list[Call]:
         """The algorithm is that of the most rows, so that a step's result doesn't depend on when it was timed."""
-        name = self.kit.choose(Geometry.of(self.node, self.capacity), direction)
-        return self.kit.bind(Geometry.of(self.node, rows), direction, name, room, arrays, self.step)
+        algorithm = self.kit.choose(Geometry.of(self.node, self.capacity), direction)
+        return algorithm.bind(Geometry.of(self.node, rows), direction, room, arrays, self.step)
 
     def _fold(self) -> None:
         """The normalisation as a factor and a summand for each channel."""
@@ -181,8 +118,8 @@ class ConvOp(CallsOp):
 def room(group: Group, rows: int, mode: Mode, kit: Kit) -> Room:
     """The scratch of a group."""
     g = Geometry.of(group.nodes[0], rows)
-    sizes = dict.fromkeys(DIRECTIONS, 0)
-    for direction in DIRECTIONS if mode == "train" else DIRECTIONS[:1]:
-        sizes[direction] = kit.scratch(g, direction, kit.choose(g, direction))
-    forward, data, weights = (sizes[direction] for direction in DIRECTIONS)
-    return Room(forward=forward, backward=max(data, weights))
+    forward, *backward = (
+        kit.choose(g, direction).nbytes(g, direction)
+        for direction in (DIRECTIONS if mode == "train" else DIRECTIONS[:1])
+    )
+    return Room(forward=forward, backward=max(backward, default=0))

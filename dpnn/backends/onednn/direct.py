@@ -9,7 +9,7 @@ from ctypes import c_void_p
 import numpy as np
 
 from dpnn.backends.base import Array, Step
-from dpnn.backends.onednn.geometry import Bound, Geometry
+from dpnn.backends.onednn.geometry import Bound, Direction, Geometry
 from dpnn.backends.onednn.library import Failed, Library, dims
 from dpnn.backends.onednn.primitive import (
     BIAS,
@@ -38,7 +38,7 @@ _RELU, _MULTIPLY, _ADD = 0x20, 0x1FFF1, 0x1FFF0
 _MULTIPLIER_INDEX, _SUMMAND_INDEX = 32768 * 1 + 2, 32768 * 2 + 2  # DNNL_ARG_ATTR_MULTIPLE_POST_OP(i) | SRC_1
 
 
-class Direct:
+class Convolution:
     """Descriptions of oneDNN's convolutions of one geometry, and calls bound to arrays."""
 
     def __init__(self, library: Library, g: Geometry, bfloat16: bool) -> None:
@@ -140,14 +140,46 @@ class Direct:
         return [Primitive(reorder(self._library, self._canonical.handle, layout), ends)], (WEIGHTS, layout, blocked)
 
 
-def exists(direct: Direct) -> bool:
-    """Whether oneDNN has more than its reference for all directions of a convolution."""
-    try:
-        descriptions = direct.forward(False, False, False), direct.backward_data(), direct.backward_weights()
-    except Failed:
-        return False
-    return not any(description.name.startswith("ref") for description in descriptions)
-
-
 def _enough(room: Array, nbytes: int) -> Array:
     return room if room.size >= nbytes else np.empty(nbytes, np.uint8)
+
+
+class Direct:
+    """The algorithm `direct`; with `bfloat16` inputs are rounded to that."""
+
+    name = "direct"
+
+    def __init__(self, library: Library, bfloat16: bool) -> None:
+        self._library, self._bfloat16 = library, bfloat16
+        self._known: dict[Geometry, Convolution] = {}
+
+    def applies(self, g: Geometry, direction: Direction) -> bool:
+        """Whether oneDNN has more than its reference."""
+        try:
+            return not self._describe(g, direction).name.startswith("ref")
+        except Failed:
+            return False
+
+    def nbytes(self, g: Geometry, direction: Direction) -> int:
+        """For the filters, or their gradient, in the layout that oneDNN asks for."""
+        return self._describe(g, direction).nbytes(DIFF_WEIGHTS if direction == "backward_weights" else WEIGHTS)
+
+    def bind(self, g: Geometry, direction: Direction, room: Array, arrays: Bound, step: Step) -> list[Call]:
+        """The calls of one direction."""
+        convolution = self._convolution(g)
+        if direction == "forward":
+            return convolution.bind_forward(room, arrays)
+        if direction == "backward_data":
+            return convolution.bind_backward_data(room, arrays)
+        return convolution.bind_backward_weights(room, arrays, step)
+
+    def _describe(self, g: Geometry, direction: Direction) -> Description:
+        convolution = self._convolution(g)
+        if direction == "forward":
+            return convolution.forward(bias=True, relu=True, scale=False)
+        return convolution.backward_data() if direction == "backward_data" else convolution.backward_weights()
+
+    def _convolution(self, g: Geometry) -> Convolution:
+        if g not in self._known:
+            self._known[g] = Convolution(self._library, g, self._bfloat16)
+        return self._known[g]

@@ -4,16 +4,18 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import Literal, Protocol, cast
 
 import numpy as np
 
-from dpnn.backends.base import Array
+from dpnn.backends.base import Array, Step
 from dpnn.native import Call
 from dpnn.nn.conv import Conv
 from dpnn.nn.graph import Node
 from dpnn.nn.layer import pair
 
+Direction = Literal["forward", "backward_data", "backward_weights"]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward_data", "backward_weights")
 Shapes = Mapping[str, tuple[int, ...]]
 """The scratch arrays that an algorithm wants, float32, by name."""
 
@@ -83,6 +85,24 @@ class Bound:
     scale: Array | None = None
     """In evaluation, a factor for each output channel that a BatchNorm behind the convolution gives; bias is then the
     rest of it."""
+
+
+class Algorithm(Protocol):
+    """One way to compute convolutions."""
+
+    name: str
+
+    def applies(self, g: Geometry, direction: Direction) -> bool:
+        """Whether it computes this direction of such a convolution."""
+        ...
+
+    def nbytes(self, g: Geometry, direction: Direction) -> int:
+        """Bytes of scratch."""
+        ...
+
+    def bind(self, g: Geometry, direction: Direction, room: Array, arrays: Bound, step: Step) -> list[Call]:
+        """The calls that compute it, with `room` as scratch."""
+        ...
 
 
 def nbytes(shapes: Shapes) -> int:

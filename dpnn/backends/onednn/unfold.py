@@ -12,7 +12,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from dpnn.backends.base import Array, Step, put
-from dpnn.backends.onednn.geometry import Bound, Geometry, Shapes, copy_window
+from dpnn.backends.onednn.geometry import Bound, Direction, Geometry, Shapes, copy_window, cut, nbytes
 from dpnn.native import Call
 from dpnn.team import Team
 
@@ -22,17 +22,47 @@ _PIXELS = 1 << 12
 """Pixels that are multiplied at a time where nothing is copied."""
 
 
-def is_product(g: Geometry) -> bool:
+class Unfold:
+    """The algorithm `unfold`."""
+
+    name = "unfold"
+
+    def __init__(self, team: Team) -> None:
+        self._team = team
+
+    def applies(self, g: Geometry, direction: Direction) -> bool:
+        """The input's gradient only where windows don't overlap because they are pixels."""
+        return direction != "backward_data" or _is_product(g)
+
+    def nbytes(self, g: Geometry, direction: Direction) -> int:
+        """For windows and filters."""
+        return nbytes(_shapes(g, direction, self._team))
+
+    def bind(self, g: Geometry, direction: Direction, room: Array, arrays: Bound, step: Step) -> list[Call]:
+        """Copies and products, each thread its own."""
+        scratch = cut(room, _shapes(g, direction, self._team))
+        if direction == "forward":
+            return _forward(g, self._team, scratch, arrays)
+        if direction == "backward_data":
+            return _backward_data(g, self._team, arrays)
+        return _backward_weights(g, self._team, scratch, arrays, step)
+
+
+def _is_product(g: Geometry) -> bool:
     """Whether every window is one pixel, so that nothing has to be copied."""
     return g.size == (1, 1) and g.stride == (1, 1) and g.padding == (0, 0)
 
 
-def forward_shapes(g: Geometry, team: Team) -> Shapes:
-    """Scratch of `forward`: the filters as (K, R S C), and the windows of each thread."""
-    return {"w": (g.k, _length(g)), **_window_shapes(g, team)}
+def _shapes(g: Geometry, direction: Direction, team: Team) -> Shapes:
+    """Windows of each thread; the filters as (K, R S C), or each thread's gradient of them and a piece's part of it."""
+    if direction == "backward_data":
+        return {}
+    if direction == "forward":
+        return {"w": (g.k, _length(g)), **_window_shapes(g, team)}
+    return {**_window_shapes(g, team), **{f"dw{i}": (2, g.k, _length(g)) for i in range(team.size)}}
 
 
-def forward(g: Geometry, team: Team, scratch: dict[str, Array], arrays: Bound) -> list[Call]:
+def _forward(g: Geometry, team: Team, scratch: dict[str, Array], arrays: Bound) -> list[Call]:
     """y = x * w, with bias and ReLU as the arrays say."""
     w, y = scratch["w"], arrays.y.reshape(-1, g.k)
     shares = []
@@ -55,8 +85,8 @@ def forward(g: Geometry, team: Team, scratch: dict[str, Array], arrays: Bound) -
     return [partial(np.copyto, _canonical(w, g), arrays.w), partial(team.run, shares)]
 
 
-def backward_data(g: Geometry, team: Team, scratch: dict[str, Array], arrays: Bound) -> list[Call]:
-    """dx from dy, where `is_product`; no scratch."""
+def _backward_data(g: Geometry, team: Team, arrays: Bound) -> list[Call]:
+    """dx from dy, where `_is_product`."""
     dx, dy, w = arrays.dx.reshape(-1, g.c), arrays.dy.reshape(-1, g.k), arrays.w.reshape(g.k, -1)
     shares = []
     for pieces in _shares(g, team):
@@ -69,12 +99,7 @@ def backward_data(g: Geometry, team: Team, scratch: dict[str, Array], arrays: Bo
     return [partial(team.run, shares)]
 
 
-def gradient_shapes(g: Geometry, team: Team) -> Shapes:
-    """Scratch of `backward_weights`: windows, and for each thread the gradient and one piece's part of it."""
-    return {**_window_shapes(g, team), **{f"dw{i}": (2, g.k, _length(g)) for i in range(team.size)}}
-
-
-def backward_weights(g: Geometry, team: Team, scratch: dict[str, Array], arrays: Bound, step: Step) -> list[Call]:
+def _backward_weights(g: Geometry, team: Team, scratch: dict[str, Array], arrays: Bound, step: Step) -> list[Call]:
     """dw from x and dy."""
     dy = arrays.dy.reshape(-1, g.k)
     shares, sums = [], []
@@ -111,7 +136,7 @@ def _canonical(filters: Array, g: Geometry) -> Array:
 
 def _shares(g: Geometry, team: Team) -> list[list[range]]:
     """For each thread its runs of windows, numbered over all images, each run within an image or of whole pixels."""
-    if is_product(g):
+    if _is_product(g):
         pixels = g.n * g.p * g.q
         return [
             [range(lo, min(lo + _PIXELS, run.stop)) for lo in range(run.start, run.stop, _PIXELS)]
@@ -133,7 +158,7 @@ def _rows(g: Geometry) -> int:
 
 def _window_shapes(g: Geometry, team: Team) -> Shapes:
     """For each thread some rows of windows, and the rows of the image that they are copied from, with padding."""
-    if is_product(g):
+    if _is_product(g):
         return {}
     rows, (r, s), (down, right) = _rows(g), g.size, g.stride
     windows = (g.groups, rows * g.q, _length(g))
@@ -143,7 +168,7 @@ def _window_shapes(g: Geometry, team: Team) -> Shapes:
 
 def _windows(g: Geometry, x: Array, piece: range, scratch: dict[str, Array], i: int) -> tuple[list[Call], list[Array]]:
     """The windows of a run as (windows, R S C), a group each; and the calls that copy them into thread i's scratch."""
-    if is_product(g):
+    if _is_product(g):
         pixels = x.reshape(-1, g.c)[piece.start : piece.stop]
         return [], [pixels[:, g.channels(group)[0]] for group in range(g.groups)]
     n, first = divmod(piece.start // g.q, g.p)
