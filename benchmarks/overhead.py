@@ -11,6 +11,7 @@ import ctypes
 import os
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from unittest import mock
@@ -76,6 +77,10 @@ def empty_onednn() -> OneDNN:
     return backend
 
 
+def run_nothing(team: Team, shares: Sequence[object]) -> None:
+    """In the place of `Team.run`."""
+
+
 class NullOptimizer(Optimizer):
     """Updates nothing."""
 
@@ -97,7 +102,7 @@ def step_times(world: World, steps: int, backends: list[Backend]) -> list[float]
     prepared, _ = prepare("job.toml", (), None, 1)
     with (
         mock.patch("dpnn.evaluate.choose_backends", return_value=(backends, "")),
-        mock.patch("dpnn.team.Team.run"),
+        mock.patch.object(Team, "run", run_nothing),
         mock.patch("dpnn.train.Optimizer", NullOptimizer),
     ):
         training = Stamped(world, prepared, None)

@@ -116,6 +116,11 @@ class Backend(Table, frozen=True, kw_only=True):
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     """bfloat16: products of convolutions only; arrays stay float32."""
 
+    @property
+    def needs_onednn(self) -> bool:
+        """Whether no other backend will do."""
+        return self.name == "onednn" or self.precision == "bfloat16"
+
 
 class Output(Table, frozen=True, kw_only=True):
     """[output]: the run folder."""
@@ -274,6 +279,9 @@ def _did_you_mean(names: Iterable[str]) -> str:
     return "".join(f"; did you mean {name}?" for name in names)
 
 
+_PRECISIONS = {"onednn": ("float32", "bfloat16"), "reference": ("float32", "float64")}
+
+
 def _check(job: Job) -> None:
     """What one key's type can't say."""
 
@@ -296,6 +304,12 @@ def _check(job: Job) -> None:
         raise JobError("schedule.milestones is missing: a list of epochs is wanted, as in [30, 60]")
     if list(milestones) != sorted(set(milestones)):
         raise JobError(f"schedule.milestones = {_shown(milestones)}: epochs in rising order are wanted")
+    backend, precision = job.backend.name, job.backend.precision
+    if precision not in _PRECISIONS.get(backend, (precision,)):
+        wanted = " or ".join(map(_toml, _PRECISIONS[backend]))
+        raise JobError(
+            f'backend.precision = "{precision}": backend.name = "{backend}" computes in {wanted}; use "auto"'
+        )
     batch, lanes = job.train.global_batch, job.data.lanes
     if lanes and batch % lanes:
         below, above = batch // lanes * lanes, -(-batch // lanes) * lanes

@@ -114,24 +114,14 @@ def choose_backends(options: config.Backend, team: Team) -> tuple[list[Backend],
     The reference comes last: it computes what the others decline. JobError where the one asked for can't be had.
     """
     threadpool_limits(team.size)
-    asked = options.name == "onednn" or options.precision == "bfloat16"
-    if options.precision == "float64" and options.name == "onednn":
-        raise JobError(
-            'backend.precision = "float64" is not among what backend.name = "onednn" computes in; '
-            'use "float32", or backend.name = "reference"'
-        )
-    if options.name == "reference" and options.precision == "bfloat16":
-        raise JobError(
-            'backend.precision = "bfloat16" is not for the reference; use "float32", or backend.name = "auto"'
-        )
     reference = Reference(np.float64 if options.precision == "float64" else np.float32)
     if options.name == "reference" or options.precision == "float64":
         return [reference], ""
     try:
         return [OneDNN(team, options.precision == "bfloat16"), reference], ""
     except Unavailable as error:
-        if asked:
-            raise JobError(f'backend.name = "{options.name}", precision = "{options.precision}": {error}') from error
+        if options.needs_onednn:
+            raise JobError(f"this job needs the onednn backend: {error}") from error
         return [reference], f"computing on the reference backend, which is slow: {error}"
 
 

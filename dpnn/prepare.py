@@ -18,9 +18,11 @@ from dpnn.data import Manifest, Sampler, default_lanes
 from dpnn.data.augment import AUGMENTATIONS
 from dpnn.data.pack import pack
 from dpnn.errors import DataError, JobError
+from dpnn.evaluate import choose_backends
 from dpnn.nn import Network
 from dpnn.observe.folder import RunFolder
 from dpnn.optim import STATES
+from dpnn.team import Team
 
 BUILT_IN = "digits"
 BUILT_IN_FOLDER = "data/digits"
@@ -134,6 +136,8 @@ def try_out(start: Start, replicas: int) -> None:
     Sampler(train.counts, train.block, start.lanes, start.global_batch, data.window, job.seed).check(replicas)
     AUGMENTATIONS[data.augment](job.seed, train.shape, np.dtype(train.dtype), 0)
     models.graph(job, start.network, train.network_shape)
+    if job.backend.needs_onednn:
+        choose_backends(job.backend, Team(1))
 
 
 def check_loss(job: config.Job, train: Manifest) -> None:

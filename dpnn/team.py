@@ -15,11 +15,11 @@ Call = Callable[[], object]
 
 
 class Team:
-    """`size` threads, which start when they are first needed and end with the process."""
+    """`size` threads, which start when they are first needed and end with the team."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._work: list[SimpleQueue[Sequence[Call]]] = []
+        self._work: list[SimpleQueue[Sequence[Call] | None]] = []
         self._done: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def run(self, shares: Sequence[Sequence[Call]]) -> None:
@@ -29,7 +29,7 @@ class Team:
         """
         while len(self._work) < len(shares) - 1:
             self._work.append(SimpleQueue())
-            Thread(target=self._serve, args=(self._work[-1],), name="dpnn-team", daemon=True).start()
+            Thread(target=_serve, args=(self._work[-1], self._done), name="dpnn-team", daemon=True).start()
         for queue, calls in zip(self._work, shares[1:], strict=False):
             queue.put(calls)
         try:
@@ -41,19 +41,26 @@ class Team:
             if error is not None:
                 raise error
 
-    def _serve(self, queue: "SimpleQueue[Sequence[Call]]") -> None:
-        with np.errstate(all="ignore"):
-            while True:
-                error: BaseException | None = None
-                try:
-                    for call in queue.get():
-                        call()
-                except BaseException as caught:
-                    error = caught
-                self._done.put(error)
-
     def cut(self, n: int, least: int = 1) -> list[range]:
         """[0, n) as at most `size` runs of like length, each of at least `least`; at least one run."""
         count = max(1, min(self.size, n // least))
         bounds = [n * i // count for i in range(count + 1)]
         return [range(lo, hi) for lo, hi in pairwise(bounds)]
+
+    def __del__(self) -> None:
+        for queue in self._work:
+            queue.put(None)
+
+
+def _serve(queue: "SimpleQueue[Sequence[Call] | None]", done: "SimpleQueue[BaseException | None]") -> None:
+    """Make the calls of each share that comes, until None comes; tell what they raised."""
+    with np.errstate(all="ignore"):
+        while (calls := queue.get()) is not None:
+            error: BaseException | None = None
+            try:
+                for call in calls:
+                    call()
+            except BaseException as caught:
+                error = caught
+            calls = ()
+            done.put(error)

@@ -127,7 +127,7 @@ WRONG = {
     "optimizer.name=momentun": '"sgd" or "momentum" is wanted; did you mean "momentum"?',
     "data.augment=flip": 'data.augment = "flip": "none" or "crop-flip" is wanted; did you mean "crop-flip"?',
     "parallel.strategy=downpour": 'parallel.strategy = "downpour": "allreduce" is wanted',
-    "backend.precision=float16": 'backend.precision = "float16": "float32" or "float64" is wanted',
+    "backend.precision=float16": 'backend.precision = "float16": "float32", "bfloat16" or "float64" is wanted',
     # keys that don't go together
     "schedule.milestones=[1]": 'schedule.milestones = [1.0]: it needs schedule.name = "step"',
     "schedule.power=3": 'schedule.power = 3.0: it needs schedule.name = "poly"',

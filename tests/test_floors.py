@@ -24,7 +24,13 @@ FLOORS = {
     )
     for room in rooms
 }
-BESIDE = {("backends", "nn"), ("train", "prepare"), ("train", "evaluate"), ("train", "cluster")}
+BESIDE = {
+    ("backends", "nn"),
+    ("prepare", "evaluate"),
+    ("train", "prepare"),
+    ("train", "evaluate"),
+    ("train", "cluster"),
+}
 """Who may import a room on its own floor; `errors` is for everybody."""
 ONLY = {
     "mpi4py": ("comm/", "strategies/"),
