@@ -1,0 +1,70 @@
+"""Takes steps of a network and prints, as JSON, what they allocate: NETWORK, ROWS and the side of the images."""
+
+import gc
+import json
+import resource
+import sys
+import tracemalloc
+
+import numpy as np
+
+from dpnn import models, nn
+from dpnn.backends.onednn import OneDNN
+from dpnn.backends.reference import Reference
+from dpnn.data import Batch
+from dpnn.plan import Arena, Executor, Layout, Placement, Store, compile_plan
+from dpnn.team import Team
+
+WARM_UP, STEPS = 3, 20
+
+
+class Alone:
+    """A strategy, and a sum over replicas, of a lone rank."""
+
+    def __getattr__(self, name):
+        return lambda *arguments: None
+
+
+def main() -> None:
+    name, rows, side = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    shape = (1 if name == "lenet" else 3, side, side)
+    options = {"depth": 18} if name == "resnet" else {}
+    graph = nn.Graph(models.build(name, 10, shape, options), shape, nn.SoftmaxCrossEntropy())
+    nodes = Placement.whole(graph).nodes(graph, 0)
+    store, backends = Store(nodes, np.dtype(np.float32)), [OneDNN(Team(2)), Reference(np.float32)]
+    store.draw(0)
+    layout, arena = (
+        Layout(compile_plan(graph, nodes, backends, "train", rows, 1, store.pieces), store.params.dtype),
+        Arena(),
+    )
+    arena.reserve(layout.nbytes)
+    executor = Executor(layout, store, arena, 0, lambda array: Alone(), Alone())
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((rows, *shape), np.float32)
+    batch = Batch(x, rng.integers(0, 10, rows).astype(np.int32), np.arange(rows, dtype=np.uint64), rows, 0, 0, None)
+
+    def step() -> None:
+        executor.run(batch, [(rows, rows)], rows)
+
+    for _ in range(WARM_UP):
+        step()
+    gc.collect()
+    gc.disable()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(STEPS):
+        step()
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    tracemalloc.start()
+    step()
+    tracemalloc.clear_traces()
+    tracemalloc.reset_peak()
+    step()
+    current, peak = tracemalloc.get_traced_memory()
+    largest = max(array.nbytes for array in (x, store.params))
+    print(
+        json.dumps({"faults": faults / STEPS, "peak": peak, "kept": current, "arena": layout.nbytes, "array": largest})
+    )
+
+
+if __name__ == "__main__":
+    main()
