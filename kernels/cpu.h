@@ -27,7 +27,8 @@ static inline vec load(const float *p) { return *(const vec *)p; }
 static inline void store(float *p, vec v) { *(vec *)p = v; }
 static inline vec zeros(void) { return (vec){0}; }
 static inline ivec zeros_int(void) { return (ivec){0}; }
-static inline vec positive(vec v) { return (vec)((ivec)v & (v > 0)); }
+/* ReLU; what is not a number stays so. */
+static inline vec positive(vec v) { return (vec)((ivec)v & ~(v <= 0)); }
 
 /* The first n numbers, zeros beyond. */
 static inline vec load_some(const float *p, long n) {

@@ -8,6 +8,8 @@
  *
  * T tiles are taken at a time; channels lie in panels of 16, so that both operands of the products are read in order:
  *     V [36][C/16][T][16] inputs   Z [36][K/16][T][16] outputs   U [36][K/16][C][16] filters   dU [36][K/16][C/16][16][16]
+ * with the 36 an odd number of cache lines apart: the transforms write to all of them at once, and addresses a multiple
+ * of 4096 bytes apart would push each other out of the first cache.
  * Bound by the matrix products, 2 x 36 T C K operations; the transforms pass over the images once.
  */
 #include "cpu.h"
@@ -42,6 +44,9 @@ static Tiling tiling(const Shape *s) {
     t.kp = (t.k + PANEL - 1) / PANEL;
     return t;
 }
+
+/* Numbers from one of the 36 to the next, where each has so many lines of 16 numbers. */
+static inline long apart(long lines) { return (lines | 1) * PANEL; }
 
 static const float SCALE[5] = {1.f / 4, -1.f / 6, -1.f / 6, 1.f / 24, 1.f / 24};
 static const float POINT[5] = {0, 1, -1, 2, -2};
@@ -123,7 +128,7 @@ static void transform(const Shape *s, const Tiling *t, const float *x, long firs
                 vec d[6][6], half[6][6], out[6];
                 load_tile(x + n * h * w * stride + channel, h, w, stride, row, col, size, channels - channel, d);
                 float *to = v + (panel * s->tiles + tile) * PANEL + part * LANES;
-                long place = panels * s->tiles * PANEL;
+                long place = apart(panels * s->tiles);
                 for (long j = 0; j < size; j++) {
                     if (gradient) {
                         gradient_line(d[j], out, t->m);
@@ -146,7 +151,7 @@ static void transform(const Shape *s, const Tiling *t, const float *x, long firs
 /* y = A^T z A scale + bias, ReLU, of tiles [first, first + count) of one group. */
 static void transform_output(const Shape *s, const Tiling *t, const float *z, long first, long count, const float *scale,
                              const float *bias, int relu, float *y) {
-    long place = t->kp * s->tiles * PANEL;
+    long place = apart(t->kp * s->tiles);
 #pragma omp for collapse(2) schedule(static)
     for (long tile = 0; tile < count; tile++)
         for (long panel = 0; panel < t->kp; panel++) {
@@ -245,7 +250,7 @@ static void transform_filters(const float *w, long r, long in, long out, long by
                     for (int b = 0; b < 6; b++) {
                         vec sum = zeros();
                         for (long s = 0; s < r; s++) sum += g[b][s] * half[a][s];
-                        store(to + (a * 6 + b) * out_panels * in_panels * PANEL * PANEL + part * LANES, sum);
+                        store(to + (a * 6 + b) * apart(out_panels * in_panels * PANEL) + part * LANES, sum);
                     }
             }
         }
@@ -255,7 +260,7 @@ static void transform_filters(const float *w, long r, long in, long out, long by
 static void put_filters(const float *du, const Tiling *t, long r, float *dw, int add) {
     float g[6][5];
     make_g(r, g);
-    long place = t->kp * t->cp * PANEL * PANEL;
+    long place = apart(t->kp * t->cp * PANEL);
 #pragma omp for collapse(2) schedule(static)
     for (long k = 0; k < t->k; k++)
         for (long panel = 0; panel < t->cp; panel++) {
@@ -302,8 +307,9 @@ KERNEL void dpnn_winograd(const Shape *s, const float *x, const float *w, const 
 #pragma omp for collapse(2) schedule(static)
             for (long place = 0; place < PLACES; place++)
                 for (long panel = 0; panel < t.kp; panel++)
-                    multiply(v + place * t.cp * s->tiles * PANEL, u + (place * t.kp + panel) * t.cp * PANEL * PANEL,
-                             z + (place * t.kp + panel) * s->tiles * PANEL, t.cp, s->tiles, count);
+                    multiply(v + place * apart(t.cp * s->tiles),
+                             u + place * apart(t.kp * t.cp * PANEL) + panel * t.cp * PANEL * PANEL,
+                             z + place * apart(t.kp * s->tiles) + panel * s->tiles * PANEL, t.cp, s->tiles, count);
             transform_output(s, &t, z, first, count, scale ? scale + group * t.k : 0, bias ? bias + group * t.k : 0, relu,
                              y + group * t.k);
         }
@@ -324,9 +330,10 @@ KERNEL void dpnn_winograd_gradient(const Shape *s, const float *x, const float *
             for (long place = 0; place < PLACES; place++)
                 for (long panel = 0; panel < t.kp; panel++)
                     for (long other = 0; other < t.cp; other++)
-                        multiply_gradient(z + (place * t.kp + panel) * s->tiles * PANEL,
-                                          v + (place * t.cp + other) * s->tiles * PANEL,
-                                          du + ((place * t.kp + panel) * t.cp + other) * PANEL * PANEL, count, first > 0);
+                        multiply_gradient(z + place * apart(t.kp * s->tiles) + panel * s->tiles * PANEL,
+                                          v + place * apart(t.cp * s->tiles) + other * s->tiles * PANEL,
+                                          du + place * apart(t.kp * t.cp * PANEL) + (panel * t.cp + other) * PANEL * PANEL,
+                                          count, first > 0);
         }
         put_filters(du, &t, s->r, dw + group * t.k * t.c * s->r * s->r, add);
     }

@@ -125,10 +125,10 @@ class Executor:
                 if isinstance(step, Forward | Collect | Collected) and not getattr(step, "gradient", False):
                     call()
                 if isinstance(step, Forward) and name is None and not foreign:
-                    node = self.plan.groups[step.group].nodes[-1]
+                    nodes = self.plan.groups[step.group].nodes
                     output = self._outputs[step.group]
-                    if not np.isfinite(output[: self._step.rows] if node.layer.batched else output).all():
-                        name = node.name
+                    if not np.isfinite(output[: self._step.rows] if nodes[-1].layer.batched else output).all():
+                        name = nodes[0].name
                 elif isinstance(step, Collected) and not step.gradient:
                     foreign = foreign or not np.isfinite(self._summed[slice(*self._sums[self._sum_key(step)])]).all()
         return name

@@ -34,6 +34,8 @@ Operand = tuple[int, c_void_p, Array]
 """Index of an argument, memory description, array."""
 
 _DIRECT, _TRAINING = 1, 64
+_SLOPE = 1e-30
+"""Of ReLU below 0. With 0 oneDNN takes a maximum, which makes 0 of what is not a number and hides where it came from."""
 _RELU, _MULTIPLY, _ADD = 0x20, 0x1FFF1, 0x1FFF0
 _MULTIPLIER_INDEX, _SUMMAND_INDEX = 32768 * 1 + 2, 32768 * 2 + 2  # DNNL_ARG_ATTR_MULTIPLE_POST_OP(i) | SRC_1
 
@@ -63,7 +65,7 @@ class Convolution:
             if scale:
                 operations += [("binary", (_MULTIPLY, channel.handle)), ("binary", (_ADD, channel.handle))]
             if relu:
-                operations.append(("eltwise", (_RELU, 0.0, 0.0)))
+                operations.append(("eltwise", (_RELU, _SLOPE, 0.0)))
             attribute = attributes(library, operations, self._bfloat16)
             line = self._line.handle if bias and not scale else None
             handle = library.make(

@@ -54,13 +54,13 @@ def _turned(g: Geometry) -> Geometry:
 
 
 def _shapes(g: Geometry, direction: Direction) -> Shapes:
-    """Scratch, for one group: transformed filters (or their gradient), inputs, outputs."""
+    """Scratch, for one group: transformed filters (or their gradient), inputs, outputs; an odd number of lines each."""
     g = _turned(g) if direction == "backward_data" else g
     tiles, (c, k) = _tiles(g, direction), _panels(g)
     return {
-        "u": (_PLACES, k, c, _PANEL, _PANEL),
-        "v": (_PLACES, c, tiles, _PANEL),
-        "z": (_PLACES, k, tiles, _PANEL),
+        "u": (_PLACES, k * c * _PANEL | 1, _PANEL),
+        "v": (_PLACES, c * tiles | 1, _PANEL),
+        "z": (_PLACES, k * tiles | 1, _PANEL),
     }
 
 
