@@ -35,7 +35,7 @@ Operand = tuple[int, c_void_p, Array]
 
 _DIRECT, _TRAINING = 1, 64
 _SLOPE = 1e-30
-"""Of ReLU below 0. With 0 oneDNN takes a maximum, which makes 0 of what is not a number and hides where it came from."""
+"""Of ReLU below 0. With 0 oneDNN takes a maximum, which hides what is not a number behind a 0."""
 _RELU, _MULTIPLY, _ADD = 0x20, 0x1FFF1, 0x1FFF0
 _MULTIPLIER_INDEX, _SUMMAND_INDEX = 32768 * 1 + 2, 32768 * 2 + 2  # DNNL_ARG_ATTR_MULTIPLE_POST_OP(i) | SRC_1
 

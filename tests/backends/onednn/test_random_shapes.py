@@ -58,9 +58,14 @@ def grouped(draw: Draw) -> Chain:
     return Chain(Conv(groups * per_group, 1), ReLU(), conv(draw, groups * draw(CHANNELS), groups=groups))
 
 
-def normed(draw: Draw, filters: int) -> Chain:
-    """A BatchNorm has the bias."""
-    return Chain(conv(draw, filters, bias=False), BatchNorm())
+def normed(draw: Draw, filters: int, sync: bool = False) -> Chain:
+    """A BatchNorm has the bias. Filters of one number would have no gradient but rounding: none is drawn."""
+    size, padding = draw(st.sampled_from([(3, 1), (5, 2)]))
+    return Chain(Conv(filters, size, padding=padding, bias=False), BatchNorm(sync=sync))
+
+
+def synced(draw: Draw, filters: int) -> Chain:
+    return normed(draw, filters, sync=True)
 
 
 def wide(draw: Draw) -> Branches:
@@ -127,9 +132,21 @@ FUSIONS: dict[str, tuple[Callable[[Draw], Network], tuple[type, ...]]] = {
     "concat": (wide, (Concat,)),
     "concat-fork": (lambda draw: Chain(wide(draw), wide(draw)), (Concat, Fork)),
     "concat-relu": (lambda draw: Chain(wide(draw), ReLU()), (ReLU,)),
-    "declined": (lambda draw: Chain(mean(draw), Dropout(0.3)), (AvgPool,)),
-    "sync-norm-declined": (lambda draw: Chain(BatchNorm(sync=True), ReLU()), (BatchNormalize,)),
-    "sums-of-sync-norm": (lambda draw: BatchNorm(sync=True), (BatchSums,)),
+    "avgpool-declined": (lambda draw: Chain(mean(draw), conv(draw, 3)), (AvgPool,)),
+    "dropout-declined": (lambda draw: Chain(Dropout(0.3), conv(draw, 3)), (Dropout,)),
+    "sums": (lambda draw: Chain(synced(draw, draw(CHANNELS)), conv(draw, 4)), (BatchSums,)),
+    "sync-norm": (lambda draw: Chain(synced(draw, draw(CHANNELS)), conv(draw, 4)), (BatchNormalize,)),
+    "sync-norm-relu-fork": (
+        lambda draw: Chain(synced(draw, 9), ReLU(), wide(draw)), (BatchNormalize, ReLU, Fork),
+    ),
+    "sync-norm-sync-norm-add-relu": (
+        lambda draw: Chain(residual(draw, lambda d, k: (synced(d, k), synced(d, k))), ReLU()),
+        (BatchNormalize, BatchNormalize, Add, ReLU),
+    ),
+    "both-norms-add": (
+        lambda draw: residual(draw, lambda d, k: (synced(d, k), normed(d, k), Chain())),
+        (BatchNormalize, BatchNorm, Add),
+    ),
 }  # fmt: skip
 
 # The last layers: vectors.
@@ -150,7 +167,10 @@ ENDS: dict[str, tuple[Network, tuple[type, ...]]] = {
         Chain(GlobalAvgPool(), Branches(Dense(4), Dense(2), join=Concat()), Dense(CLASSES)),
         (GlobalAvgPool, Fork),
     ),
-    "heads": (Branches(Chain(GlobalAvgPool(), Dense(3)), Chain(Flatten(), Dense(3)), join=Heads(1, 0.3)), (Fork,)),
+    "heads": (
+        Branches(Chain(GlobalAvgPool(), Dense(3)), Chain(Flatten(), Dense(3)), join=Heads(1, 0.3)),
+        (Conv, ReLU, Fork),
+    ),
 }
 NUMBERS = st.tuples(st.integers(5, 13), st.integers(5, 12), st.integers(0, 99))
 """Height, width, seed."""
@@ -166,7 +186,7 @@ def make(network: Network, shape: tuple[int, int, int], **how: Any) -> Pair:
 
 
 @pytest.mark.parametrize("name", FUSIONS)
-@settings(max_examples=7, derandomize=True, deadline=None)
+@settings(max_examples=3, derandomize=True, deadline=None)
 @given(data=st.data(), numbers=NUMBERS)
 def test_fusions_between_images(name: str, data: st.DataObject, numbers: tuple[int, int, int]):
     fusion, wanted = FUSIONS[name]
@@ -175,12 +195,11 @@ def test_fusions_between_images(name: str, data: st.DataObject, numbers: tuple[i
     pair = make(network, (3, *size), rows=4, seed=seed)
     assert wanted in pair.ours.kinds
     for rows in (4, 3, 1):  # an epoch's last batch is smaller
-        if rows > 1 or BatchNorm not in wanted:
-            pair.step(rows)
+        pair.step(rows)
 
 
 @pytest.mark.parametrize("name", ENDS)
-@settings(max_examples=6, derandomize=True, deadline=None)
+@settings(max_examples=4, derandomize=True, deadline=None)
 @given(numbers=NUMBERS, channels=CHANNELS)
 def test_fusions_of_vectors(name: str, numbers: tuple[int, int, int], channels: int):
     end, wanted = ENDS[name]
@@ -195,7 +214,7 @@ def test_fusions_of_vectors(name: str, numbers: tuple[int, int, int], channels: 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("relu", [True, False])
-@settings(max_examples=6, derandomize=True, deadline=None)
+@settings(max_examples=4, derandomize=True, deadline=None)
 @given(data=st.data(), numbers=NUMBERS, algorithm=ALGORITHMS)
 def test_normalisation_is_folded_into_a_convolution_in_evaluation(
     bias: bool, relu: bool, data: st.DataObject, numbers: tuple[int, int, int], algorithm: str
@@ -212,7 +231,7 @@ def test_normalisation_is_folded_into_a_convolution_in_evaluation(
 
 
 @pytest.mark.parametrize("name", FUSIONS)
-@settings(max_examples=2, derandomize=True, deadline=None)
+@settings(max_examples=1, derandomize=True, deadline=None)
 @given(data=st.data(), numbers=NUMBERS)
 def test_fusions_in_evaluation(name: str, data: st.DataObject, numbers: tuple[int, int, int]):
     *size, seed = numbers
@@ -222,10 +241,13 @@ def test_fusions_in_evaluation(name: str, data: st.DataObject, numbers: tuple[in
         pair.step(rows)
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=25, derandomize=True, deadline=None)
 @given(data=st.data(), numbers=NUMBERS, algorithms=st.tuples(ALGORITHMS, ALGORITHMS, ALGORITHMS))
 def test_stacks_of_fusions(data: st.DataObject, numbers: tuple[int, int, int], algorithms: tuple[str, str, str]):
-    """In two micro-batches, each convolution by the algorithms that are drawn, work cut among threads however small."""
+    """In micro-batches, each convolution by the algorithms that are drawn, work cut among threads however small.
+
+    What several normalisations leave of a gradient may be little: measured by a hundredth of the network's largest.
+    """
     *size, seed = numbers
     names = data.draw(st.lists(st.sampled_from(sorted(FUSIONS)), min_size=2, max_size=4))
     parts = [FUSIONS[name][0](data.draw) for name in names]
@@ -247,10 +269,10 @@ def test_stacks_of_fusions(data: st.DataObject, numbers: tuple[int, int, int], a
         network = Chain(any_conv(data.draw), *parts, end)
         pair = make(network, (3, *size), rows=6, microbatches=microbatches, seed=seed)
         for rows in (6 * microbatches, 5 * microbatches - 1):
-            pair.step(rows)
+            pair.step(rows, share=0.01)
 
 
-@settings(max_examples=6, derandomize=True, deadline=None)
+@settings(max_examples=4, derandomize=True, deadline=None)
 @given(data=st.data(), numbers=NUMBERS, name=st.sampled_from(sorted(FUSIONS)))
 def test_images_large_enough_for_all_threads(data: st.DataObject, numbers: tuple[int, int, int], name: str):
     """Our kernels share work among threads from 16,384 numbers on."""
