@@ -42,7 +42,7 @@ RATE = {"vgg16": 0.77, "resnet50": 0.65}
 """The share of the machine's matrix-product rate that a training step reaches."""
 MATRIX = 4096
 WORDS = {"train": "training", "eval": "inference"}
-BUDGET_S, QUICK_BUDGET_S = 60.0, 2.0
+BUDGET_S, QUICK_BUDGET_S = 30.0, 2.0
 """How long the sides of one case take turns, save where that would be less than three turns each."""
 
 

@@ -1,0 +1,82 @@
+"""Whole networks learn as on the reference: ten steps from equal parameters."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpnn import config, models, nn
+from dpnn.backends.base import Backend
+from dpnn.backends.reference import Reference
+from dpnn.data import Batch
+from dpnn.optim import Optimizer, Segment
+from dpnn.plan import Arena, Executor, Layout, Placement, Store, compile_plan
+from dpnn.team import Team
+
+from ..conftest import ONEDNN
+from .conftest import Nobody
+
+STEPS, CLASSES = 10, 5
+CLOSE = 1e-3
+"""Of the loss: small differences grow from step to step, where a ReLU or a maximum decides otherwise."""
+
+
+class Descent(Nobody):
+    """Stochastic gradient descent of a lone rank."""
+
+    def __init__(self, store: Store, lr: float, kernels: Any) -> None:
+        segments = [Segment(p.offset, p.end, p.spec.decay, p.spec.statistic) for p in store.pieces]
+        options = config.Optimizer(name="momentum", lr=lr, momentum=0.5)
+        self.optimizer = Optimizer(options, segments, store.params, store.grads, Team(2), kernels)
+        self.n, self.lr = store.params.size, lr
+
+    def finish(self) -> None:
+        self.optimizer.apply(0, self.n, self.lr)
+
+
+class Run:
+    """Training of a graph by some backends; `losses` of the steps."""
+
+    def __init__(self, graph: nn.Graph, backends: list[Backend], rows: int, lr: float) -> None:
+        nodes, dtype = Placement.whole(graph).nodes(graph, 0), np.dtype(np.float32)
+        self.store = Store(nodes, dtype)
+        plan = compile_plan(graph, nodes, backends, "train", rows, 1, self.store.pieces, 1 << 20)
+        layout, arena = Layout(plan, dtype), Arena()
+        arena.reserve(layout.nbytes)
+        descent = Descent(self.store, lr, ONEDNN.kernels if backends[0] is ONEDNN else None)
+        self.executor = Executor(layout, self.store, arena, 0, lambda array: Nobody(), descent)
+        self.losses: list[float] = []
+
+    def step(self, batch: Batch) -> None:
+        self.executor.run(batch, [(batch.rows, batch.rows)], batch.rows)
+        self.losses.append(self.executor.loss)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "rows", "lr", "options"),
+    [
+        ("lenet", 28, 4, 0.01, {}),
+        ("alexnet", 67, 4, 0.01, {}),
+        ("googlenet", 79, 2, 0.01, {"heads": True}),
+        ("vgg", 32, 4, 0.01, {"depth": 11}),
+        ("resnet", 64, 4, 0.01, {"depth": 18}),
+        ("resnet", 64, 4, 0.01, {"depth": 50, "sync": True}),
+    ],
+    ids=["lenet", "alexnet", "googlenet-heads", "vgg11", "resnet18", "resnet50-sync"],
+)
+def test_losses_of_ten_steps(name: str, side: int, rows: int, lr: float, options: dict[str, Any]):
+    shape = (1 if name == "lenet" else 3, side, side)
+    graph = nn.Graph(models.build(name, CLASSES, shape, options), shape, nn.SoftmaxCrossEntropy())
+    ours = Run(graph, [ONEDNN, Reference(np.float32)], rows, lr)
+    exact = Run(graph, [Reference(np.float32)], rows, lr)
+    ours.store.draw(3)
+    exact.store.params[...] = ours.store.params
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((rows, *shape), np.float32)
+    for step in range(STEPS):  # the same samples each time: the loss falls
+        labels, ids = np.arange(rows, dtype=np.int32) % CLASSES, np.arange(rows, dtype=np.uint64)
+        for run in (ours, exact):
+            run.step(Batch(x, labels, ids, rows, 0, step, None))
+    print(ours.losses, exact.losses)
+    assert ours.losses == pytest.approx(exact.losses, rel=CLOSE)
+    assert ours.losses[-1] < 0.9 * ours.losses[0]
