@@ -16,9 +16,12 @@ PARTS = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "dpnn", "kernels"
 LOOK = """
 import json
 from importlib import metadata, resources
+from importlib.util import find_spec
 kernels = resources.files("dpnn.kernels")
+kinds = (".cu", ".cuh", ".h", ".c")
 print(json.dumps({
-    "kernels": {file.name: file.read_text() for file in kernels.iterdir() if file.name.endswith((".cu", ".cuh", ".h"))},
+    "kernels": {file.name: file.read_text() for file in kernels.iterdir() if file.name.endswith(kinds)},
+    "compiled": find_spec("dpnn.kernels._cpu_baseline") is not None,
     "commands": [command.value for command in metadata.distribution("dpnn").entry_points],
     "licence": metadata.metadata("dpnn")["License-Expression"],
 }))
@@ -37,7 +40,7 @@ def source(tmp_path_factory) -> Path:
     for name in PARTS:
         origin = ROOT / name
         if origin.is_dir():
-            shutil.copytree(origin, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(origin, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
         else:
             shutil.copy(origin, folder / name)
     return folder
@@ -72,9 +75,10 @@ def test_an_installed_dpnn_is_complete(way, source, wheel, tmp_path):
     )
     assert looked.returncode == 0, looked.stderr
     found = json.loads(looked.stdout)
-    files = [file for file in (ROOT / "kernels").iterdir() if file.suffix in (".cu", ".cuh", ".h")]
+    files = [file for file in (ROOT / "kernels").iterdir() if file.suffix in (".cu", ".cuh", ".h", ".c")]
     assert found["kernels"] == {file.name: file.read_text() for file in files}
     assert files
+    assert found["compiled"] == (shutil.which("gcc") is not None)
     assert found["commands"] == ["dpnn.cli:main"]
     assert found["licence"] == "Apache-2.0"
 

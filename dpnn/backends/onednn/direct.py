@@ -18,6 +18,7 @@ from dpnn.backends.onednn.primitive import (
     DIFF_WEIGHTS,
     DST,
     LINE,
+    SCALES,
     SRC,
     WEIGHTS,
     Description,
@@ -36,8 +37,7 @@ Operand = tuple[int, c_void_p, Array]
 _DIRECT, _TRAINING = 1, 64
 _SLOPE = 1e-30
 """Of ReLU below 0. With 0 oneDNN takes a maximum, which hides what is not a number behind a 0."""
-_RELU, _MULTIPLY, _ADD = 0x20, 0x1FFF1, 0x1FFF0
-_MULTIPLIER_INDEX, _SUMMAND_INDEX = 32768 * 1 + 2, 32768 * 2 + 2  # DNNL_ARG_ATTR_MULTIPLE_POST_OP(i) | SRC_1
+_RELU = 0x20
 
 
 class Convolution:
@@ -54,30 +54,25 @@ class Convolution:
         self._canonical = self._layouts.strided(shape, [math.prod(shape[i + 1 :]) for i in range(len(shape))])
         self._line = Owned(library, "memory_desc", library.make("memory_desc_create_with_tag", 1, dims([g.k]), 3, LINE))
         self._window = (dims(g.stride), dims((0, 0)), dims(g.padding), dims(g.padding))
-        self._forward: dict[tuple[bool, bool, bool], Description] = {}
+        self._forward: dict[tuple[bool, bool], Description] = {}
 
-    def forward(self, bias: bool, relu: bool, scale: bool) -> Description:
-        """y = x * w + bias, or with `scale` (x * w) scale + bias; then ReLU."""
-        key = bias, relu, scale
+    def forward(self, bias: bool, relu: bool) -> Description:
+        """y = x * w + bias; then ReLU."""
+        key = bias, relu
         if key not in self._forward:
-            library, channel = self._library, self._layouts.strided((1, self._g.k, 1, 1), (self._g.k, 1, 1, 1))
-            operations: list[tuple[str, tuple[object, ...]]] = []
-            if scale:
-                operations += [("binary", (_MULTIPLY, channel.handle)), ("binary", (_ADD, channel.handle))]
-            if relu:
-                operations.append(("eltwise", (_RELU, _SLOPE, 0.0)))
-            attribute = attributes(library, operations, self._bfloat16)
-            line = self._line.handle if bias and not scale else None
+            library = self._library
+            attribute = attributes(library, [("eltwise", (_RELU, _SLOPE, 0.0))] if relu else (), self._bfloat16)
             handle = library.make(
                 "convolution_forward_primitive_desc_create", library.engine, _TRAINING, _DIRECT,
-                self._x.handle, self._w.handle, line, self._y.handle, *self._window, attribute.handle,
+                self._x.handle, self._w.handle, self._line.handle if bias else None, self._y.handle, *self._window,
+                attribute.handle,
             )  # fmt: skip
             self._forward[key] = Description(library, handle)
         return self._forward[key]
 
     def backward_data(self) -> Description:
         """dx from dy."""
-        library, hint = self._library, self.forward(False, False, False)
+        library, hint = self._library, self.forward(bias=False, relu=False)
         attribute = attributes(library, bfloat16=self._bfloat16)
         handle = library.make(
             "convolution_backward_data_primitive_desc_create", library.engine, _DIRECT,
@@ -87,7 +82,7 @@ class Convolution:
 
     def backward_weights(self) -> Description:
         """dw from x and dy."""
-        library, hint = self._library, self.forward(False, False, False)
+        library, hint = self._library, self.forward(bias=False, relu=False)
         attribute = attributes(library, bfloat16=self._bfloat16)
         handle = library.make(
             "convolution_backward_weights_primitive_desc_create", library.engine, _DIRECT,
@@ -97,15 +92,10 @@ class Convolution:
 
     def bind_forward(self, room: Array, arrays: Bound) -> list[Call]:
         """The calls of a forward convolution."""
-        scale = arrays.scale is not None
-        description = self.forward(arrays.bias is not None, arrays.relu, scale)
-        calls, w = self._filters(description, room, arrays.w)
+        description = self.forward(arrays.bias is not None, arrays.relu)
+        calls, w = self._filters(description, room, arrays.w, arrays.scale)
         arguments = [(SRC, self._x.handle, arrays.x), (DST, self._y.handle, arrays.y), w]
-        if arrays.scale is not None and arrays.bias is not None:
-            channel = self._layouts.strided((1, self._g.k, 1, 1), (self._g.k, 1, 1, 1))
-            arguments.append((_MULTIPLIER_INDEX, channel.handle, arrays.scale))
-            arguments.append((_SUMMAND_INDEX, channel.handle, arrays.bias))
-        elif arrays.bias is not None:
+        if arrays.bias is not None:
             arguments.append((BIAS, self._line.handle, arrays.bias))
         return [*calls, Primitive(description, arguments)]
 
@@ -131,15 +121,22 @@ class Convolution:
         return [Primitive(description, arguments), lambda: assign() if step.first else add()]
 
     def _filters(
-        self, description: Description, room: Array, w: Array
-    ) -> tuple[list[Call], tuple[int, c_void_p, Array]]:
-        """The call that brings the filters into the layout asked for, where it isn't their own; and the argument."""
-        layout = description.layout(WEIGHTS)
-        if same(self._library, layout, self._canonical.handle):
+        self, description: Description, room: Array, w: Array, scale: Array | None = None
+    ) -> tuple[list[Call], Operand]:
+        """The call that brings the filters into the layout asked for, where it isn't their own; and the argument.
+
+        `scale` (K,): a factor for each filter, which that call multiplies by.
+        """
+        library, canonical, layout = self._library, self._canonical.handle, description.layout(WEIGHTS)
+        if scale is None and same(library, layout, canonical):
             return [], (WEIGHTS, layout, w)
         blocked = _enough(room, description.nbytes(WEIGHTS))
-        ends = [(SRC, self._canonical.handle, w), (DST, layout, blocked)]
-        return [Primitive(reorder(self._library, self._canonical.handle, layout), ends)], (WEIGHTS, layout, blocked)
+        ends = [(SRC, canonical, w), (DST, layout, blocked)]
+        if scale is not None:
+            ends.append((SCALES, self._line.handle, scale))
+        scaled_dims = 0 if scale is None else 1 + (self._g.groups > 1)
+        call = Primitive(reorder(library, canonical, layout, scaled_dims=scaled_dims), ends)
+        return [call], (WEIGHTS, layout, blocked)
 
 
 def _enough(room: Array, nbytes: int) -> Array:
@@ -178,7 +175,7 @@ class Direct:
     def _describe(self, g: Geometry, direction: Direction) -> Description:
         convolution = self._convolution(g)
         if direction == "forward":
-            return convolution.forward(bias=True, relu=True, scale=False)
+            return convolution.forward(bias=True, relu=True)
         return convolution.backward_data() if direction == "backward_data" else convolution.backward_weights()
 
     def _convolution(self, g: Geometry) -> Convolution:

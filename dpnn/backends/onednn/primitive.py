@@ -8,9 +8,9 @@ from dpnn.backends.onednn.library import Argument, Library, dims
 
 FLOAT, ANY, LINE = 3, 1, 2
 """The data type f32; the tag with which oneDNN chooses the layout; the tag of a vector."""
-SRC, DST, WEIGHTS, BIAS, WORKSPACE = 1, 17, 33, 41, 64
+SRC, DST, WEIGHTS, BIAS, SCALES = 1, 17, 33, 41, 4096 + 1
 DIFF_SRC, DIFF_DST, DIFF_WEIGHTS, DIFF_BIAS = 129, 145, 161, 169
-QUERY = {SRC: 129, DIFF_SRC: 130, WEIGHTS: 131, DIFF_WEIGHTS: 132, DST: 133, DIFF_DST: 134, WORKSPACE: 135}
+QUERY = {SRC: 129, DIFF_SRC: 130, WEIGHTS: 131, DIFF_WEIGHTS: 132, DST: 133, DIFF_DST: 134}
 """What to ask a primitive's description for, to get the memory description of an argument."""
 
 
@@ -86,21 +86,21 @@ class Primitive:
             self._library.check(self._description.name, status)
 
 
-def reorder(library: Library, source: c_void_p, target: c_void_p, add: bool = False) -> Description:
-    """From one layout to another; with `add`, onto what stands there."""
-    attribute = None
-    if add:
-        attribute = attributes(library, [("sum", (1.0, 0, 0))])
-    handle = library.make(
-        "reorder_primitive_desc_create", source, library.engine, target, library.engine, attribute and attribute.handle
-    )
-    return Description(library, handle)
+def reorder(
+    library: Library, source: c_void_p, target: c_void_p, add: bool = False, scaled_dims: int = 0
+) -> Description:
+    """From one layout to another; with `add`, onto what stands there. `scaled_dims`: the first so many have SCALES."""
+    attribute = attributes(library, [("sum", (1.0, 0, 0))] if add else ())
+    if scaled_dims:
+        library.do("primitive_attr_set_scales_mask", attribute.handle, SRC, (1 << scaled_dims) - 1)
+    ends = (source, library.engine, target, library.engine)
+    return Description(library, library.make("reorder_primitive_desc_create", *ends, attribute.handle))
 
 
 def attributes(
     library: Library, post_ops: Sequence[tuple[str, tuple[object, ...]]] = (), bfloat16: bool = False
 ) -> Owned:
-    """Post-operations by name ("eltwise", "binary", "sum") with their arguments; whether products may be bfloat16."""
+    """Post-operations by name ("eltwise", "sum") with their arguments; whether products may be bfloat16."""
     operations = Owned(library, "post_ops", library.make("post_ops_create"))
     for name, arguments in post_ops:
         library.do(f"post_ops_append_{name}", operations.handle, *arguments)
