@@ -93,7 +93,6 @@ class Tail:
         if self.trains:
             self.dys = slot.d_outputs(last) if isinstance(last.layer, Fork) else [slot.d_output(last)]
         self.channels = self.y.shape[1]
-        self._work: dict[int, Array] = {}
 
     def gather(
         self,
