@@ -1,6 +1,5 @@
 """What dpnn is called, needs and installs. How its tools are set up stands in pyproject.toml."""
 
-import os
 import platform
 from pathlib import Path
 
@@ -66,6 +65,5 @@ setup(
     package_dir={"dpnn.kernels": "kernels"},
     package_data={"dpnn": ["py.typed"], "dpnn.kernels": ["*.cu", "*.cuh", "*.c", "*.h"]},
     ext_modules=KERNELS,
-    options={"build_ext": {"parallel": os.cpu_count() or 1}},
     entry_points={"console_scripts": ["dpnn = dpnn.cli:main"]},
 )
