@@ -28,12 +28,12 @@ static inline vec window(const float *line, long size) {
     return sum;
 }
 
-/* Scratch of a thread: a line of c + size - 1 numbers and room behind it, and a line of c. */
+/* Scratch of a thread, of `most` threads: a line of c + size - 1 numbers and room behind it, and a line of c. */
 static inline float *line_of(float *work, long c, long size) { return work + omp_get_thread_num() * (2 * (c + size + LANES)); }
 
 KERNEL void dpnn_lrn(int64_t m, int64_t c, const float *x, int64_t size, float alpha, float beta, float k, float *y,
-                     float *work) {
-#pragma omp parallel if (m * c > WORTH)
+                     int64_t most, float *work) {
+#pragma omp parallel num_threads(most) if (m * c > WORTH)
     {
         float *line = line_of(work, c, size);
         memset(line, 0, (c + size + LANES) * sizeof *line);
@@ -50,10 +50,10 @@ KERNEL void dpnn_lrn(int64_t m, int64_t c, const float *x, int64_t size, float a
 }
 
 KERNEL void dpnn_lrn_gradient(int64_t m, int64_t c, const float *x, const float *dy, int64_t size, float alpha, float beta,
-                              float k, float *dx, float *work) {
+                              float k, float *dx, int64_t most, float *work) {
     float factor = -2 * alpha * beta / size;
     long before = (size - 1) / 2; /* the windows that see a channel lie mirrored to those that it sees */
-#pragma omp parallel if (m * c > WORTH)
+#pragma omp parallel num_threads(most) if (m * c > WORTH)
     {
         float *line = line_of(work, c, size), *seen = line + c + size + LANES;
         memset(line, 0, 2 * (c + size + LANES) * sizeof *line);

@@ -10,6 +10,8 @@
 
 enum { RUN = 64 };
 
+/* `most`: for so many threads there is scratch. */
+
 /* Scratch of one thread, 3 * count lines of c doubles: totals, and the sums of a run as floats. */
 static void clear(double *total, long numbers) { memset(total, 0, numbers * sizeof *total); }
 
@@ -27,9 +29,10 @@ static void add_threads(double *sums, const double *work, long numbers, long str
 }
 
 /* sums (2, c) = the sums of x - centre and of its square. `work`: 4 c doubles for each thread. */
-KERNEL void dpnn_moments(int64_t m, int64_t c, const float *x, const float *centre, double *sums, double *work) {
+KERNEL void dpnn_moments(int64_t m, int64_t c, const float *x, const float *centre, double *sums, int64_t most,
+                         double *work) {
     int threads = 1;
-#pragma omp parallel if (m * c > WORTH)
+#pragma omp parallel num_threads(most) if (m * c > WORTH)
     {
         long lo, hi;
         my_rows(m, &lo, &hi);
@@ -53,9 +56,9 @@ KERNEL void dpnn_moments(int64_t m, int64_t c, const float *x, const float *cent
 }
 
 /* sums (2, c) = the sums of x and of its square, each number in double. `work`: 2 c doubles for each thread. */
-KERNEL void dpnn_sums(int64_t m, int64_t c, const float *x, double *sums, double *work) {
+KERNEL void dpnn_sums(int64_t m, int64_t c, const float *x, double *sums, int64_t most, double *work) {
     int threads = 1;
-#pragma omp parallel if (m * c > WORTH)
+#pragma omp parallel num_threads(most) if (m * c > WORTH)
     {
         long lo, hi;
         my_rows(m, &lo, &hi);
@@ -94,10 +97,10 @@ KERNEL void dpnn_combine(int64_t m, int64_t c, int64_t n_norms, const float **xs
  * `work`: 2 (1 + n_norms) c doubles for each thread. */
 KERNEL void dpnn_gather(int64_t m, int64_t c, float *dz, int64_t n_others, const float **others, const float *y,
                         int64_t n_copies, float **copies, int64_t n_norms, const float **xs, const float **centres,
-                        double *sums, double *work) {
+                        double *sums, int64_t most, double *work) {
     int threads = 1;
     long lines = 1 + n_norms;
-#pragma omp parallel if (m * c > WORTH)
+#pragma omp parallel num_threads(most) if (m * c > WORTH)
     {
         long lo, hi;
         my_rows(m, &lo, &hi);

@@ -50,7 +50,8 @@ class DenseOp(CallsOp):
         shares = []
         for run in self.tools.team.cut(k, least=-(-_LEAST // c)):
             mine = slice(run.start, run.stop)
-            shares.append([partial(self._weights, dy[:, mine].T, x, self.dw[mine])])
+            part = np.empty((max(1, min(len(run), _LEAST // c)), c), np.float32)
+            shares.append([partial(self._weights, dy[:, mine].T, x, self.dw[mine], part)])
         calls.append(partial(self.tools.team.run, shares))
         if self.dx is not None:
             dx = self.dx[:rows]
@@ -60,9 +61,12 @@ class DenseOp(CallsOp):
             )
         return calls
 
-    def _weights(self, dy: Array, x: Array, dw: Array) -> None:
-        """dw = dy x, or += in a later micro-batch."""
+    def _weights(self, dy: Array, x: Array, dw: Array, part: Array) -> None:
+        """dw = dy x; in a later micro-batch some rows at a time are made and added."""
         if self.step.first:
             np.matmul(dy, x, out=dw)
-        else:
-            dw += dy @ x
+            return
+        for lo in range(0, len(dw), len(part)):
+            rows = dw[lo : lo + len(part)]
+            np.matmul(dy[lo : lo + len(part)], x, out=part[: len(rows)])
+            np.add(rows, part[: len(rows)], out=rows)

@@ -44,7 +44,7 @@ def fuse(nodes: Sequence[Node], mode: Mode, backend: Backend) -> list[Group]:
         return True
 
     # A sum takes in the normalisations before it, so sums come first.
-    adds = [node for node in nodes if isinstance(node.layer, Add)]
+    adds = [node for node in heads if type(node.layer) is Add]
     for head in [*adds, *heads]:
         if head.index in taken:
             continue

@@ -93,10 +93,13 @@ class Library:
         """Unavailable, with the reason and the way out, where there is no library of version 3 for this machine."""
         set_openmp(threads)
         self.path, self._c = _load()
-        self._c.omp_set_num_threads(threads)  # where OpenMP was loaded before, by another package
+        if hasattr(self._c, "omp_set_num_threads"):
+            self._c.omp_set_num_threads(threads)  # where OpenMP was loaded before, by another package
         self.version = _version(self._c)
         for name, arguments in _TABLE.items():
-            function = getattr(self._c, f"dnnl_{name}")
+            function = getattr(self._c, f"dnnl_{name}", None)
+            if function is None:
+                raise Unavailable(f"{self.path} has no dnnl_{name}: {INSTALL}")
             function.argtypes, function.restype = arguments, _RESULTS.get(name, c_int)
         isa = self.call("get_effective_cpu_isa")
         self.isa = _ISAS.get(isa, "AVX-512")

@@ -27,11 +27,14 @@ class LocalResponseNormOp(CallsOp):
 
     def bind_forward(self, rows: int) -> list[Call]:
         x, y = flat(self.x, rows), flat(self.tail.y, rows)
-        return [self.tools.kernels.bind("lrn", *x.shape, x, *self.numbers, y, self.work)]
+        return [self.tools.kernels.bind("lrn", *x.shape, x, *self.numbers, y, len(self.work), self.work)]
 
     def bind_backward(self, rows: int) -> list[Call]:
         calls = self.tail.gather(rows)
         if self.dx is None:
             return calls
         x, dy, dx = flat(self.x, rows), flat(self.tail.dys[0], rows), flat(self.dx, rows)
-        return [*calls, self.tools.kernels.bind("lrn_gradient", *x.shape, x, dy, *self.numbers, dx, self.work)]
+        return [
+            *calls,
+            self.tools.kernels.bind("lrn_gradient", *x.shape, x, dy, *self.numbers, dx, len(self.work), self.work),
+        ]

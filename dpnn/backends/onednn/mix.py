@@ -46,7 +46,7 @@ class Norm:
     def bind_moments(self, rows: int) -> list[Call]:
         """The calls that make mean and variance for the second pass, and the running statistics' share."""
         x = flat(self.x, rows)
-        moments = self.kernels.bind("moments", *x.shape, x, self.centre, self.sums, self.work)
+        moments = self.kernels.bind("moments", *x.shape, x, self.centre, self.sums, len(self.work), self.work)
         return [self._take_centre, moments, partial(self._use_moments, len(x))]
 
     def _take_centre(self) -> None:
@@ -203,7 +203,7 @@ class BatchSumsOp(CallsOp):
 
     def bind_forward(self, rows: int) -> list[Call]:
         x = flat(self.x, rows)
-        return [self.tools.kernels.bind("sums", *x.shape, x, self.tail.y, self.work)]
+        return [self.tools.kernels.bind("sums", *x.shape, x, self.tail.y, len(self.work), self.work)]
 
     def bind_backward(self, rows: int) -> list[Call]:
         if self.dx is None:

@@ -114,7 +114,7 @@ class Tail:
         return [
             self._kernels.bind(
                 "gather", *first.shape, first, len(others), others, y, len(copies), list(copies),
-                len(xs), list(xs), list(centres), sums, work,
+                len(xs), list(xs), list(centres), sums, self._kernels.threads, work,
             )
         ]  # fmt: skip
 

@@ -8,12 +8,15 @@ import pytest
 STEPS = Path(__file__).parent / "programs" / "steps.py"
 
 
-@pytest.mark.parametrize(("network", "rows", "side"), [("lenet", 64, 28), ("resnet", 8, 64)])
-def test_a_step_reserves_nothing(python, network, rows, side):
-    done = python(STEPS, network, rows, side, timeout=100)
+@pytest.mark.parametrize(
+    ("network", "rows", "side", "microbatches"), [("lenet", 64, 28, 1), ("resnet", 8, 64, 1), ("lenet", 64, 28, 2)]
+)
+def test_a_step_reserves_nothing(python, network, rows, side, microbatches):
+    done = python(STEPS, network, rows, side, microbatches, timeout=100)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     # Vectors of a channel's length and the loss of a few scores are made anew; no activation, gradient or filter is.
     assert found["peak"] < 200_000 < found["array"] / 2 < found["arena"]
     assert found["kept"] < 20_000
-    assert found["faults"] < 2
+    # NumPy's own buffers (8,192 numbers) may come from a page that malloc gave back; an activation has hundreds of pages.
+    assert found["faults"] < 10

@@ -55,10 +55,10 @@ class Run:
 @pytest.mark.parametrize(
     ("name", "side", "rows", "lr", "options"),
     [
-        ("lenet", 28, 4, 1e-2, {}),
-        ("alexnet", 67, 2, 1e-3, {}),
-        ("googlenet", 79, 2, 1e-3, {"heads": True}),
-        ("vgg", 32, 2, 1e-4, {"depth": 11}),
+        ("lenet", 28, 4, 1e-3, {}),
+        ("alexnet", 67, 2, 1e-4, {}),
+        ("googlenet", 79, 2, 1e-5, {"heads": True}),
+        ("vgg", 32, 2, 2e-5, {"depth": 11}),
         ("resnet", 33, 4, 1e-3, {"depth": 18}),
         ("resnet", 33, 4, 1e-4, {"depth": 50, "sync": True}),
     ],

@@ -1,4 +1,4 @@
-"""Takes steps of a network and prints, as JSON, what they allocate: NETWORK, ROWS and the side of the images."""
+"""Takes steps of a network and prints, as JSON, what they allocate: NETWORK, ROWS, SIDE of the images, MICROBATCHES."""
 
 import gc
 import json
@@ -26,17 +26,15 @@ class Alone:
 
 
 def main() -> None:
-    name, rows, side = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    name, rows, side, microbatches = sys.argv[1], *map(int, sys.argv[2:])
     shape = (1 if name == "lenet" else 3, side, side)
     options = {"depth": 18} if name == "resnet" else {}
     graph = nn.Graph(models.build(name, 10, shape, options), shape, nn.SoftmaxCrossEntropy())
     nodes = Placement.whole(graph).nodes(graph, 0)
     store, backends = Store(nodes, np.dtype(np.float32)), [OneDNN(Team(2)), Reference(np.float32)]
     store.draw(0)
-    layout, arena = (
-        Layout(compile_plan(graph, nodes, backends, "train", rows, 1, store.pieces), store.params.dtype),
-        Arena(),
-    )
+    plan = compile_plan(graph, nodes, backends, "train", rows // microbatches, microbatches, store.pieces)
+    layout, arena = Layout(plan, store.params.dtype), Arena()
     arena.reserve(layout.nbytes)
     executor = Executor(layout, store, arena, 0, lambda array: Alone(), Alone())
     rng = np.random.default_rng(0)
@@ -44,7 +42,7 @@ def main() -> None:
     batch = Batch(x, rng.integers(0, 10, rows).astype(np.int32), np.arange(rows, dtype=np.uint64), rows, 0, 0, None)
 
     def step() -> None:
-        executor.run(batch, [(rows, rows)], rows)
+        executor.run(batch, [(rows // microbatches, rows // microbatches)] * microbatches, rows)
 
     for _ in range(WARM_UP):
         step()
