@@ -27,6 +27,9 @@ from unittest import mock
 
 TURN_S = 0.2
 """A turn of `medians` lasts at least about so long."""
+RATE = 1e-6
+"""The learning rate of both sides of a step: so small that the loss stays as it is. The same few images again and again
+would soon leave no gradient, and what is measured then are the smallest numbers, which processors are slow with."""
 PAUSE_S = 0.2
 """Between two turns: OpenBLAS's threads go on looking for work for a tenth of a second."""
 

@@ -5,6 +5,7 @@ from collections import Counter
 from typing import Literal
 
 import numpy as np
+from harness import RATE
 
 from dpnn import config
 from dpnn.data import Batch
@@ -12,7 +13,6 @@ from dpnn.evaluate import Model
 from dpnn.nn import Conv, Dense, Network, Shape
 from dpnn.optim import Optimizer, Segment, merge
 
-RATE = 1e-3
 JOB = """
 [data]
 train = "random numbers"
@@ -23,7 +23,7 @@ steps = 1
 global_batch = {rows}
 [optimizer]
 name = "momentum"
-lr = {rate}
+lr = {rate:f}
 momentum = 0.9
 weight_decay = 1e-4
 [backend]

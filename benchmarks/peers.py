@@ -4,6 +4,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from harness import RATE
 from torch.nn import functional
 
 from dpnn import nn
@@ -92,7 +93,7 @@ class Peer:
         self._labels = torch.randint(classes, (rows,))
         self._net = torch.compile(net) if compiled else net
         # One pass over all numbers: five times as fast as `foreach` on CPUs.
-        self._sgd = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
+        self._sgd = torch.optim.SGD(net.parameters(), RATE, momentum=0.9, weight_decay=1e-4, fused=True)
         self._run = self._train if mode == "train" else self._infer
 
     def step(self) -> None:

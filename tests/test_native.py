@@ -50,3 +50,18 @@ def test_a_call_keeps_its_arrays_alive():
     np.frombuffer(bytearray(1 << 20))  # what the gradients' memory would be used for, were it free
     call()
     np.testing.assert_array_equal(p, 0.0)
+
+
+def test_numbers_too_small_for_a_normal_float_are_flushed_while_it_is_asked_for_and_on_all_threads():
+    kernels, n = Kernels(2), 1 << 16
+    small, y = np.full((n, 1), 1e-40, np.float32), np.ones((n, 1), np.float32)
+    double = kernels.bind("combine", n, 1, 0, [], [], None, 2, [small, small], False, y)
+    double()
+    assert y[0, 0] > 0  # this thread's
+    with native.denormals_flushed():
+        double()
+        assert not y.any()
+        with native.denormals_flushed():
+            pass
+        assert np.float32(1e-30) * np.float32(1e-10) == 0
+    assert np.float32(1e-30) * np.float32(1e-10) > 0

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dpnn.backends.base import Op, Step
 from dpnn.data import Batch
+from dpnn.native import denormals_flushed
 from dpnn.plan.memory import Arena, Buffers, Key, Layout
 from dpnn.plan.schedule import Backward, Collect, Collected, Finish, Forward, Load, Loss, Open, Plan, Ready
 from dpnn.plan.store import Store
@@ -107,9 +108,10 @@ class Executor:
         self.loss = 0.0
         if self._strategy is not None:
             self._strategy.begin()
-        for place, call in enumerate(self._calls):
-            self.place = place
-            call()
+        with denormals_flushed():
+            for place, call in enumerate(self._calls):
+                self.place = place
+                call()
 
     @_QUIET
     def not_finite(self) -> str | None:
