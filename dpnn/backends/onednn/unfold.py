@@ -13,6 +13,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from dpnn.backends.base import Array, Step, put
 from dpnn.backends.onednn.geometry import Bound, Direction, Geometry, Shapes, copy_window, cut, nbytes
+from dpnn.backends.onednn.op import BLOCK, copies
 from dpnn.native import Call
 from dpnn.team import Team
 
@@ -54,23 +55,24 @@ def _is_product(g: Geometry) -> bool:
 
 
 def _shapes(g: Geometry, direction: Direction, team: Team) -> Shapes:
-    """Windows of each thread; the filters as (K, R S C), or each thread's gradient of them and a piece's part of it."""
+    """Windows of each thread; the filters as (K, R S C), where they don't lie so; or each thread's gradient of them, and
+    a piece's part of it."""
     if direction == "backward_data":
         return {}
     if direction == "forward":
-        return {"w": (g.k, _length(g)), **_window_shapes(g, team)}
+        return _window_shapes(g, team) | ({} if _is_product(g) else {"w": (g.k, _length(g))})
     return {**_window_shapes(g, team), **{f"dw{i}": (2, g.k, _length(g)) for i in range(team.size)}}
 
 
 def _forward(g: Geometry, team: Team, scratch: dict[str, Array], arrays: Bound) -> list[Call]:
     """y = x * w, with bias and ReLU as the arrays say."""
-    w, y = scratch["w"], arrays.y.reshape(-1, g.k)
+    w, y = scratch.get("w", arrays.w.reshape(g.k, -1)), arrays.y.reshape(-1, g.k)
     shares = []
     for i, pieces in enumerate(_shares(g, team)):
         calls: list[Call] = []
         for piece in pieces:
-            copies, windows = _windows(g, arrays.x, piece, scratch, i)
-            calls += copies
+            copied, windows = _windows(g, arrays.x, piece, scratch, i)
+            calls += copied
             rows = y[piece.start : piece.stop]
             for group, window in enumerate(windows):
                 ks = g.channels(group)[1]
@@ -82,7 +84,8 @@ def _forward(g: Geometry, team: Team, scratch: dict[str, Array], arrays: Bound) 
             if arrays.relu:
                 calls.append(partial(np.maximum, rows, np.float32(0), out=rows))
         shares.append(calls)
-    return [partial(np.copyto, _canonical(w, g), arrays.w), partial(team.run, shares)]
+    reorder = [copies(team, _canonical(w, g), arrays.w)] if "w" in scratch else []
+    return [*reorder, partial(team.run, shares)]
 
 
 def _backward_data(g: Geometry, team: Team, arrays: Bound) -> list[Call]:
@@ -108,8 +111,8 @@ def _backward_weights(g: Geometry, team: Team, scratch: dict[str, Array], arrays
         sums.append(total)
         calls: list[Call] = []
         for number, piece in enumerate(pieces):
-            copies, windows = _windows(g, arrays.x, piece, scratch, i)
-            calls += copies
+            copied, windows = _windows(g, arrays.x, piece, scratch, i)
+            calls += copied
             target = part if number else total
             for group, window in enumerate(windows):
                 ks = g.channels(group)[1]
@@ -117,11 +120,12 @@ def _backward_weights(g: Geometry, team: Team, scratch: dict[str, Array], arrays
             if number:
                 calls.append(partial(np.add, total, part, total))
         shares.append(calls)
-    return [
-        partial(team.run, shares),
-        *(partial(np.add, sums[0], other, sums[0]) for other in sums[1:]),
-        partial(put, arrays.dw, _canonical(sums[0], g), step),
-    ]
+    ends = []
+    for run in team.cut(g.k, least=-(-BLOCK // _length(g))):
+        first, *others = (total[run.start : run.stop] for total in sums)
+        adds = [partial(np.add, first, other, first) for other in others]
+        ends.append([*adds, partial(put, arrays.dw[run.start : run.stop], _canonical(first, g), step)])
+    return [partial(team.run, shares), partial(team.run, ends)]
 
 
 def _length(g: Geometry) -> int:
@@ -131,7 +135,7 @@ def _length(g: Geometry) -> int:
 
 def _canonical(filters: Array, g: Geometry) -> Array:
     """(K, R S C) seen as (K, C, R, S)."""
-    return filters.reshape(g.k, *g.size, -1).transpose(0, 3, 1, 2)
+    return filters.reshape(len(filters), *g.size, -1).transpose(0, 3, 1, 2)
 
 
 def _shares(g: Geometry, team: Team) -> list[list[range]]:
