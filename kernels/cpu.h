@@ -11,6 +11,9 @@
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #ifdef __AVX512F__
 #define LANES 16
@@ -30,12 +33,24 @@ static inline ivec zeros_int(void) { return (ivec){0}; }
 /* ReLU; what is not a number stays so. */
 static inline vec positive(vec v) { return (vec)((ivec)v & ~(v <= 0)); }
 
-/* The first n numbers, zeros beyond. */
+#if defined(__AVX2__) && !defined(__AVX512F__)
+static inline __m256i first_lanes(long n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+
+/* The first n numbers (1 or more), zeros beyond. */
 static inline vec load_some(const float *p, long n) {
     if (n >= LANES) return load(p);
+#if defined(__AVX512F__)
+    return (vec)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#elif defined(__AVX2__)
+    return (vec)_mm256_maskload_ps(p, first_lanes(n));
+#else
     vec v = zeros();
     for (long i = 0; i < n; i++) v[i] = p[i];
     return v;
+#endif
 }
 
 static inline void store_some(float *p, vec v, long n) {
@@ -43,7 +58,13 @@ static inline void store_some(float *p, vec v, long n) {
         store(p, v);
         return;
     }
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+#elif defined(__AVX2__)
+    _mm256_maskstore_ps(p, first_lanes(n), (__m256)v);
+#else
     for (long i = 0; i < n; i++) p[i] = v[i];
+#endif
 }
 
 /* The run [*lo, *hi) of n rows that is this thread's. */

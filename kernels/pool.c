@@ -9,6 +9,16 @@ typedef struct {
 
 typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
+/* The first n places (1 or more), as numbers; zeros beyond. */
+static inline ivec load_places(const uint8_t *p, long n) {
+    bytes places = {0};
+    if (n >= LANES)
+        places = *(const bytes *)p;
+    else
+        memcpy(&places, p, n);
+    return __builtin_convertvector(places, ivec);
+}
+
 /* `places` (N, P, Q, C) may be NULL. */
 KERNEL void dpnn_maxpool(const Window *s, const float *x, float *y, uint8_t *places) {
 #pragma omp parallel for collapse(2) schedule(static) if (s->n * s->h * s->w * s->c > WORTH)
@@ -47,14 +57,18 @@ KERNEL void dpnn_maxpool_gradient(const Window *s, const float *dy, const uint8_
         for (long h = 0; h < s->h; h++)
             for (long w = 0; w < s->w; w++) {
                 float *to = dx + ((n * s->h + h) * s->w + w) * s->c;
-                memset(to, 0, s->c * sizeof *to);
                 /* Window p sees row h at place h + above - p down, if that is in [0, rows). */
                 long last_p = (h + s->above) / s->down, last_q = (w + s->left) / s->right;
-                for (long p = last_p < s->p ? last_p : s->p - 1; p >= 0 && h + s->above - p * s->down < s->rows; p--)
-                    for (long q = last_q < s->q ? last_q : s->q - 1; q >= 0 && w + s->left - q * s->right < s->cols; q--) {
-                        long from = ((n * s->p + p) * s->q + q) * s->c;
-                        uint8_t place = (h + s->above - p * s->down) * s->cols + w + s->left - q * s->right;
-                        for (long c = 0; c < s->c; c++) to[c] += places[from + c] == place ? dy[from + c] : 0;
-                    }
+                for (long c = 0; c < s->c; c += LANES) {
+                    vec sum = zeros();
+                    for (long p = last_p < s->p ? last_p : s->p - 1; p >= 0 && h + s->above - p * s->down < s->rows; p--)
+                        for (long q = last_q < s->q ? last_q : s->q - 1; q >= 0 && w + s->left - q * s->right < s->cols; q--) {
+                            long from = ((n * s->p + p) * s->q + q) * s->c + c;
+                            int32_t place = (h + s->above - p * s->down) * s->cols + w + s->left - q * s->right;
+                            ivec mine = load_places(places + from, s->c - c) == place;
+                            sum += (vec)((ivec)load_some(dy + from, s->c - c) & mine);
+                        }
+                    store_some(to + c, sum, s->c - c);
+                }
             }
 }
