@@ -100,9 +100,14 @@ class Schedule(Table, frozen=True, kw_only=True):
 class Parallel(Table, frozen=True, kw_only=True):
     """[parallel]: how the work is shared among ranks."""
 
-    strategy: Literal["allreduce"] = "allreduce"
+    strategy: Literal["allreduce", "average"] = "allreduce"
+    every: CountOr0 = 0
+    """Of `average`: steps from one average to the next; 0: one, at the end."""
+    state: Literal["average", "keep", "reset"] = "average"
+    """Of `average`: what becomes of what the optimizer keeps."""
     microbatches: Count = 1
-    bucket_mb: Positive = 4.0
+    bucket_mb: PositiveOr0 = 0.0
+    """Least size of a bucket of gradients; 0: measured."""
     timeout_s: Positive = 300.0
     """How long a rank waits for another."""
 
@@ -167,6 +172,8 @@ _NEEDS: dict[str, tuple[str, str]] = {
     "schedule.milestones": ("schedule.name", "step"),
     "schedule.factor": ("schedule.name", "step"),
     "schedule.power": ("schedule.name", "poly"),
+    "parallel.every": ("parallel.strategy", "average"),
+    "parallel.state": ("parallel.strategy", "average"),
     "train.label_smoothing": ("train.loss", "softmax"),
 }
 

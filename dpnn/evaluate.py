@@ -66,9 +66,9 @@ class Model:
         self.arena = Arena()
         self._seed = job.seed
 
-    def training(self, job: config.Job, rows: int) -> Layout:
+    def training(self, job: config.Job, rows: int, bucket_nbytes: int = 0) -> Layout:
         """The plan of a training step with at most `rows` samples in a micro-batch, laid out."""
-        bucket_nbytes, microbatches = round(job.parallel.bucket_mb * 2**20), job.parallel.microbatches
+        microbatches = job.parallel.microbatches
         compiled = partial(compile_plan, self.graph, self.nodes, self.backends, "train")
         return self._layout(compiled(rows, microbatches, self.store.pieces, bucket_nbytes))
 

@@ -8,7 +8,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, c_float, c_int64, c_void_p
+from ctypes import POINTER, c_double, c_float, c_int64, c_void_p
 from functools import cache, partial
 from typing import Any
 
@@ -35,7 +35,14 @@ _TABLE: dict[str, tuple[Any, ...]] = {
     "maxpool": (_P, _P, _P, _P),
     "maxpool_gradient": (_P, _P, _P, _P),
     "descend": (_I, _P, _P, _P, _F, _F, _F, _F, _I),
+    "add": (_I, _I, _PP, _P),
+    "squares": (_I, _P),
+    "publish": (_P, _I),
+    "least": (_P, _I, _I),
+    "to_bfloat16": (_I, _P, _P, _P),
+    "add_bfloat16": (_I, _I, _I, _P, _P),
 }
+_RESULTS = {"squares": c_double, "least": c_int64}
 
 
 class Unavailable(Exception):
@@ -56,8 +63,12 @@ class Kernels:
         self.threads = threads
         for name, arguments in _TABLE.items():
             function = library[f"dpnn_{name}"]
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = arguments, _RESULTS.get(name)
             setattr(self, name, function)
+
+    def call(self, name: str, *arguments: object) -> Any:
+        """Call a kernel once, with addresses (None for NULL) and numbers; what it returns."""
+        return getattr(self, name)(*arguments)
 
     def bind(self, name: str, *arguments: object) -> Call:
         """A call of a kernel. Arrays stand for their first byte, sequences of arrays for lists of these, None for NULL.

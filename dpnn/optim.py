@@ -65,7 +65,8 @@ def merge(segments: Iterable[Segment]) -> tuple[Segment, ...]:
 class Optimizer:
     """Updates `params` from `grads`, two flat arrays of n numbers that `segments` cover from 0 to n.
 
-    `state` holds what is kept from step to step, flat arrays as long as `params`, by name: "momentum", or nothing.
+    `state` holds what is kept from step to step, flat arrays as long as `params`, by name: "momentum", or nothing. It
+    is made where it isn't given.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Optimizer:
         grads: Array,
         team: Team,
         kernels: Kernels | None = None,
+        state: dict[str, Array] | None = None,
     ) -> None:
         # Without weight decay a decaying segment is like any other: fewer, longer segments are faster.
         decays = options.weight_decay != 0
@@ -86,10 +88,12 @@ class Optimizer:
         self._ends = [segment.hi for segment in self._segments]
         self._options = options
         self._params, self._grads = params, grads
-        self.state: dict[str, Array] = {name: np.zeros_like(params) for name in STATES[options.name]}
+        self.state = state if state is not None else {name: np.zeros_like(params) for name in STATES[options.name]}
         self._momentum = self.state.get("momentum")
         self._team = team
         self._kernels = kernels if params.dtype == np.float32 else None
+        arrays = (params, grads, self._momentum)
+        self._addresses = [None if array is None else array.ctypes.data for array in arrays]
         self._scratch = np.empty((team.size, 2, _BLOCK), params.dtype)
         self._wide = np.empty(_BLOCK, np.float64)
 
@@ -115,6 +119,10 @@ class Optimizer:
         """Of the trained gradients in [lo, hi), added up in float64."""
         total = 0.0
         for segment, start, end in self._pieces(lo, hi):
+            if self._kernels is not None:
+                piece = self._grads.ctypes.data + 4 * start
+                total += 0.0 if segment.statistic else self._kernels.call("squares", end - start, piece)
+                continue
             for at in range(start, 0 if segment.statistic else end, _BLOCK):
                 wide = self._wide[: min(_BLOCK, end - at)]
                 np.copyto(wide, self._grads[at : at + wide.size])
@@ -144,11 +152,9 @@ class Optimizer:
     def _descend(self, lo: int, hi: int, rate: float, scale: float, decay: bool, scratch: Array) -> None:
         options, momentum = self._options, self._momentum
         if self._kernels is not None:
-            self._kernels.bind(
-                "descend", hi - lo, self._params[lo:hi], self._grads[lo:hi],
-                None if momentum is None else momentum[lo:hi], rate, scale, options.weight_decay if decay else 0.0,
-                options.momentum, options.nesterov,
-            )()  # fmt: skip
+            arrays = [None if base is None else base + 4 * lo for base in self._addresses]
+            numbers = (rate, scale, options.weight_decay if decay else 0.0, options.momentum, options.nesterov)
+            self._kernels.call("descend", hi - lo, *arrays, *numbers)
             return
         for at in range(lo, hi, _BLOCK):
             end = min(at + _BLOCK, hi)

@@ -135,7 +135,13 @@ def try_out(start: Start, replicas: int) -> None:
     job, data, train = start.job, start.job.data, start.train
     Sampler(train.counts, train.block, start.lanes, start.global_batch, data.window, job.seed).check(replicas)
     AUGMENTATIONS[data.augment](job.seed, train.shape, np.dtype(train.dtype), 0)
-    models.graph(job, start.network, train.network_shape)
+    graph = models.graph(job, start.network, train.network_shape)
+    collected = next((node for node in graph.nodes if node.layer.collected), None)
+    if collected is not None and job.parallel.strategy == "average":
+        raise JobError(
+            f'parallel.strategy = "average": replicas take their own steps, but {collected.name} sums over all of '
+            "them in each; leave out sync = true"
+        )
     if job.backend.needs_onednn:
         choose_backends(job.backend, Team(1))
 

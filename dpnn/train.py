@@ -16,20 +16,21 @@ from dpnn.checkpoint import Checkpoint
 from dpnn.cluster.signals import StopRequest
 from dpnn.comm import library
 from dpnn.comm.mesh import Mesh
-from dpnn.comm.reduce import BucketReducer
-from dpnn.comm.share import share
+from dpnn.comm.node import Node
+from dpnn.comm.reduce import BucketReducer, measured_bucket
 from dpnn.comm.world import World
 from dpnn.data import Loader, Sampler, check_shards
 from dpnn.errors import DpnnError, NotFiniteError, Stopped
 from dpnn.evaluate import Evaluator, Model
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
-from dpnn.optim import Optimizer, Segment, merge, schedule
+from dpnn.optim import STATES, Optimizer, Segment, merge, schedule
 from dpnn.prepare import Start, prepare
 from dpnn.strategies.allreduce import Allreduce
+from dpnn.strategies.average import Average
 from dpnn.strategies.base import Strategy
 
-STRATEGIES = {"allreduce": Allreduce}
+STRATEGIES: dict[str, type[Allreduce] | type[Average]] = {"allreduce": Allreduce, "average": Average}
 
 
 def train(
@@ -88,8 +89,15 @@ class Training:
         segments = merge(
             [Segment(piece.offset, piece.end, piece.spec.decay, piece.spec.statistic) for piece in model.store.pieces]
         )
+        strategy = STRATEGIES[job.parallel.strategy]
+        self.node = node = Node(
+            mesh, model.store.params.size, model.dtype, STATES[job.optimizer.name], model.kernels, limit_s,
+            together=strategy.together,
+        )  # fmt: skip
+        model.store.place(node.params, node.grads)
+        gradient = node.sums if strategy.together else node.grads
         self.optimizer = Optimizer(
-            job.optimizer, segments, model.store.params, model.store.grads, model.team, model.kernels
+            job.optimizer, segments, node.params, gradient, model.team, model.kernels, node.state
         )
         self.rate = schedule(job.schedule, job.optimizer.lr, sampler.steps, self.end)
         if found is not None:
@@ -98,19 +106,19 @@ class Training:
                 model.store.fill(flat, found.optimizer.get(name, {}), "the checkpoint")
         elif mesh.replica == 0:
             model.store.draw(job.seed)
-        state = self.optimizer.state.values() if start.steps else ()
-        for flat in (model.store.params, *state):
-            share(mesh.data, flat, limit_s)
+        for flat in (node.params, *(node.state.values() if start.steps else ())):
+            node.share(flat)
 
         # The strategy, and the two plans: a training step, and a forward pass over held-out samples.
         rows = -(-self.sampler.max_rows(mesh.replicas) // job.parallel.microbatches)
-        strategy = STRATEGIES[job.parallel.strategy]
-        self.strategy: Strategy = strategy(mesh, model.store, self.optimizer, job.optimizer.clip, limit_s)
+        self.strategy: Strategy = strategy(mesh, node, self.optimizer, job)
         evaluates = start.test and job.train.eval_every
         self.folder = RunFolder(start.folder)
         model.choices.update(self.folder.read_choices() if world.rank == 0 else {})
+        bucket_nbytes = self._bucket_nbytes()
         training, held_out = model.lay_out(
-            world.first, lambda: (model.training(job, rows), model.evaluation(rows) if evaluates else None)
+            world.first,
+            lambda: (model.training(job, rows, bucket_nbytes), model.evaluation(rows) if evaluates else None),
         )
         sum_over = partial(BucketReducer, mesh.data, limit_s=limit_s, what="BatchNorm statistics")
         self.executor = model.executor(training, sum_over, self.strategy)
@@ -122,6 +130,14 @@ class Training:
 
         # What the run tells.
         self.journal = Journal(self.folder, self.total_steps, first=world.rank == 0)
+
+    def _bucket_nbytes(self) -> int:
+        """The size of a bucket: what the job says, else what the run began with, else measured."""
+        if self.job.parallel.bucket_mb:
+            return round(self.job.parallel.bucket_mb * 2**20)
+        question = f"bucket_nbytes {self.mesh.replicas}x{self.mesh.parts}, {self.node.comm.size} a node"
+        measured, choices = measured_bucket(self.node, self.job.parallel.timeout_s), self.model.choices
+        return int(self.world.first(lambda: choices.setdefault(question, str(measured))))
 
     def run(self, request: StopRequest) -> int:
         """Take the steps that are left; the exit code. Collective, as is all below."""
@@ -143,15 +159,19 @@ class Training:
         try:
             while self.at < self.end:
                 samples += self._take_step(loader, request)
-                last = self.at == self.end
-                if self.strategy.stop or last or self.steps % every == 0:
-                    self._save()
-                if self.evaluator and (last or self._ends_period()):
-                    scores = self.evaluator.run()
-                    epoch = self.epoch + (self.step > 0)
-                    self.journal.scores(str(scores), epoch, self.steps, **asdict(scores))
-                if self.strategy.stop:
+                last = self.at == self.end or self.strategy.stop
+                saves = last or self.steps % every == 0
+                evaluates = self.at == self.end or self._ends_period()
+                if saves or evaluates:
+                    self.strategy.gather()
+                    if saves:
+                        self._save()
+                    if evaluates:
+                        self._evaluate()
+                if last:
                     break
+                if saves or evaluates:
+                    self.strategy.release()
         finally:
             loader.close()
         code = 0 if self.at >= self.end else Stopped.exit_code
@@ -164,11 +184,11 @@ class Training:
         begin = perf_counter()
         batch = loader.next()
         read = perf_counter()
-        strategy.rate, strategy.stop = self.rate(self.at), request.asked
+        strategy.rate, strategy.stop, strategy.samples = self.rate(self.at), request.asked, batch.rows
         total = sampler.total(self.step)
         counts = sampler.micro(self.step, mesh.replica, mesh.replicas, self.job.parallel.microbatches)
         try:
-            self.executor.run(batch, counts, total)
+            self.executor.run(batch, counts, total if strategy.together else batch.rows)
         except NotFiniteError as error:
             self._explain(error)
         loader.release(batch)
@@ -178,6 +198,11 @@ class Training:
         self.at += 1
         self.epoch, self.step = divmod(self.at, sampler.steps)
         return total
+
+    def _evaluate(self) -> None:
+        if self.evaluator is not None:
+            scores = self.evaluator.run()
+            self.journal.scores(str(scores), self.epoch + (self.step > 0), self.steps, **asdict(scores))
 
     def _ends_period(self) -> bool:
         """Whether the last step ended an epoch after which the network is evaluated."""
@@ -213,6 +238,10 @@ class Training:
         )  # fmt: skip
         if self.model.note:
             self.journal.event("slow_backend", self.model.note)
+        if self.node.note:
+            self.journal.event(
+                "no_shared_memory", f"gradients are summed by MPI, not in shared memory: {self.node.note}"
+            )
         if world.rank == 0:
             self.folder.write_choices(self.model.choices)
         for name in start.damaged:

@@ -7,7 +7,7 @@ from dpnn.comm.world import World
 from dpnn.errors import JobError
 
 if TYPE_CHECKING:
-    from mpi4py import MPI
+    from mpi4py.MPI import Comm
 
 
 class Mesh:
@@ -18,6 +18,9 @@ class Mesh:
 
     `data` joins the ranks with the same part over all replicas (data.rank == replica): gradients are summed there.
     `model` joins the parts of one replica (model.rank == part): activations cross there.
+    `node` joins the ranks of `data` that share this one's memory; `smallest_node` and `largest_node` are their numbers
+    on any node. `across` joins those that have the same rank in `node`, on all nodes; a null communicator where not
+    every node has so many.
     `limit_s`: how long to wait for another rank.
     """
 
@@ -32,6 +35,13 @@ class Mesh:
         self.parts = parts
         self.replicas = world.size // parts
         self.replica, self.part = divmod(world.rank, parts)
+        from mpi4py import MPI
+
         with deadline(world.timeout_s, "splitting the world into replicas and parts", world.fail):
-            self.data: MPI.Comm = world.comm.Split(self.part, self.replica)
-            self.model: MPI.Comm = world.comm.Split(self.replica, self.part)
+            self.data: Comm = world.comm.Split(self.part, self.replica)
+            self.model: Comm = world.comm.Split(self.replica, self.part)
+            self.node: Comm = self.data.Split_type(MPI.COMM_TYPE_SHARED, self.replica)
+            self.smallest_node = self.data.allreduce(self.node.size, MPI.MIN)
+            self.largest_node = self.data.allreduce(self.node.size, MPI.MAX)
+            everywhere = self.node.rank < self.smallest_node
+            self.across: Comm = self.data.Split(self.node.rank if everywhere else MPI.UNDEFINED, self.replica)

@@ -1,14 +1,39 @@
-"""The sum of gradients over replicas, bucket by bucket, while backward goes on."""
+"""The sum of gradients over replicas, bucket by bucket, while backward goes on.
+
+`allreduce` is the definition of correct. `BucketReducer` sums any array on all ranks by MPI. `GradientReducer` sums the
+gradients of a node's replicas where they lie, each replica its share of every bucket, and only shares cross to other
+nodes.
+"""
 
 from collections import deque
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dpnn.comm.faults import tested, wait
+from dpnn.comm.node import Node
+from dpnn.native import Call
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+BLOCK = 1 << 17
+"""Numbers that are summed, and then used, at a time: they stay in a core's own cache meanwhile."""
+_WRITTEN, _SETTLED = 0, 1
+"""A node's counters: buckets that a replica has written, steps that it has done with."""
+_LATENCY_SHARE = 0.05
+_BUCKET_NBYTES = (1 << 18, 1 << 25)
+"""The smallest and the largest bucket that measurements may ask for."""
+
+
+def allreduce(comm: "MPI.Comm", flat: "np.ndarray[Any, np.dtype[Any]]") -> None:
+    """Sum a flat array over all ranks, in place, at once and blocking: what all below must agree with."""
+    from mpi4py import MPI
+
+    comm.Allreduce(MPI.IN_PLACE, flat, MPI.SUM)
 
 
 class BucketReducer:
@@ -45,10 +70,14 @@ class BucketReducer:
         self._pending.append(self._comm.Iallreduce(self._in_place, self._flat[lo:hi], self._sum))
         self.poke()
 
-    def poke(self) -> None:
-        """Let MPI work for a moment. One request is tested for all: MPI's progress serves every pending one."""
+    def poke(self) -> bool:
+        """Let MPI work for a moment; whether all sums are there.
+
+        One request is tested for all: MPI's progress serves every pending one.
+        """
         if self._pending and tested(self._pending[0].Test, self._whom):
             self._pending.popleft()
+        return not self._pending
 
     def finish(self) -> None:
         """Return once every slice that was started holds its sum; RankError where that takes longer than the limit."""
@@ -61,3 +90,111 @@ class BucketReducer:
         self.finish()
         if self._comm:
             self._comm.Free()
+
+
+class GradientReducer:
+    """Sums buckets of a node's flat gradients over all replicas, without blocking.
+
+    Every replica starts the same buckets in the same order. Once all replicas of the node have written one, each owner
+    sums its share of it; where there are more nodes, the owners of that share sum it further. `arrived(lo, hi)` is told
+    of every piece of my shares whose sum stands in `node.sums`. Nobody may write gradients again, or read what others
+    do with theirs, before `settle`.
+    """
+
+    def __init__(self, node: Node, arrived: Callable[[int, int], object], limit_s: float) -> None:
+        """Collective over the replicas. `limit_s` bounds each wait."""
+        from mpi4py import MPI
+
+        self._node, self._arrived, self._limit_s = node, arrived, limit_s
+        self._sum, self._in_place = MPI.SUM, MPI.IN_PLACE
+        self._local: deque[tuple[int, int, int]] = deque()
+        """Buckets that some replica of the node has still to write: number, lo, hi."""
+        self._crossing: deque[tuple[MPI.Request, int, int]] = deque()
+        self._blocks: dict[tuple[int, int], list[tuple[Call, int, int]]] = {}
+        self._whom = f"the sum of the gradients over {node.replicas} ranks"
+        self._across: MPI.Comm | None = None
+        if node.across is not None:
+            self._across, duplicated = node.across.Idup()
+            wait(duplicated.Test, f"{node.replicas} replicas to prepare their sums", limit_s)
+
+    def start(self, lo: int, hi: int) -> None:
+        """My grads[lo:hi] are complete."""
+        self._local.append((self._node.advance(_WRITTEN), lo, hi))
+        self.poke()
+
+    def poke(self) -> bool:
+        """Do what can be done now; whether all that was started has arrived."""
+        while self._local and self._node.least(_WRITTEN) >= self._local[0][0]:
+            self._add(*self._local.popleft()[1:])
+        while self._crossing and tested(self._crossing[0][0].Test, self._whom):
+            self._arrived(*self._crossing.popleft()[1:])
+        return not self._local and not self._crossing
+
+    def finish(self) -> None:
+        """Return once all my shares have arrived; RankError where that takes longer than the limit."""
+        if not self.poke():
+            wait(self.poke, self._whom, self._limit_s)
+
+    def settle(self) -> None:
+        """Return once all replicas of the node have come here: they have used what arrived."""
+        steps = self._node.advance(_SETTLED)
+        wait(lambda: self._node.least(_SETTLED) >= steps, self._whom, self._limit_s)
+
+    def close(self) -> None:
+        """Give the communicator back. Collective; twice is harmless."""
+        if self._across is not None:
+            self._across.Free()
+            self._across = None
+
+    def _add(self, lo: int, hi: int) -> None:
+        lo, hi = self._node.mine(lo, hi)
+        if self._node.comm.size == 1:
+            if self._across is None:
+                self._arrived(lo, hi)
+        else:
+            for add, start, end in self._adds(lo, hi):
+                add()
+                if self._across is None:
+                    self._arrived(start, end)
+        if self._across is not None and lo < hi:
+            request = self._across.Iallreduce(self._in_place, self._node.sums[lo:hi], self._sum)
+            self._crossing.append((request, lo, hi))
+
+    def _adds(self, lo: int, hi: int) -> list[tuple[Call, int, int]]:
+        """The calls that sum my share over the node, block by block: bound when a bucket first comes."""
+        kernels = self._node.kernels
+        if (lo, hi) not in self._blocks and kernels is not None:
+            self._blocks[lo, hi] = []
+            for start in range(lo, hi, BLOCK):
+                end = min(start + BLOCK, hi)
+                pieces = [grads[start:end] for grads in self._node.all_grads]
+                self._blocks[lo, hi].append(
+                    (kernels.bind("add", end - start, len(pieces), pieces, pieces[0]), start, end)
+                )
+        return self._blocks[lo, hi]
+
+
+def measured_bucket(node: Node, limit_s: float) -> int:
+    """Bytes of a bucket such that latency is a twentieth of what its sum takes, on these ranks. Collective.
+
+    From the time t(n) = a + n / b of a small and a large sum. Ranks may find different numbers: the first one's counts.
+    """
+    reducer = GradientReducer(node, lambda lo, hi: None, limit_s)
+    n = node.grads.size
+
+    def seconds(numbers: int) -> float:
+        times = []
+        for _ in range(5):
+            begin = perf_counter()
+            reducer.start(0, numbers)
+            reducer.finish()
+            reducer.settle()
+            times.append(perf_counter() - begin)
+        return median(times[1:])
+
+    small, large = min(n, 1 << 10), min(n, 1 << 22)
+    latency, whole = seconds(small), seconds(large)
+    reducer.close()
+    rate = 4 * (large - small) / max(whole - latency, 1e-9)
+    lowest, highest = _BUCKET_NBYTES
+    return round(min(max(latency * rate / _LATENCY_SHARE, lowest), highest))

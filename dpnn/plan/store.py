@@ -52,6 +52,10 @@ class Store:
         self.grads: Array = np.zeros(offset, dtype)
         self._by_name = {piece.name: piece for piece in pieces}
 
+    def place(self, params: Array, grads: Array) -> None:
+        """Keep them in these arrays from now on; before anything is bound to the old ones. Values aren't moved."""
+        self.params, self.grads = params, grads
+
     @property
     def n_trained(self) -> int:
         """How many of the numbers are trained: they stand first."""

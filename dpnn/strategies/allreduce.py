@@ -2,7 +2,8 @@
 
 Every loss is divided by the number of samples of the whole step, so the plain sum over the replicas is the mean over
 all samples, also when they hold different numbers of them. The loss and the requests to stop travel with it as a few
-numbers of their own, from the last forward to `finish`.
+numbers of their own, from the last forward to `finish`. Each replica updates those parameters of its node whose sums it
+made, piece by piece while they are still in its cache; with clipping, once the norm of all is known.
 """
 
 import math
@@ -10,30 +11,38 @@ from time import perf_counter
 
 import numpy as np
 
+from dpnn import config
 from dpnn.comm.mesh import Mesh
-from dpnn.comm.reduce import BucketReducer
+from dpnn.comm.node import Node
+from dpnn.comm.reduce import BucketReducer, GradientReducer
 from dpnn.errors import NotFiniteError
 from dpnn.optim import Optimizer
-from dpnn.plan import Store
 
 
 class Allreduce:
-    """One update a step, the same on every replica. `clip`: the largest norm of the gradient; 0: any."""
+    """One update a step, the same on every replica."""
 
-    def __init__(self, mesh: Mesh, store: Store, optimizer: Optimizer, clip: float, limit_s: float) -> None:
-        self.rate, self.stop, self.loss = 0.0, False, 0.0
+    together = True
+
+    def __init__(self, mesh: Mesh, node: Node, optimizer: Optimizer, job: config.Job) -> None:
+        limit_s = job.parallel.timeout_s
+        self.rate, self.stop, self.loss, self.samples = 0.0, False, 0.0, 0
         self.wait_s = self.update_s = 0.0
-        self._clip = clip
-        self._n, self._n_trained = store.params.size, store.n_trained
-        self._optimizer = optimizer
+        self._clips, self._optimizer = job.optimizer.clip > 0, optimizer
         self._told = np.zeros(2)  # loss, requests to stop
-        self._norm = np.zeros(1)  # sum of squares of the gradient, over the parts of a replica
-        self._gradients = BucketReducer(mesh.data, store.grads, limit_s)
+        self._has_told = False
+        self._squares = np.zeros(1)  # of the gradient: of my shares, then of all
+        self._late: list[tuple[int, int]] = []
+        """What arrived before it could be used."""
+        self._gradients = GradientReducer(node, self._arrived, limit_s)
         self._telling = BucketReducer(mesh.data, self._told, limit_s, "losses")
-        self._norms = BucketReducer(mesh.model, self._norm, limit_s, "norms")
+        self._norms = [BucketReducer(comm, self._squares, limit_s, "norms") for comm in (node.comm, mesh.model)]
 
     def begin(self) -> None:
         """Nothing is under way: `finish` has waited for all."""
+        self._has_told = False
+        self._late.clear()
+        self._squares[0] = self.update_s = 0.0
 
     def open(self, lo: int, hi: int) -> None:
         """Nobody else reads the gradients: `finish` has waited for all."""
@@ -43,28 +52,54 @@ class Allreduce:
         self._gradients.start(lo, hi)
 
     def poke(self) -> None:
-        """Let MPI move."""
+        """Go on with what is under way."""
         self._gradients.poke()
 
     def tell(self, loss: float) -> None:
         """Start to sum the loss and the requests to stop."""
         self._told[0], self._told[1] = loss, self.stop
+        self._has_told = True
         self._telling.start(0, 2)
 
     def finish(self) -> None:
-        """Wait for every sum, then update. NotFiniteError, on all ranks, where the loss isn't finite."""
-        start = perf_counter()
+        """Wait for every sum, update the rest. NotFiniteError, on all ranks, where the loss isn't finite."""
+        start, before = perf_counter(), self.update_s
         self._telling.finish()
         self._gradients.finish()
         self.loss, self.stop = float(self._told[0]), self._told[1] > 0
+        if math.isfinite(self.loss):
+            scale = self._clip_scale() if self._clips else 1.0
+            for lo, hi in self._late:
+                self._update(lo, hi, scale)
+        self._gradients.settle()
+        self.wait_s = perf_counter() - start - (self.update_s - before)
         if not math.isfinite(self.loss):
             raise NotFiniteError(f"the loss is {self.loss}")
-        scale = 1.0
-        if self._clip:
-            self._norm[0] = self._optimizer.sum_of_squares(0, self._n_trained)
-            self._norms.start(0, 1)
-            self._norms.finish()
-            scale = self._optimizer.clip_scale(float(self._norm[0]))
-        reduced = perf_counter()
-        self._optimizer.apply(0, self._n, self.rate, scale)
-        self.wait_s, self.update_s = reduced - start, perf_counter() - reduced
+
+    def gather(self) -> None:
+        """All replicas always have the same parameters."""
+
+    def release(self) -> None:
+        """Nothing was changed."""
+
+    def _arrived(self, lo: int, hi: int) -> None:
+        """Update by the sums of [lo, hi), unless the loss may not be finite, or all sums have to be known."""
+        known = self._has_told and self._telling.poke()
+        if self._clips:
+            self._squares[0] += self._optimizer.sum_of_squares(lo, hi)
+        if self._clips or not known or not math.isfinite(self._told[0]):
+            self._late.append((lo, hi))
+        else:
+            self._update(lo, hi, 1.0)
+
+    def _update(self, lo: int, hi: int, scale: float) -> None:
+        begin = perf_counter()
+        self._optimizer.apply(lo, hi, self.rate, scale)
+        self.update_s += perf_counter() - begin
+
+    def _clip_scale(self) -> float:
+        """What brings the norm of the whole gradient, over the shares of a node and the parts, under the limit."""
+        for norms in self._norms:
+            norms.start(0, 1)
+            norms.finish()
+        return self._optimizer.clip_scale(float(self._squares[0]))

@@ -8,8 +8,12 @@ from dpnn import plan
 class Strategy(plan.Strategy, Protocol):
     """A strategy as the training loop sees it."""
 
+    together: bool
+    """Whether all replicas have the same parameters after every step."""
     rate: float
     """The learning rate of the step; set before it."""
+    samples: int
+    """Of this replica in the step; set before it."""
     stop: bool
     """Before a step: this rank wants to stop. After it: some rank did, and all know."""
     loss: float
@@ -18,3 +22,11 @@ class Strategy(plan.Strategy, Protocol):
     """Seconds spent waiting for other ranks in the last step."""
     update_s: float
     """Seconds spent updating the parameters in the last step."""
+
+    def gather(self) -> None:
+        """Between two steps: until `release` the parameters are what all replicas have in common. Collective."""
+        ...
+
+    def release(self) -> None:
+        """The parameters aren't read any more, the run goes on."""
+        ...

@@ -55,13 +55,14 @@ def _is_product(g: Geometry) -> bool:
 
 
 def _shapes(g: Geometry, direction: Direction, team: Team) -> Shapes:
-    """Windows of each thread; the filters as (K, R S C), where they don't lie so; or each thread's gradient of them, and
+    """Windows of each thread; the filters as (K, R S C), where they don't lie so; or each thread's gradient of them and
     a piece's part of it."""
     if direction == "backward_data":
         return {}
+    windows = _window_shapes(g, team)
     if direction == "forward":
-        return _window_shapes(g, team) | ({} if _is_product(g) else {"w": (g.k, _length(g))})
-    return {**_window_shapes(g, team), **{f"dw{i}": (2, g.k, _length(g)) for i in range(team.size)}}
+        return windows if _is_product(g) else {**windows, "w": (g.k, _length(g))}
+    return {**windows, **{f"dw{i}": (2, g.k, _length(g)) for i in range(team.size)}}
 
 
 def _forward(g: Geometry, team: Team, scratch: dict[str, Array], arrays: Bound) -> list[Call]:

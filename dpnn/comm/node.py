@@ -1,0 +1,166 @@
+"""Where the flat arrays of parameters and gradients lie: in memory that the replicas of a node share, if possible.
+
+A node then has its parameters, and what the optimizer keeps, once, where all its replicas have the same; every replica
+has gradients of its own, which all others of the node see, so that they are summed where they are. The memory is a file
+in the node's shared-memory file system that loses its name at once: whatever ends the job, nothing stays. Its room is
+reserved before it is used: memory that isn't there would end a rank by SIGBUS in the middle of a step.
+"""
+
+import mmap
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpnn.comm.faults import wait
+from dpnn.comm.mesh import Mesh
+from dpnn.comm.share import share
+from dpnn.native import Kernels
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+Array = NDArray[Any]
+Counters = NDArray[np.int64]
+
+SHARED_MEMORY = "/dev/shm"
+_COUNTERS = 2
+_LINE = 128
+"""Bytes that each counter has for itself: two cache lines, which processors fetch together."""
+
+
+class Node:
+    """The replicas that share memory with this one, and the arrays of `n` numbers that they hold.
+
+    `params` and `state` (by name) are the node's, or this replica's where `together` is false; `grads` is this
+    replica's; `all_grads` are those of all replicas of the node, in their order. `comm` joins them (this rank alone
+    where memory isn't shared). The first `owners` of them each own a share of every array: they are as many on every
+    node. `across` joins the owners of one share on all nodes; None where there is one node, or on a rank that owns
+    nothing. `note` says why memory isn't shared, "" where it is or where no two replicas are on one node. `replicas`
+    counts those of all nodes.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        n: int,
+        dtype: np.dtype[Any],
+        states: Sequence[str],
+        kernels: Kernels | None,
+        limit_s: float,
+        together: bool = True,
+    ) -> None:
+        """Collective over mesh.data. `together`: whether all replicas always have the same parameters."""
+        from mpi4py import MPI
+
+        self.kernels, self._limit_s, self._together, self.note = kernels, limit_s, together, ""
+        self._data, self.replicas = mesh.data, mesh.replicas
+        page = mmap.PAGESIZE
+        each = -(-n * dtype.itemsize // page) * page
+        n_common, own = 1 + len(states), page + each
+        common = n_common * each if together else 0
+        block = None
+        if mesh.largest_node > 1:
+            block, self.note = self._map(mesh, common, own, kernels)
+        shared = block is not None
+        self.comm: MPI.Comm = mesh.node if shared else MPI.COMM_SELF
+        self.owners = mesh.smallest_node if shared else 1
+        across = mesh.across if shared else mesh.data
+        self.across: MPI.Comm | None = across if across != MPI.COMM_NULL and across.size > 1 else None
+
+        size = self.comm.size
+        memory: Any = np.zeros(common + own, np.uint8) if block is None else block
+        mine: Any = memory if together else np.zeros(n_common * each, np.uint8)
+        self.params, *kept = (np.frombuffer(mine, dtype, n, i * each) for i in range(n_common))
+        self.state = dict(zip(states, kept, strict=True))
+        self.all_grads = [np.frombuffer(memory, dtype, n, common + rank * own + page) for rank in range(size)]
+        self.grads = self.all_grads[self.comm.rank]
+        self._stride, self._counts = own // 8, [0] * _COUNTERS
+        self._counters = [
+            np.frombuffer(memory, np.int64, (size - 1) * self._stride + 1, common + i * _LINE) for i in range(_COUNTERS)
+        ]
+
+    @property
+    def sums(self) -> Array:
+        """Where the sums of gradients lie: in the arrays of the node's first replica."""
+        return self.all_grads[0]
+
+    def mine(self, lo: int, hi: int) -> tuple[int, int]:
+        """My share of [lo, hi), cut at cache lines; empty for who owns nothing."""
+        rank = self.comm.rank
+        if rank >= self.owners:
+            return lo, lo
+        a, b = (lo + (hi - lo) * i // self.owners // 16 * 16 for i in (rank, rank + 1))
+        return a, hi if rank == self.owners - 1 else b
+
+    def share(self, flat: Array) -> None:
+        """`params` or one of `state` as on the first replica, on all. Collective."""
+        if not self._together:
+            share(self._data, flat, self._limit_s)
+        elif self.across is not None and self.comm.rank == 0:
+            share(self.across, flat, self._limit_s)
+        wait(self.comm.Ibarrier().Test, "the parameters of the first replica", self._limit_s)
+
+    def advance(self, counter: int) -> int:
+        """Add 1 to one of my counters; its new value. Who sees that also sees what I wrote before."""
+        self._counts[counter] += 1
+        if self.kernels is not None:
+            mine = self._counters[counter].ctypes.data + self.comm.rank * self._stride * 8
+            self.kernels.call("publish", mine, self._counts[counter])
+        return self._counts[counter]
+
+    def least(self, counter: int) -> int:
+        """The least that a counter stands at, on any replica of the node."""
+        if self.kernels is None or self.comm.size == 1:
+            return self._counts[counter]
+        return int(self.kernels.call("least", self._counters[counter].ctypes.data, self.comm.size, self._stride))
+
+    def _map(self, mesh: Mesh, common: int, own: int, kernels: Kernels | None) -> tuple[mmap.mmap | None, str]:
+        """`common` bytes of the node, then `own` of each replica, mapped; or None and the reason. The same on all."""
+        page, node = mmap.PAGESIZE, mesh.node
+        total = common + node.size * own
+        name = np.zeros(64, np.uint8)
+        descriptor, mapped, note = -1, None, ""
+        try:
+            if node.rank == 0:
+                with suppress(OSError):
+                    descriptor, path = tempfile.mkstemp(prefix="dpnn-", dir=SHARED_MEMORY)
+                    os.ftruncate(descriptor, total)
+                    name[: len(path)] = np.frombuffer(path.encode(), np.uint8)
+            wait(node.Ibcast(name, 0).Test, "the other replicas of this node", self._limit_s)
+            path = bytes(name).rstrip(b"\0").decode()
+            try:
+                if kernels is None:
+                    raise OSError("the backend has no compiled kernels in float32")
+                if not path:
+                    raise OSError(f"{SHARED_MEMORY} can't be written")
+                if descriptor < 0:
+                    descriptor = os.open(path, os.O_RDWR)
+                # Each reserves a run of the common memory too: it lies near the cores of all.
+                lo, hi = (common // page * i // node.size * page for i in (node.rank, node.rank + 1))
+                if hi > lo:
+                    os.posix_fallocate(descriptor, lo, hi - lo)
+                os.posix_fallocate(descriptor, common + node.rank * own, own)
+                mapped = mmap.mmap(descriptor, total)
+            except OSError as error:
+                note = f"{total / 2**20:,.0f} MiB in {SHARED_MEMORY}: {error.strerror or error}"
+            everywhere = np.array([mapped is not None], np.int8)
+            wait(self._all_agree(everywhere).Test, "the other replicas to reserve memory", self._limit_s)
+            if not everywhere[0]:
+                return None, note or "another rank or node has no room for it"
+            return mapped, ""
+        finally:
+            if node.rank == 0 and name[0]:
+                with suppress(OSError):
+                    os.unlink(bytes(name).rstrip(b"\0"))
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def _all_agree(self, ok: Array) -> "MPI.Request":
+        from mpi4py import MPI
+
+        return self._data.Iallreduce(MPI.IN_PLACE, ok, MPI.MIN)

@@ -1,0 +1,146 @@
+"""ParallelSGD (Zinkevich, Weimer, Smola and Li 2010): every replica takes its own steps, parameters are averaged.
+
+Algorithm 1 of the paper averages once, at the end (`parallel.every` = 0); else they are averaged after every so many
+steps. Replicas weigh as much as the samples that they took since the last time. What the optimizer keeps is averaged
+too, or kept by each replica, or set to 0 (`parallel.state`).
+
+Between two averages no replica waits for another, save that requests to stop, and losses that aren't finite, are told
+every few steps, and heard the next time: replicas are never further apart than that.
+"""
+
+import math
+from time import perf_counter
+
+import numpy as np
+
+from dpnn import config
+from dpnn.backends.base import Array
+from dpnn.comm.mesh import Mesh
+from dpnn.comm.node import Node
+from dpnn.comm.reduce import BucketReducer, GradientReducer
+from dpnn.errors import NotFiniteError
+from dpnn.optim import Optimizer
+
+_TELL_STEPS = 8
+"""Steps from one telling to the next."""
+
+
+class Average:
+    """Each replica's own SGD; `gather` makes the mean of all, for who wants to read the parameters."""
+
+    together = False
+
+    def __init__(self, mesh: Mesh, node: Node, optimizer: Optimizer, job: config.Job) -> None:
+        limit_s = job.parallel.timeout_s
+        self.rate, self.stop, self.loss, self.samples = 0.0, False, 0.0, 0
+        self.wait_s = self.update_s = 0.0
+        self._every, self._state = job.parallel.every, job.parallel.state
+        self._node, self._optimizer, self._clips = node, optimizer, job.optimizer.clip > 0
+        self._steps, self._taken = 0, 0
+        """Steps since the start; samples since the last average."""
+        self._bad = False
+        """Whether a loss of this replica wasn't finite since it last told."""
+        self._told = np.zeros(2)  # losses that aren't finite, requests to stop
+        self._telling = BucketReducer(mesh.data, self._told, limit_s, "requests to stop")
+        self._norm = np.zeros(1)  # sum of squares of the gradient, over the parts of a replica
+        self._norms = BucketReducer(mesh.model, self._norm, limit_s, "norms")
+        self._samples = np.zeros(1)
+        self._weighing = BucketReducer(mesh.data, self._samples, limit_s, "samples taken")
+        self._sum = GradientReducer(node, lambda lo, hi: None, limit_s)
+        self._own: list[tuple[Array, Array]] = []
+        """While the mean is read: arrays, and what this replica had in them."""
+
+    def begin(self) -> None:
+        """Nothing is under way that the step could disturb."""
+
+    def open(self, lo: int, hi: int) -> None:
+        """Nobody else reads the gradients."""
+
+    def ready(self, lo: int, hi: int) -> None:
+        """They stay on this replica."""
+
+    def poke(self) -> None:
+        """Let MPI move."""
+        self._telling.poke()
+
+    def tell(self, loss: float) -> None:
+        """Note the loss of this replica."""
+        self.loss = loss
+
+    def finish(self) -> None:
+        """Update by this replica's own gradient; now and then tell the others, and average.
+
+        NotFiniteError, on all replicas after the same step, where the loss of one isn't finite.
+        """
+        start = perf_counter()
+        if self.samples and math.isfinite(self.loss):
+            self._optimizer.apply(0, self._node.grads.size, self.rate, self._clip_scale())
+        updated = perf_counter()
+        self._steps += 1
+        self._taken += self.samples
+        if not math.isfinite(self.loss):
+            self._bad = True
+        asked, self.stop = self.stop, False
+        if self._steps % _TELL_STEPS == 0:
+            self._hear(asked)
+        if self._every and self._steps % self._every == 0:
+            self._average()
+        self.wait_s, self.update_s = perf_counter() - updated, updated - start
+
+    def gather(self) -> None:
+        """Until `release` the parameters, and what the optimizer keeps, are the mean over all replicas. Collective."""
+        self._telling.finish()
+        arrays = [self._node.params, *self._node.state.values()]
+        self._own = [(array, array.copy()) for array in arrays]
+        self._to_mean(arrays)
+
+    def release(self) -> None:
+        """Back to this replica's own."""
+        for array, own in self._own:
+            np.copyto(array, own)
+        self._own = []
+
+    def _hear(self, asked: bool) -> None:
+        """What was told the last time; then tell anew."""
+        self._telling.finish()
+        bad, stop = self._told
+        if bad:
+            raise NotFiniteError(f"the loss of {bad:.0f} replicas wasn't finite in the last {2 * _TELL_STEPS} steps")
+        self.stop = bool(stop)
+        self._told[:] = self._bad, asked
+        self._telling.start(0, 2)
+
+    def _clip_scale(self) -> float:
+        if not self._clips:
+            return 1.0
+        self._norm[0] = self._optimizer.sum_of_squares(0, self._node.grads.size)
+        self._norms.start(0, 1)
+        self._norms.finish()
+        return self._optimizer.clip_scale(float(self._norm[0]))
+
+    def _average(self) -> None:
+        state = list(self._node.state.values())
+        self._to_mean([self._node.params, *(state if self._state == "average" else ())])
+        for array in state if self._state == "reset" else ():
+            array.fill(0.0)
+        self._taken = 0
+
+    def _to_mean(self, arrays: list[Array]) -> None:
+        """Arrays of this replica become the mean of all, weighted by the samples that each took since the last average.
+
+        The gradients' memory is where they meet.
+        """
+        node = self._node
+        self._samples[0] = self._taken
+        self._weighing.start(0, 1)
+        self._weighing.finish()
+        total = float(self._samples[0])
+        if not total:
+            return  # nothing has changed since
+        for array in arrays:
+            np.multiply(array, array.dtype.type(self._taken / total), out=node.grads)
+            self._sum.start(0, array.size)
+            self._sum.finish()
+            self._sum.settle()  # all shares are summed
+            np.copyto(array, node.sums)
+            self._sum.settle()  # all have read them
