@@ -74,6 +74,10 @@ class Train(Table, frozen=True, kw_only=True):
     eval_every: CountOr0 = 1
     """Epochs; 0: never."""
     label_smoothing: Share = 0.0
+    reproducible: Switch = False
+    """The same bits on any number of ranks that divides `grains`."""
+    grains: CountOr0 = 0
+    """Pieces of the global batch whose gradients are summed in a fixed order; 0: chosen."""
 
 
 class Optimizer(Table, frozen=True, kw_only=True):
@@ -166,12 +170,13 @@ class Job(Table, frozen=True, kw_only=True):
 _PAIRS = (("train.epochs", "train.steps"), ("train.global_batch", "train.replica_batch"))
 
 # Keys that mean something only where another key has this value.
-_NEEDS: dict[str, tuple[str, str]] = {
+_NEEDS: dict[str, tuple[str, str | bool]] = {
     "optimizer.momentum": ("optimizer.name", "momentum"),
     "optimizer.nesterov": ("optimizer.name", "momentum"),
     "schedule.milestones": ("schedule.name", "step"),
     "schedule.factor": ("schedule.name", "step"),
     "schedule.power": ("schedule.name", "poly"),
+    "train.grains": ("train.reproducible", True),
     "parallel.every": ("parallel.strategy", "average"),
     "parallel.state": ("parallel.strategy", "average"),
     "train.label_smoothing": ("train.loss", "softmax"),
@@ -316,6 +321,11 @@ def _check(job: Job) -> None:
         wanted = " or ".join(map(_toml, _PRECISIONS[backend]))
         raise JobError(
             f'backend.precision = "{precision}": backend.name = "{backend}" computes in {wanted}; use "auto"'
+        )
+    if job.train.reproducible and (job.parallel.strategy != "allreduce" or job.parallel.microbatches > 1):
+        raise JobError(
+            'train.reproducible = true: it needs parallel.strategy = "allreduce" and parallel.microbatches = 1 '
+            "(each grain is a micro-batch of its own)"
         )
     batch, lanes = job.train.global_batch, job.data.lanes
     if lanes and batch % lanes:

@@ -66,11 +66,10 @@ class Model:
         self.arena = Arena()
         self._seed = job.seed
 
-    def training(self, job: config.Job, rows: int, bucket_nbytes: int = 0) -> Layout:
+    def training(self, rows: int, microbatches: int = 1, bucket_nbytes: int = 0, grains: bool = False) -> Layout:
         """The plan of a training step with at most `rows` samples in a micro-batch, laid out."""
-        microbatches = job.parallel.microbatches
         compiled = partial(compile_plan, self.graph, self.nodes, self.backends, "train")
-        return self._layout(compiled(rows, microbatches, self.store.pieces, bucket_nbytes))
+        return self._layout(compiled(rows, microbatches, self.store.pieces, bucket_nbytes, grains))
 
     def evaluation(self, rows: int) -> Layout:
         """The plan of a forward pass over at most `rows` samples, laid out."""

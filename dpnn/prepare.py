@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from dpnn import checkpoint, config, models
 from dpnn.checkpoint import Checkpoint
-from dpnn.data import Manifest, Sampler, default_lanes
+from dpnn.data import Manifest, Sampler, default_grains, default_lanes
 from dpnn.data.augment import AUGMENTATIONS
 from dpnn.data.pack import pack
 from dpnn.errors import DataError, JobError
@@ -111,7 +111,8 @@ def resolve(job: config.Job, folder: Path, replicas: int) -> Start:
     check_loss(job, train)
     global_batch = job.train.global_batch or job.train.replica_batch * replicas
     lanes = job.data.lanes or default_lanes(global_batch, replicas)
-    job = replace(job, model=replace(job.model, classes=classes))
+    grains = default_grains(lanes) if job.train.reproducible and not job.train.grains else job.train.grains
+    job = replace(job, model=replace(job.model, classes=classes), train=replace(job.train, grains=grains))
     network = models.build(job.model.name, classes, train.network_shape, job.model.options)
     return Start(job, folder, network, train, test, global_batch, lanes)
 
@@ -133,14 +134,17 @@ def with_lanes_of(found: Checkpoint, start: Start) -> Start:
 def try_out(start: Start, replicas: int) -> None:
     """Build what is cheap to build: what every rank would refuse is refused before the run folder is touched."""
     job, data, train = start.job, start.job.data, start.train
-    Sampler(train.counts, train.block, start.lanes, start.global_batch, data.window, job.seed).check(replicas)
+    sampler = Sampler(
+        train.counts, train.block, start.lanes, start.global_batch, data.window, job.seed, grains=job.train.grains
+    )
+    sampler.check(replicas)
     AUGMENTATIONS[data.augment](job.seed, train.shape, np.dtype(train.dtype), 0)
     graph = models.graph(job, start.network, train.network_shape)
     collected = next((node for node in graph.nodes if node.layer.collected), None)
-    if collected is not None and job.parallel.strategy == "average":
+    if collected is not None and (job.parallel.strategy == "average" or job.train.reproducible):
+        what = "train.reproducible = true" if job.train.reproducible else 'parallel.strategy = "average"'
         raise JobError(
-            f'parallel.strategy = "average": replicas take their own steps, but {collected.name} sums over all of '
-            "them in each; leave out sync = true"
+            f"{what}: {collected.name} sums over all replicas in the middle of a step; leave out sync = true"
         )
     if job.backend.needs_onednn:
         choose_backends(job.backend, Team(1))

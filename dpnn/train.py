@@ -15,6 +15,7 @@ from dpnn import checkpoint
 from dpnn.checkpoint import Checkpoint
 from dpnn.cluster.signals import StopRequest
 from dpnn.comm import library
+from dpnn.comm.grains import stack_places
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
 from dpnn.comm.reduce import BucketReducer, measured_bucket
@@ -71,8 +72,9 @@ class Training:
         # Data: the order of samples, and which of them this replica takes.
         options = job.data
         self.sampler = sampler = Sampler(
-            start.train.counts, start.train.block, start.lanes, start.global_batch, options.window, job.seed
-        )
+            start.train.counts, start.train.block, start.lanes, start.global_batch, options.window, job.seed,
+            grains=job.train.grains,
+        )  # fmt: skip
         sampler.check(mesh.replicas)
         for folder, manifest in ((options.train, start.train), (options.test, start.test)):
             if manifest:
@@ -92,7 +94,7 @@ class Training:
         strategy = STRATEGIES[job.parallel.strategy]
         self.node = node = Node(
             mesh, model.store.params.size, model.dtype, STATES[job.optimizer.name], model.kernels, limit_s,
-            together=strategy.together,
+            strategy.together, partials=stack_places(job.train.grains, mesh.replicas),
         )  # fmt: skip
         model.store.place(node.params, node.grads)
         gradient = node.sums if strategy.together else node.grads
@@ -110,7 +112,8 @@ class Training:
             node.share(flat)
 
         # The strategy, and the two plans: a training step, and a forward pass over held-out samples.
-        rows = -(-self.sampler.max_rows(mesh.replicas) // job.parallel.microbatches)
+        self.microbatches = job.train.grains // mesh.replicas or job.parallel.microbatches
+        rows = sampler.max_micro_rows(mesh.replicas, self.microbatches)
         self.strategy: Strategy = strategy(mesh, node, self.optimizer, job)
         evaluates = start.test and job.train.eval_every
         self.folder = RunFolder(start.folder)
@@ -118,7 +121,10 @@ class Training:
         bucket_nbytes = self._bucket_nbytes()
         training, held_out = model.lay_out(
             world.first,
-            lambda: (model.training(job, rows, bucket_nbytes), model.evaluation(rows) if evaluates else None),
+            lambda: (
+                model.training(rows, self.microbatches, bucket_nbytes, job.train.reproducible),
+                model.evaluation(rows) if evaluates else None,
+            ),
         )
         sum_over = partial(BucketReducer, mesh.data, limit_s=limit_s, what="BatchNorm statistics")
         self.executor = model.executor(training, sum_over, self.strategy)
@@ -186,7 +192,7 @@ class Training:
         read = perf_counter()
         strategy.rate, strategy.stop, strategy.samples = self.rate(self.at), request.asked, batch.rows
         total = sampler.total(self.step)
-        counts = sampler.micro(self.step, mesh.replica, mesh.replicas, self.job.parallel.microbatches)
+        counts = sampler.micro(self.step, mesh.replica, mesh.replicas, self.microbatches)
         try:
             self.executor.run(batch, counts, total if strategy.together else batch.rows)
         except NotFiniteError as error:

@@ -20,7 +20,7 @@ class Mesh:
     `model` joins the parts of one replica (model.rank == part): activations cross there.
     `node` joins the ranks of `data` that share this one's memory; `smallest_node` and `largest_node` are their numbers
     on any node. `across` joins those that have the same rank in `node`, on all nodes; a null communicator where not
-    every node has so many.
+    every node has so many. `nodes` are the replicas of this part, node by node in the order of `across`.
     `limit_s`: how long to wait for another rank.
     """
 
@@ -44,4 +44,8 @@ class Mesh:
             self.smallest_node = self.data.allreduce(self.node.size, MPI.MIN)
             self.largest_node = self.data.allreduce(self.node.size, MPI.MAX)
             everywhere = self.node.rank < self.smallest_node
+            nodes: dict[int, list[int]] = {}
+            for replica, first in enumerate(self.data.allgather(self.node.bcast(self.replica))):
+                nodes.setdefault(first, []).append(replica)
+            self.nodes = list(nodes.values())
             self.across: Comm = self.data.Split(self.node.rank if everywhere else MPI.UNDEFINED, self.replica)

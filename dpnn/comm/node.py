@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from dpnn.comm.faults import wait
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.share import share
-from dpnn.native import Kernels
+from dpnn.native import Call, Kernels
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -37,11 +38,11 @@ class Node:
     """The replicas that share memory with this one, and the arrays of `n` numbers that they hold.
 
     `params` and `state` (by name) are the node's, or this replica's where `together` is false; `grads` is this
-    replica's; `all_grads` are those of all replicas of the node, in their order. `comm` joins them (this rank alone
-    where memory isn't shared). The first `owners` of them each own a share of every array: they are as many on every
-    node. `across` joins the owners of one share on all nodes; None where there is one node, or on a rank that owns
-    nothing. `note` says why memory isn't shared, "" where it is or where no two replicas are on one node. `replicas`
-    counts those of all nodes.
+    replica's, `all_grads` are those of all replicas of the node, and `partials` their arrays for partial sums, by place
+    in `comm`. `comm` joins the replicas of the node (this one alone where memory isn't shared). The first `owners` of
+    them each own a share of every array: they are as many on every node. `across` joins the owners of one share on all
+    nodes; None where there is one node, or on a rank that owns nothing. `groups` are the replicas node by node, in the
+    order of `across`. `note` says why memory isn't shared, "" where it is or where no two replicas are on one node.
     """
 
     def __init__(
@@ -53,15 +54,20 @@ class Node:
         kernels: Kernels | None,
         limit_s: float,
         together: bool = True,
+        partials: int = 0,
     ) -> None:
-        """Collective over mesh.data. `together`: whether all replicas always have the same parameters."""
+        """Collective over mesh.data.
+
+        `together`: whether all replicas always have the same parameters. `partials`: arrays that each replica has for
+        partial sums of gradients.
+        """
         from mpi4py import MPI
 
         self.kernels, self._limit_s, self._together, self.note = kernels, limit_s, together, ""
-        self._data, self.replicas = mesh.data, mesh.replicas
+        self._data, self.replica, self.replicas = mesh.data, mesh.replica, mesh.replicas
         page = mmap.PAGESIZE
         each = -(-n * dtype.itemsize // page) * page
-        n_common, own = 1 + len(states), page + each
+        n_common, own = 1 + len(states), page + (1 + partials) * each
         common = n_common * each if together else 0
         block = None
         if mesh.largest_node > 1:
@@ -69,6 +75,7 @@ class Node:
         shared = block is not None
         self.comm: MPI.Comm = mesh.node if shared else MPI.COMM_SELF
         self.owners = mesh.smallest_node if shared else 1
+        self.groups = mesh.nodes if shared else [[replica] for replica in range(mesh.replicas)]
         across = mesh.across if shared else mesh.data
         self.across: MPI.Comm | None = across if across != MPI.COMM_NULL and across.size > 1 else None
 
@@ -77,7 +84,11 @@ class Node:
         mine: Any = memory if together else np.zeros(n_common * each, np.uint8)
         self.params, *kept = (np.frombuffer(mine, dtype, n, i * each) for i in range(n_common))
         self.state = dict(zip(states, kept, strict=True))
-        self.all_grads = [np.frombuffer(memory, dtype, n, common + rank * own + page) for rank in range(size)]
+        arrays = [
+            [np.frombuffer(memory, dtype, n, common + rank * own + page + i * each) for i in range(1 + partials)]
+            for rank in range(size)
+        ]
+        self.all_grads, self.partials = [own[0] for own in arrays], [own[1:] for own in arrays]
         self.grads = self.all_grads[self.comm.rank]
         self._stride, self._counts = own // 8, [0] * _COUNTERS
         self._counters = [
@@ -86,8 +97,14 @@ class Node:
 
     @property
     def sums(self) -> Array:
-        """Where the sums of gradients lie: in the arrays of the node's first replica."""
-        return self.all_grads[0]
+        """Where the sums of gradients lie: in an array of the node's first replica."""
+        return self.partials[0][0] if self.partials[0] else self.all_grads[0]
+
+    def adds(self, arrays: Sequence[Array]) -> Call:
+        """The call that adds up arrays in their order, into the first."""
+        if self.kernels is not None:
+            return self.kernels.bind("add", arrays[0].size, len(arrays), list(arrays), arrays[0])
+        return partial(_add, arrays)
 
     def mine(self, lo: int, hi: int) -> tuple[int, int]:
         """My share of [lo, hi), cut at cache lines; empty for who owns nothing."""
@@ -164,3 +181,8 @@ class Node:
         from mpi4py import MPI
 
         return self._data.Iallreduce(MPI.IN_PLACE, ok, MPI.MIN)
+
+
+def _add(arrays: Sequence[Array]) -> None:
+    for array in arrays[1:]:
+        np.add(arrays[0], array, out=arrays[0])

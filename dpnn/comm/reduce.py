@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -109,8 +109,10 @@ class GradientReducer:
         self._sum, self._in_place = MPI.SUM, MPI.IN_PLACE
         self._local: deque[tuple[int, int, int]] = deque()
         """Buckets that some replica of the node has still to write: number, lo, hi."""
-        self._crossing: deque[tuple[MPI.Request, int, int]] = deque()
-        self._blocks: dict[tuple[int, int], list[tuple[Call, int, int]]] = {}
+        self._crossing: deque[tuple[Callable[[], bool], int, int]] = deque()
+        """Shares whose sums over the nodes are under way: whether one is there, lo, hi."""
+        self._bound: dict[tuple[int, int], list[tuple[list[Call], int, int]]] = {}
+        """For each share the calls that sum it over the node, a block at a time; made when it first comes."""
         self._whom = f"the sum of the gradients over {node.replicas} ranks"
         self._across: MPI.Comm | None = None
         if node.across is not None:
@@ -126,7 +128,7 @@ class GradientReducer:
         """Do what can be done now; whether all that was started has arrived."""
         while self._local and self._node.least(_WRITTEN) >= self._local[0][0]:
             self._add(*self._local.popleft()[1:])
-        while self._crossing and tested(self._crossing[0][0].Test, self._whom):
+        while self._crossing and tested(self._crossing[0][0], self._whom):
             self._arrived(*self._crossing.popleft()[1:])
         return not self._local and not self._crossing
 
@@ -148,30 +150,35 @@ class GradientReducer:
 
     def _add(self, lo: int, hi: int) -> None:
         lo, hi = self._node.mine(lo, hi)
-        if self._node.comm.size == 1:
-            if self._across is None:
-                self._arrived(lo, hi)
-        else:
-            for add, start, end in self._adds(lo, hi):
+        if lo == hi:
+            return
+        if (lo, hi) not in self._bound:
+            self._bound[lo, hi] = self._bind(lo, hi)
+        for adds, start, end in self._bound[lo, hi]:
+            for add in adds:
                 add()
-                if self._across is None:
-                    self._arrived(start, end)
-        if self._across is not None and lo < hi:
-            request = self._across.Iallreduce(self._in_place, self._node.sums[lo:hi], self._sum)
-            self._crossing.append((request, lo, hi))
+            if self._across is None:
+                self._arrived(start, end)
+        if self._across is not None:
+            self._crossing.append((self._cross(lo, hi), lo, hi))
 
-    def _adds(self, lo: int, hi: int) -> list[tuple[Call, int, int]]:
-        """The calls that sum my share over the node, block by block: bound when a bucket first comes."""
-        kernels = self._node.kernels
-        if (lo, hi) not in self._blocks and kernels is not None:
-            self._blocks[lo, hi] = []
-            for start in range(lo, hi, BLOCK):
-                end = min(start + BLOCK, hi)
-                pieces = [grads[start:end] for grads in self._node.all_grads]
-                self._blocks[lo, hi].append(
-                    (kernels.bind("add", end - start, len(pieces), pieces, pieces[0]), start, end)
-                )
-        return self._blocks[lo, hi]
+    def _bind(self, lo: int, hi: int) -> list[tuple[list[Call], int, int]]:
+        """The calls that sum my share over the node, block by block."""
+        node = self._node
+        if node.comm.size == 1:
+            return [([], lo, hi)]
+        return [([node.adds([grads[a:b] for grads in node.all_grads])], a, b) for a, b in blocks(lo, hi)]
+
+    def _cross(self, lo: int, hi: int) -> Callable[[], bool]:
+        """Begin to sum my share over the nodes; what is returned tells whether the sum is there."""
+        across = cast("MPI.Comm", self._across)
+        test: Callable[[], bool] = across.Iallreduce(self._in_place, self._node.sums[lo:hi], self._sum).Test
+        return test
+
+
+def blocks(lo: int, hi: int) -> list[tuple[int, int]]:
+    """[lo, hi) in pieces of BLOCK."""
+    return [(start, min(start + BLOCK, hi)) for start in range(lo, hi, BLOCK)]
 
 
 def measured_bucket(node: Node, limit_s: float) -> int:

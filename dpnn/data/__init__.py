@@ -8,6 +8,16 @@ from dpnn.data.augment import AUGMENTATIONS
 from dpnn.data.loader import Batch, Loader
 from dpnn.data.manifest import Manifest
 from dpnn.data.reader import ShardReader, check_shards
-from dpnn.data.sampler import Sampler, default_lanes
+from dpnn.data.sampler import Sampler, default_grains, default_lanes
 
-__all__ = ["AUGMENTATIONS", "Batch", "Loader", "Manifest", "Sampler", "ShardReader", "check_shards", "default_lanes"]
+__all__ = [
+    "AUGMENTATIONS",
+    "Batch",
+    "Loader",
+    "Manifest",
+    "Sampler",
+    "ShardReader",
+    "check_shards",
+    "default_grains",
+    "default_lanes",
+]

@@ -34,6 +34,11 @@ def default_lanes(global_batch: int, replicas: int = 1) -> int:
     return next((lanes for lanes in divisors if lanes >= replicas), chosen) if chosen < replicas else chosen
 
 
+def default_grains(lanes: int) -> int:
+    """The number of grains where a job names none: the largest divisor of the lanes up to 8."""
+    return max(grains for grains in range(1, 9) if lanes % grains == 0)
+
+
 @dataclass(frozen=True)
 class Window:
     """What some lanes take in a run of steps. Its samples have slots: numbers from 0, run by run."""
@@ -58,7 +63,8 @@ class Sampler:
 
     `counts`: samples of each shard; `block`: samples of a block; `window`: samples that a lane is shuffled within,
     rounded up to a multiple of its share so that no batch straddles two windows. `shuffle=False`: the natural order,
-    which the lanes only cut. JobError where the lanes don't divide the global batch.
+    which the lanes only cut. `grains`: groups of lanes, each a micro-batch of its own; 0: none. JobError where the
+    lanes don't divide the global batch, or the grains the lanes.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class Sampler:
         window: int,
         seed: int,
         shuffle: bool = True,
+        grains: int = 0,
     ) -> None:
         if global_batch % lanes:
             lower = global_batch // lanes * lanes
@@ -77,6 +84,11 @@ class Sampler:
             raise JobError(
                 f"global_batch = {global_batch} can't be divided among {lanes} lanes; "
                 f"use a multiple of {lanes} ({options}), or leave data.lanes out"
+            )
+        if grains and lanes % grains:
+            divisors = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
+            raise JobError(
+                f"train.grains = {grains} doesn't divide the {lanes} lanes; use {divisors}, or set data.lanes"
             )
         self.samples = sum(counts)
         """Of an epoch."""
@@ -99,6 +111,7 @@ class Sampler:
         self.counts = np.array(counts, np.int64)
         self.shard_blocks = np.concatenate(([0], np.cumsum(-(-self.counts // block))))
         """int64[shards + 1]: the number of each shard's first block."""
+        self.grains = grains
         self._micro: dict[tuple[bool, int, int, int], list[tuple[int, int]]] = {}
 
     def check(self, replicas: int) -> None:
@@ -111,6 +124,14 @@ class Sampler:
             raise JobError(
                 f"data.lanes = {self.lanes} is less than the {replicas} replicas; use at most {self.lanes} replicas, "
                 f"or set data.lanes to a divisor of the global batch ({self.global_batch}) that is {replicas} or more"
+            )
+
+        if self.grains % replicas:
+            divisors = [n for n in range(1, self.lanes + 1) if self.lanes % n == 0 and n % replicas == 0]
+            other = f"train.grains = {', '.join(map(str, divisors))}" if divisors else "other data.lanes"
+            raise JobError(
+                f"train.grains = {self.grains} can't be divided among {replicas} replicas; "
+                f"use a number of replicas that divides it, or {other}"
             )
 
     def owned(self, replica: int, replicas: int) -> range:
@@ -126,15 +147,22 @@ class Sampler:
         first, last = (self._replica_rows(step, replicas).max() for step in (0, self.steps - 1))
         return int(max(first, last))
 
+    def max_micro_rows(self, replicas: int, microbatches: int) -> int:
+        """The most samples of a micro-batch that any replica can have."""
+        return self.max_rows(self.grains) if self.grains else -(-self.max_rows(replicas) // microbatches)
+
     def micro(self, step: int, replica: int, replicas: int, microbatches: int) -> list[tuple[int, int]]:
         """For each micro-batch of a step: (samples of this replica, samples of all replicas).
 
-        A replica's n samples are cut at n * m // microbatches. Only the last step of an epoch differs from the others.
+        A replica's n samples are cut at n * m // microbatches, or at its grains. Only the last step of an epoch differs from the others.
         """
         key = (step == self.steps - 1, replica, replicas, microbatches)
         if key not in self._micro:
-            cuts = self._replica_rows(step, replicas)[:, None] * np.arange(microbatches + 1) // microbatches
-            rows = np.diff(cuts, axis=1)
+            if self.grains:
+                rows = self._replica_rows(step, self.grains).reshape(replicas, microbatches)
+            else:
+                cuts = self._replica_rows(step, replicas)[:, None] * np.arange(microbatches + 1) // microbatches
+                rows = np.diff(cuts, axis=1)
             self._micro[key] = [(int(mine), int(all_)) for mine, all_ in zip(rows[replica], rows.sum(0), strict=True)]
         return self._micro[key]
 

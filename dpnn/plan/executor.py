@@ -200,8 +200,8 @@ class Executor:
         if batch is None:
             return
         step.rows, step.batch = self._counts[micro]
-        step.first = micro == 0
-        lo = batch.rows * micro // len(self._counts)
+        step.first = micro == 0 or self.plan.grains
+        lo = sum(rows for rows, _ in self._counts[:micro])
         hi = lo + step.rows
         images, labels, ids = self._inputs
         images[: step.rows] = batch.x[lo:hi]

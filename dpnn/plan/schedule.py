@@ -4,7 +4,7 @@ A list is made in two passes. First what is computed, a micro-batch after the ot
 groups, `Loss`, `Backward` through them again. Then what is exchanged, put in around it by one rule each:
 
 - a bucket of gradients is opened before the first instruction of the step that writes into it, and ready after the
-  last one (so in the last micro-batch only);
+  last one (so in the last micro-batch only; where micro-batches are grains, in each);
 - an output that is summed over all replicas (`collected`) is sent off right after it was written, and waited for
   right before it is read; its gradient likewise.
 
@@ -105,6 +105,8 @@ class Plan:
     instructions: tuple[Instruction, ...]
     rows: int
     """The most samples that a micro-batch of this rank can have."""
+    grains: bool = False
+    """Whether each micro-batch is a grain: it assigns the gradients, and they are ready after each."""
     channels_last: bool = False
     """Whether images lie as NHWC in memory."""
 
@@ -131,24 +133,26 @@ def compile_plan(
     microbatches: int = 1,
     pieces: Sequence[Piece] = (),
     bucket_nbytes: int = 0,
+    grains: bool = False,
 ) -> Plan:
     """The plan of a rank that owns `nodes` of `graph`.
 
     `rows`: the most samples of a micro-batch. `pieces`: what its store holds (training only). `bucket_nbytes`: a
-    bucket is closed when it is at least so large.
+    bucket is closed when it is at least so large. `grains`: buckets are exchanged after every micro-batch.
     """
     wanted = [
         node for node in nodes if not isinstance(node.layer, Input) and not (mode == "eval" and node.training_only)
     ]
     groups = choose_groups(wanted, backends, mode)
-    steps: list[Instruction] = []
-    for micro in range(microbatches):
-        steps += _one_micro_batch(groups, mode, micro, last=micro == microbatches - 1)
+    passes = [_one_micro_batch(groups, mode, micro, micro == microbatches - 1) for micro in range(microbatches)]
+    if not grains:
+        passes = [[step for steps in passes for step in steps]]
     if mode == "train":
-        steps = _with_collections(graph, groups, steps)
-        steps = _with_buckets(groups, steps, make_buckets(pieces, bucket_nbytes, backends[0].dtype.itemsize), pieces)
-        steps.append(Finish())
-    return Plan(graph, mode, tuple(groups), tuple(steps), rows, backends[0].channels_last)
+        buckets = make_buckets(pieces, bucket_nbytes, backends[0].dtype.itemsize)
+        passes = [_with_buckets(groups, _with_collections(graph, groups, steps), buckets, pieces) for steps in passes]
+        passes.append([Finish()])
+    steps = tuple(step for steps in passes for step in steps)
+    return Plan(graph, mode, tuple(groups), steps, rows, grains, backends[0].channels_last)
 
 
 def choose_groups(nodes: Sequence[Node], backends: Sequence[Backend], mode: Mode) -> list[Group]:

@@ -12,6 +12,7 @@ from time import perf_counter
 import numpy as np
 
 from dpnn import config
+from dpnn.comm.grains import GrainReducer
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
 from dpnn.comm.reduce import BucketReducer, GradientReducer
@@ -28,13 +29,19 @@ class Allreduce:
         limit_s = job.parallel.timeout_s
         self.rate, self.stop, self.loss, self.samples = 0.0, False, 0.0, 0
         self.wait_s = self.update_s = 0.0
+        self._n = node.grads.size
         self._clips, self._optimizer = job.optimizer.clip > 0, optimizer
         self._told = np.zeros(2)  # loss, requests to stop
         self._has_told = False
         self._squares = np.zeros(1)  # of the gradient: of my shares, then of all
         self._late: list[tuple[int, int]] = []
         """What arrived before it could be used."""
-        self._gradients = GradientReducer(node, self._arrived, limit_s)
+        self._grains = job.train.reproducible
+        self._gradients = (
+            GrainReducer(node, job.train.grains, self._arrived, limit_s)
+            if self._grains
+            else GradientReducer(node, self._arrived, limit_s)
+        )
         self._telling = BucketReducer(mesh.data, self._told, limit_s, "losses")
         self._norms = [BucketReducer(comm, self._squares, limit_s, "norms") for comm in (node.comm, mesh.model)]
 
@@ -85,7 +92,7 @@ class Allreduce:
     def _arrived(self, lo: int, hi: int) -> None:
         """Update by the sums of [lo, hi), unless the loss may not be finite, or all sums have to be known."""
         known = self._has_told and self._telling.poke()
-        if self._clips:
+        if self._clips and not self._grains:
             self._squares[0] += self._optimizer.sum_of_squares(lo, hi)
         if self._clips or not known or not math.isfinite(self._told[0]):
             self._late.append((lo, hi))
@@ -99,7 +106,10 @@ class Allreduce:
 
     def _clip_scale(self) -> float:
         """What brings the norm of the whole gradient, over the shares of a node and the parts, under the limit."""
-        for norms in self._norms:
+        if self._grains:  # shares depend on the number of ranks: each rank adds all
+            self._gradients.settle()
+            self._squares[0] = self._optimizer.sum_of_squares(0, self._n)
+        for norms in self._norms[self._grains :]:
             norms.start(0, 1)
             norms.finish()
         return self._optimizer.clip_scale(float(self._squares[0]))

@@ -1,0 +1,228 @@
+"""Sums that have the same bits on any number of ranks: over the grains of a step, in one fixed binary tree.
+
+A grain is a fixed piece of the global batch. The tree over n grains cuts a run of them at the largest power of two
+below its length. A replica adds its own grains as far as the tree goes within its run, each as it comes. The few
+partial sums that are left are added over the replicas of a node where they lie, then over nodes: those exchange pieces,
+each node adds one, and all get the result.
+
+It costs a pass over the gradients for each grain, and nodes exchange more: a replica whose run isn't a node of the tree
+has up to 2 log2(n) partial sums.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpnn.comm.faults import wait
+from dpnn.comm.node import Node
+from dpnn.comm.reduce import GradientReducer, blocks
+from dpnn.native import Call
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+Array = NDArray[Any]
+Sum = tuple[int, int]
+"""The grains [lo, hi) that a partial sum is over."""
+
+
+def middle(lo: int, hi: int) -> int:
+    """Where the tree cuts a run of two grains or more."""
+    return lo + (1 << (hi - lo - 1).bit_length() - 1)
+
+
+def siblings(left: Sum, right: Sum, n: int) -> bool:
+    """Whether two runs are the halves of a node of the tree over n grains."""
+    lo, hi = 0, n
+    while hi - lo > 1:
+        cut = middle(lo, hi)
+        if (left, right) == ((lo, cut), (cut, hi)):
+            return True
+        lo, hi = (lo, cut) if right[1] <= cut else (cut, hi)
+    return False
+
+
+def merges(sums: Sequence[Sum], n: int) -> tuple[list[tuple[int, int]], list[tuple[int, Sum]]]:
+    """How partial sums, in the order of their grains, are added as far as the tree goes.
+
+    Pairs (i, j): number j is added onto number i. Then what is left: number, and what it has become.
+    """
+    pairs: list[tuple[int, int]] = []
+    left: list[tuple[int, Sum]] = []
+    for number, this in enumerate(sums):
+        here = number, this
+        while left and siblings(left[-1][1], here[1], n):
+            i, before = left.pop()
+            pairs.append((i, here[0]))
+            here = i, (before[0], here[1][1])
+        left.append(here)
+    return pairs, left
+
+
+def stacked(run: range, n: int) -> tuple[list[list[tuple[int, int]]], list[Sum], int]:
+    """How a replica adds the grains of its run, one after the other, on a stack of arrays.
+
+    For each grain the additions (place, from), -1 being the grain itself; none: the grain is put on the stack. Then the
+    partial sums that are left, by place, and the most places that are taken.
+    """
+    steps: list[list[tuple[int, int]]] = []
+    left: list[Sum] = []
+    most = 0
+    for grain in run:
+        this, source = (grain, grain + 1), -1
+        adds: list[tuple[int, int]] = []
+        while left and siblings(left[-1], this, n):
+            this = left.pop()[0], this[1]
+            adds.append((len(left), source))
+            source = len(left)
+        left.append(this)
+        steps.append(adds)
+        most = max(most, len(left))
+    return steps, left, most
+
+
+def stack_places(n_grains: int, replicas: int) -> int:
+    """The arrays for partial sums that every replica needs; 0 without grains."""
+    each = n_grains // replicas
+    runs = [range(replica * each, (replica + 1) * each) for replica in range(replicas)]
+    return max(stacked(run, n_grains)[2] for run in runs)
+
+
+class GrainReducer(GradientReducer):
+    """Sums buckets as GradientReducer does, of which every replica starts each once a grain; in the tree's order."""
+
+    def __init__(self, node: Node, n_grains: int, arrived: Callable[[int, int], object], limit_s: float) -> None:
+        """Collective. The replicas hold the grains in their order, each as many; `node.partials` has their places."""
+        super().__init__(node, arrived, limit_s)
+        self._n = n_grains
+        each = n_grains // node.replicas
+        self._steps, self._place = stacked(self._run(node.replica, each), n_grains)[0], 0
+        self._started: dict[tuple[int, int], int] = {}
+        self._stack_calls: dict[tuple[int, int], list[list[Call]]] = {}
+        self._exchanges: dict[tuple[int, int], Exchange] = {}
+        # What is left on each replica's stack, and after the additions over its node on each node.
+        left = [stacked(self._run(replica, each), n_grains)[1] for replica in range(node.replicas)]
+        self._left_of_nodes: list[list[Sum]] = []
+        for members in node.groups:
+            found = sorted((this, rank, place) for rank, r in enumerate(members) for place, this in enumerate(left[r]))
+            pairs, kept = merges([this for this, _, _ in found], n_grains)
+            self._left_of_nodes.append([this for _, this in kept])
+            if node.replica in members:
+                self._pairs, self._kept = pairs, [number for number, _ in kept]
+                self._arrays = [node.partials[rank][place] for _, rank, place in found]
+        self._gathering: MPI.Comm | None = None
+        if self._across is not None:
+            self._gathering, duplicated = self._across.Idup()
+            wait(duplicated.Test, self._whom, limit_s)
+
+    def start(self, lo: int, hi: int) -> None:
+        """My grads[lo:hi] of one more grain are complete."""
+        grain = self._started.get((lo, hi), 0)
+        for add in self._stack(lo, hi)[grain]:
+            add()
+        self._started[lo, hi] = (grain + 1) % len(self._steps)
+        if self._started[lo, hi] == 0:
+            super().start(lo, hi)
+
+    def close(self) -> None:
+        super().close()
+        if self._gathering is not None:
+            self._gathering.Free()
+            self._gathering = None
+
+    def _run(self, replica: int, each: int) -> range:
+        return range(replica * each, (replica + 1) * each)
+
+    def _stack(self, lo: int, hi: int) -> list[list[Call]]:
+        """For each grain the calls that bring a bucket onto my stack."""
+        if (lo, hi) not in self._stack_calls:
+            grads, places = (
+                self._node.grads[lo:hi],
+                [place[lo:hi] for place in self._node.partials[self._node.comm.rank]],
+            )
+            depth, calls = 0, []
+            for adds in self._steps:
+                depth += 1 - len(adds)
+                pairs = [(places[to], grads if source < 0 else places[source]) for to, source in adds]
+                calls.append(
+                    [self._node.adds([to, source]) for to, source in pairs]
+                    or [partial(np.copyto, places[depth - 1], grads)]
+                )
+            self._stack_calls[lo, hi] = calls
+        return self._stack_calls[lo, hi]
+
+    def _bind(self, lo: int, hi: int) -> list[tuple[list[Call], int, int]]:
+        """The additions over the node, block by block."""
+        return [
+            ([self._node.adds([self._arrays[i][a:b], self._arrays[j][a:b]]) for i, j in self._pairs], a, b)
+            for a, b in blocks(lo, hi)
+        ]
+
+    def _cross(self, lo: int, hi: int) -> Callable[[], bool]:
+        if (lo, hi) not in self._exchanges and self._across is not None and self._gathering is not None:
+            mine = [self._arrays[i] for i in self._kept]
+            self._exchanges[lo, hi] = Exchange(
+                self._across, self._gathering, self._node, mine, self._left_of_nodes, self._n, lo, hi
+            )
+        return self._exchanges[lo, hi].start()
+
+
+class Exchange:
+    """One share of a bucket between nodes: pieces of partial sums to their owners, then the sums to all."""
+
+    def __init__(
+        self,
+        across: "MPI.Comm",
+        gathering: "MPI.Comm",
+        node: Node,
+        mine: Sequence[Array],
+        left: Sequence[Sequence[Sum]],
+        n: int,
+        lo: int,
+        hi: int,
+    ) -> None:
+        self._across, self._gathering, self._result = across, gathering, node.sums[lo:hi]
+        cuts = [lo + (hi - lo) * i // across.size for i in range(across.size + 1)]
+        lengths = np.diff(cuts)
+        length = int(lengths[across.rank])
+        self._send = np.empty(len(mine) * (hi - lo), node.grads.dtype)
+        self._received = np.empty(sum(map(len, left)) * length, node.grads.dtype)
+        self._counts = len(mine) * lengths, np.array([len(sums) * length for sums in left])
+        self._lengths = lengths
+        self._packs: list[Call] = []
+        at = 0
+        for a, b in pairwise(cuts):
+            for array in mine:
+                self._packs.append(partial(np.copyto, self._send[at : at + b - a], array[a:b]))
+                at += b - a
+        pieces = self._received.reshape(-1, length) if length else np.empty((sum(map(len, left)), 0), node.grads.dtype)
+        order = sorted((this, number) for number, this in enumerate(this for sums in left for this in sums))
+        pairs, ((root, _),) = merges([this for this, _ in order], n)
+        self._adds = [node.adds([pieces[order[i][1]], pieces[order[j][1]]]) for i, j in pairs]
+        self._sum = pieces[order[root][1]]
+        self._request: MPI.Request | None = None
+        self._adding = False
+
+    def start(self) -> Callable[[], bool]:
+        """Begin; what is returned tells whether the sums are there."""
+        for pack in self._packs:
+            pack()
+        send, receive = self._counts
+        self._request = self._across.Ialltoallv([self._send, send], [self._received, receive])
+        self._adding = True
+        return self._test
+
+    def _test(self) -> bool:
+        if self._request is None or not self._request.Test():
+            return False
+        if not self._adding:
+            return True
+        self._adding = False
+        for add in self._adds:
+            add()
+        self._request = self._gathering.Iallgatherv(self._sum, [self._result, self._lengths])
+        return False
