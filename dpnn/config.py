@@ -74,6 +74,8 @@ class Train(Table, frozen=True, kw_only=True):
     eval_every: CountOr0 = 1
     """Epochs; 0: never."""
     label_smoothing: Share = 0.0
+    balance: Switch = False
+    """Each replica's share of the global batch by its speed, measured when the run starts."""
     reproducible: Switch = False
     """The same bits on any number of ranks that divides `grains`."""
     grains: CountOr0 = 0
@@ -112,6 +114,8 @@ class Parallel(Table, frozen=True, kw_only=True):
     microbatches: Count = 1
     bucket_mb: PositiveOr0 = 0.0
     """Least size of a bucket of gradients; 0: measured."""
+    wire: Literal["float32", "bfloat16"] = "float32"
+    """What gradients cross between nodes as."""
     timeout_s: Positive = 300.0
     """How long a rank waits for another."""
 
@@ -176,6 +180,7 @@ _NEEDS: dict[str, tuple[str, str | bool]] = {
     "schedule.milestones": ("schedule.name", "step"),
     "schedule.factor": ("schedule.name", "step"),
     "schedule.power": ("schedule.name", "poly"),
+    "parallel.wire": ("parallel.strategy", "allreduce"),
     "train.grains": ("train.reproducible", True),
     "parallel.every": ("parallel.strategy", "average"),
     "parallel.state": ("parallel.strategy", "average"),
@@ -326,6 +331,13 @@ def _check(job: Job) -> None:
         raise JobError(
             'train.reproducible = true: it needs parallel.strategy = "allreduce" and parallel.microbatches = 1 '
             "(each grain is a micro-batch of its own)"
+        )
+    if job.train.reproducible and job.parallel.wire != "float32":
+        raise JobError('parallel.wire = "bfloat16": train.reproducible = true needs "float32"; leave it out')
+    if job.train.balance and (job.train.reproducible or not job.train.global_batch):
+        raise JobError(
+            "train.balance = true: it needs train.global_batch, and can't be had together with train.reproducible: "
+            "leave it out"
         )
     batch, lanes = job.train.global_batch, job.data.lanes
     if lanes and batch % lanes:

@@ -12,6 +12,7 @@ from functools import partial
 from time import perf_counter
 
 from dpnn import checkpoint
+from dpnn.balance import deal, speeds
 from dpnn.checkpoint import Checkpoint
 from dpnn.cluster.signals import StopRequest
 from dpnn.comm import library
@@ -88,6 +89,8 @@ class Training:
 
         # The network, and its parameters, drawn or those of the checkpoint: the first replica's, on all.
         self.model = model = Model(job, start.network, start.train.network_shape, mesh.part, world.threads())
+        self.folder = RunFolder(start.folder)
+        model.choices.update(world.first(self.folder.read_choices))
         segments = merge(
             [Segment(piece.offset, piece.end, piece.spec.decay, piece.spec.statistic) for piece in model.store.pieces]
         )
@@ -111,13 +114,14 @@ class Training:
         for flat in (node.params, *(node.state.values() if start.steps else ())):
             node.share(flat)
 
+        if job.train.balance:
+            self._balance()
+
         # The strategy, and the two plans: a training step, and a forward pass over held-out samples.
         self.microbatches = job.train.grains // mesh.replicas or job.parallel.microbatches
         rows = sampler.max_micro_rows(mesh.replicas, self.microbatches)
         self.strategy: Strategy = strategy(mesh, node, self.optimizer, job)
         evaluates = start.test and job.train.eval_every
-        self.folder = RunFolder(start.folder)
-        model.choices.update(self.folder.read_choices() if world.rank == 0 else {})
         bucket_nbytes = self._bucket_nbytes()
         training, held_out = model.lay_out(
             world.first,
@@ -142,8 +146,22 @@ class Training:
         if self.job.parallel.bucket_mb:
             return round(self.job.parallel.bucket_mb * 2**20)
         question = f"bucket_nbytes {self.mesh.replicas}x{self.mesh.parts}, {self.node.comm.size} a node"
-        measured, choices = measured_bucket(self.node, self.job.parallel.timeout_s), self.model.choices
-        return int(self.world.first(lambda: choices.setdefault(question, str(measured))))
+        choices = self.model.choices
+        if question not in choices:
+            measured = measured_bucket(self.node, self.job.parallel.timeout_s)
+            choices[question] = self.world.first(lambda: str(measured))
+        return int(choices[question])
+
+    def _balance(self) -> None:
+        """Deal the lanes by the replicas' speeds: as the run began, else measured."""
+        mesh, job, start, choices = self.mesh, self.job, self.start, self.model.choices
+        question = f"lanes {mesh.replicas}x{mesh.parts}"
+        if question not in choices:
+            rows = self.sampler.max_micro_rows(mesh.replicas, job.parallel.microbatches)
+            trial = Model(job, start.network, start.train.network_shape, mesh.part, self.world.threads())
+            cuts = deal(speeds(mesh, trial, rows, job.parallel.timeout_s), self.sampler.lanes)
+            choices[question] = " ".join(map(str, cuts))
+        self.sampler.deal([int(cut) for cut in choices[question].split()])
 
     def run(self, request: StopRequest) -> int:
         """Take the steps that are left; the exit code. Collective, as is all below."""

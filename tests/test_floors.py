@@ -17,7 +17,7 @@ FLOORS = {
             ("nn", "backends", "comm", "data"),
             ("models", "plan", "optim"),
             ("strategies", "checkpoint", "observe"),
-            ("train", "prepare", "evaluate", "onnx", "cluster"),
+            ("train", "prepare", "balance", "evaluate", "onnx", "cluster"),
             ("cli",),
             ("__init__", "__main__"),
         ]
@@ -26,9 +26,11 @@ FLOORS = {
 }
 BESIDE = {
     ("backends", "nn"),
+    ("balance", "evaluate"),
     ("prepare", "evaluate"),
     ("train", "prepare"),
     ("train", "evaluate"),
+    ("train", "balance"),
     ("train", "cluster"),
 }
 """Who may import a room on its own floor; `errors` is for everybody."""

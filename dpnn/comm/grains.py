@@ -12,18 +12,15 @@ has up to 2 log2(n) partial sums.
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpnn.comm.faults import wait
+from dpnn.comm.exchange import Exchange, Lines
 from dpnn.comm.node import Node
 from dpnn.comm.reduce import GradientReducer, blocks
 from dpnn.native import Call
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
 
 Array = NDArray[Any]
 Sum = tuple[int, int]
@@ -103,7 +100,6 @@ class GrainReducer(GradientReducer):
         self._steps, self._place = stacked(self._run(node.replica, each), n_grains)[0], 0
         self._started: dict[tuple[int, int], int] = {}
         self._stack_calls: dict[tuple[int, int], list[list[Call]]] = {}
-        self._exchanges: dict[tuple[int, int], Exchange] = {}
         # What is left on each replica's stack, and after the additions over its node on each node.
         left = [stacked(self._run(replica, each), n_grains)[1] for replica in range(node.replicas)]
         self._left_of_nodes: list[list[Sum]] = []
@@ -114,10 +110,6 @@ class GrainReducer(GradientReducer):
             if node.replica in members:
                 self._pairs, self._kept = pairs, [number for number, _ in kept]
                 self._arrays = [node.partials[rank][place] for _, rank, place in found]
-        self._gathering: MPI.Comm | None = None
-        if self._across is not None:
-            self._gathering, duplicated = self._across.Idup()
-            wait(duplicated.Test, self._whom, limit_s)
 
     def start(self, lo: int, hi: int) -> None:
         """My grads[lo:hi] of one more grain are complete."""
@@ -127,12 +119,6 @@ class GrainReducer(GradientReducer):
         self._started[lo, hi] = (grain + 1) % len(self._steps)
         if self._started[lo, hi] == 0:
             super().start(lo, hi)
-
-    def close(self) -> None:
-        super().close()
-        if self._gathering is not None:
-            self._gathering.Free()
-            self._gathering = None
 
     def _run(self, replica: int, each: int) -> range:
         return range(replica * each, (replica + 1) * each)
@@ -163,66 +149,31 @@ class GrainReducer(GradientReducer):
         ]
 
     def _cross(self, lo: int, hi: int) -> Callable[[], bool]:
-        if (lo, hi) not in self._exchanges and self._across is not None and self._gathering is not None:
-            mine = [self._arrays[i] for i in self._kept]
-            self._exchanges[lo, hi] = Exchange(
-                self._across, self._gathering, self._node, mine, self._left_of_nodes, self._n, lo, hi
-            )
+        if (lo, hi) not in self._exchanges:
+            self._exchanges[lo, hi] = self._exchange(lo, hi)
         return self._exchanges[lo, hi].start()
 
-
-class Exchange:
-    """One share of a bucket between nodes: pieces of partial sums to their owners, then the sums to all."""
-
-    def __init__(
-        self,
-        across: "MPI.Comm",
-        gathering: "MPI.Comm",
-        node: Node,
-        mine: Sequence[Array],
-        left: Sequence[Sequence[Sum]],
-        n: int,
-        lo: int,
-        hi: int,
-    ) -> None:
-        self._across, self._gathering, self._result = across, gathering, node.sums[lo:hi]
-        cuts = [lo + (hi - lo) * i // across.size for i in range(across.size + 1)]
-        lengths = np.diff(cuts)
-        length = int(lengths[across.rank])
-        self._send = np.empty(len(mine) * (hi - lo), node.grads.dtype)
-        self._received = np.empty(sum(map(len, left)) * length, node.grads.dtype)
-        self._counts = len(mine) * lengths, np.array([len(sums) * length for sums in left])
-        self._lengths = lengths
-        self._packs: list[Call] = []
+    def _exchange(self, lo: int, hi: int) -> Exchange:
+        """My node's partial sums of a share, piece by piece, to the pieces' owners; the sums back."""
+        node, lines, left = self._node, cast(Lines, self._lines), self._left_of_nodes
+        lengths, n_partials = lines.lengths(hi - lo), sum(map(len, left))
+        length, mine = int(lengths[lines.rank]), [self._arrays[i] for i in self._kept]
+        sent = np.empty(len(mine) * (hi - lo), node.grads.dtype)
+        received = np.empty((n_partials, length), node.grads.dtype)
+        pack: list[Call] = []
         at = 0
-        for a, b in pairwise(cuts):
+        for a, b in pairwise([lo, *(lo + np.cumsum(lengths)).tolist()]):
             for array in mine:
-                self._packs.append(partial(np.copyto, self._send[at : at + b - a], array[a:b]))
+                pack.append(partial(np.copyto, sent[at : at + b - a], array[a:b]))
                 at += b - a
-        pieces = self._received.reshape(-1, length) if length else np.empty((sum(map(len, left)), 0), node.grads.dtype)
         order = sorted((this, number) for number, this in enumerate(this for sums in left for this in sums))
-        pairs, ((root, _),) = merges([this for this, _ in order], n)
-        self._adds = [node.adds([pieces[order[i][1]], pieces[order[j][1]]]) for i, j in pairs]
-        self._sum = pieces[order[root][1]]
-        self._request: MPI.Request | None = None
-        self._adding = False
-
-    def start(self) -> Callable[[], bool]:
-        """Begin; what is returned tells whether the sums are there."""
-        for pack in self._packs:
-            pack()
-        send, receive = self._counts
-        self._request = self._across.Ialltoallv([self._send, send], [self._received, receive])
-        self._adding = True
-        return self._test
-
-    def _test(self) -> bool:
-        if self._request is None or not self._request.Test():
-            return False
-        if not self._adding:
-            return True
-        self._adding = False
-        for add in self._adds:
-            add()
-        self._request = self._gathering.Iallgatherv(self._sum, [self._result, self._lengths])
-        return False
+        pairs, ((root, _),) = merges([this for this, _ in order], self._n)
+        return Exchange(
+            lines,
+            pack,
+            sent=(sent, len(mine) * lengths),
+            received=(received, np.array([len(sums) * length for sums in left])),
+            add=[node.adds([received[order[i][1]], received[order[j][1]]]) for i, j in pairs],
+            piece=received[order[root][1]],
+            result=(node.sums[lo:hi], lengths),
+        )

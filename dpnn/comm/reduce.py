@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from dpnn.comm.exchange import Exchange, Lines, rounded
 from dpnn.comm.faults import tested, wait
 from dpnn.comm.node import Node
 from dpnn.native import Call
@@ -101,8 +102,11 @@ class GradientReducer:
     do with theirs, before `settle`.
     """
 
-    def __init__(self, node: Node, arrived: Callable[[int, int], object], limit_s: float) -> None:
-        """Collective over the replicas. `limit_s` bounds each wait."""
+    def __init__(self, node: Node, arrived: Callable[[int, int], object], limit_s: float, rounds: bool = False) -> None:
+        """Collective over the replicas. `limit_s` bounds each wait.
+
+        `rounds`: bfloat16 crosses between nodes, where the kernels for it are there.
+        """
         from mpi4py import MPI
 
         self._node, self._arrived, self._limit_s = node, arrived, limit_s
@@ -114,10 +118,9 @@ class GradientReducer:
         self._bound: dict[tuple[int, int], list[tuple[list[Call], int, int]]] = {}
         """For each share the calls that sum it over the node, a block at a time; made when it first comes."""
         self._whom = f"the sum of the gradients over {node.replicas} ranks"
-        self._across: MPI.Comm | None = None
-        if node.across is not None:
-            self._across, duplicated = node.across.Idup()
-            wait(duplicated.Test, f"{node.replicas} replicas to prepare their sums", limit_s)
+        self._lines = Lines(node.across, limit_s) if node.across is not None else None
+        self._rounds = rounds
+        self._exchanges: dict[tuple[int, int], Exchange] = {}
 
     def start(self, lo: int, hi: int) -> None:
         """My grads[lo:hi] are complete."""
@@ -144,9 +147,8 @@ class GradientReducer:
 
     def close(self) -> None:
         """Give the communicator back. Collective; twice is harmless."""
-        if self._across is not None:
-            self._across.Free()
-            self._across = None
+        if self._lines is not None:
+            self._lines.close()
 
     def _add(self, lo: int, hi: int) -> None:
         lo, hi = self._node.mine(lo, hi)
@@ -157,9 +159,9 @@ class GradientReducer:
         for adds, start, end in self._bound[lo, hi]:
             for add in adds:
                 add()
-            if self._across is None:
+            if self._lines is None:
                 self._arrived(start, end)
-        if self._across is not None:
+        if self._lines is not None:
             self._crossing.append((self._cross(lo, hi), lo, hi))
 
     def _bind(self, lo: int, hi: int) -> list[tuple[list[Call], int, int]]:
@@ -171,9 +173,13 @@ class GradientReducer:
 
     def _cross(self, lo: int, hi: int) -> Callable[[], bool]:
         """Begin to sum my share over the nodes; what is returned tells whether the sum is there."""
-        across = cast("MPI.Comm", self._across)
-        test: Callable[[], bool] = across.Iallreduce(self._in_place, self._node.sums[lo:hi], self._sum).Test
-        return test
+        lines, share, kernels = cast(Lines, self._lines), self._node.sums[lo:hi], self._node.kernels
+        if not self._rounds or kernels is None:
+            test: Callable[[], bool] = lines.sums.Iallreduce(self._in_place, share, self._sum).Test
+            return test
+        if (lo, hi) not in self._exchanges:
+            self._exchanges[lo, hi] = rounded(lines, kernels, share)
+        return self._exchanges[lo, hi].start()
 
 
 def blocks(lo: int, hi: int) -> list[tuple[int, int]]:

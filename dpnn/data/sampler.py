@@ -112,6 +112,7 @@ class Sampler:
         self.shard_blocks = np.concatenate(([0], np.cumsum(-(-self.counts // block))))
         """int64[shards + 1]: the number of each shard's first block."""
         self.grains = grains
+        self._dealt: list[int] = []
         self._micro: dict[tuple[bool, int, int, int], list[tuple[int, int]]] = {}
 
     def check(self, replicas: int) -> None:
@@ -136,7 +137,13 @@ class Sampler:
 
     def owned(self, replica: int, replicas: int) -> range:
         """The lanes that a replica reads."""
-        return range(replica * self.lanes // replicas, (replica + 1) * self.lanes // replicas)
+        cuts = self._cuts(replicas)
+        return range(cuts[replica], cuts[replica + 1])
+
+    def deal(self, cuts: Sequence[int]) -> None:
+        """Give replica r the lanes [cuts[r], cuts[r + 1]), in place of equal runs."""
+        self._dealt = list(cuts)
+        self._micro.clear()
 
     def total(self, step: int) -> int:
         """Samples of a step on all replicas together."""
@@ -154,7 +161,8 @@ class Sampler:
     def micro(self, step: int, replica: int, replicas: int, microbatches: int) -> list[tuple[int, int]]:
         """For each micro-batch of a step: (samples of this replica, samples of all replicas).
 
-        A replica's n samples are cut at n * m // microbatches, or at its grains. Only the last step of an epoch differs from the others.
+        A replica's n samples are cut at n * m // microbatches, or at its grains. Only the last step of an epoch differs
+        from the others.
         """
         key = (step == self.steps - 1, replica, replicas, microbatches)
         if key not in self._micro:
@@ -174,7 +182,11 @@ class Sampler:
         """Samples of a step on each replica, int64[replicas]."""
         rows = np.clip(np.diff(self.cuts) - step * self.share, 0, self.share)
         before = np.concatenate(([0], np.cumsum(rows)))
-        return np.diff(before[np.arange(replicas + 1) * self.lanes // replicas])
+        return np.diff(before[self._cuts(replicas)])
+
+    def _cuts(self, replicas: int) -> list[int]:
+        """Where each replica's run of lanes begins, and the number of lanes."""
+        return self._dealt or [replica * self.lanes // replicas for replica in range(replicas + 1)]
 
 
 class Epoch:

@@ -90,14 +90,15 @@ class Executor:
         self._sum = sum_over(self._summed) if sum_over and self._sums else None
         buffers = Buffers(layout, arena, store, collected, self._step)
         graph = plan.graph
-        self._inputs = tuple(buffers.output(graph.nodes[i]) for i in (graph.images, graph.labels, graph.ids))
+        self.inputs = tuple(buffers.output(graph.nodes[i]) for i in (graph.images, graph.labels, graph.ids))
+        """Where images, labels and ids of a micro-batch lie."""
         losses = [graph.nodes[i] for i in graph.losses if plan.mode == "train" or not graph.nodes[i].training_only]
         self._losses = [buffers.output(node) for node in losses]
         self._ops: list[Op] = [group.backend.build(group, buffers, plan.mode) for group in plan.groups]
         self._outputs = [buffers.output(group.nodes[-1]) for group in plan.groups]
         self.scores = buffers.output(graph.nodes[graph.output])
         """The network's output, (rows, classes)."""
-        self.labels = self._inputs[1]
+        self.labels = self.inputs[1]
         self._calls = list(self._bind())
 
     @_QUIET
@@ -203,7 +204,7 @@ class Executor:
         step.first = micro == 0 or self.plan.grains
         lo = sum(rows for rows, _ in self._counts[:micro])
         hi = lo + step.rows
-        images, labels, ids = self._inputs
+        images, labels, ids = self.inputs
         images[: step.rows] = batch.x[lo:hi]
         labels[: step.rows] = batch.labels[lo:hi]
         ids[: step.rows] = batch.ids[lo:hi]

@@ -40,7 +40,7 @@ class Allreduce:
         self._gradients = (
             GrainReducer(node, job.train.grains, self._arrived, limit_s)
             if self._grains
-            else GradientReducer(node, self._arrived, limit_s)
+            else GradientReducer(node, self._arrived, limit_s, rounds=job.parallel.wire == "bfloat16")
         )
         self._telling = BucketReducer(mesh.data, self._told, limit_s, "losses")
         self._norms = [BucketReducer(comm, self._squares, limit_s, "norms") for comm in (node.comm, mesh.model)]

@@ -17,6 +17,7 @@ class Choices:
         folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         self._path = Path(folder, "dpnn", f"{name}.json")
         self._known = self._read()
+        self._timed: dict[str, str] = {}
         self.made = made
 
     def fastest(self, question: str, names: Sequence[str], time: Callable[[str], float]) -> str:
@@ -26,7 +27,7 @@ class Choices:
                 self.made[question] = known[question]
                 return known[question]
         times = {name: time(name) for name in names}
-        self.made[question] = min(times, key=lambda name: times[name])
+        self.made[question] = self._timed[question] = min(times, key=lambda name: times[name])
         self._write()
         return self.made[question]
 
@@ -42,7 +43,7 @@ class Choices:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._path.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps({**self._read(), **self.made}, indent=1, sort_keys=True))
+            temporary.write_text(json.dumps({**self._read(), **self._timed}, indent=1, sort_keys=True))
             temporary.replace(self._path)
         except OSError:
             pass

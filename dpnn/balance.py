@@ -1,0 +1,54 @@
+"""Replicas of unequal speed: how many lanes each gets, so that all need the same time for a step.
+
+Measured once, when a run starts: every replica computes a few steps over as many samples as an equal share would be,
+all at the same time, since what they share (memory, caches) is part of their speed.
+"""
+
+from time import perf_counter
+
+import numpy as np
+
+from dpnn.comm.faults import wait
+from dpnn.comm.mesh import Mesh
+from dpnn.data import Batch
+from dpnn.evaluate import Array, Model
+from dpnn.plan import Strategy, Sum
+
+_STEPS = 3
+"""Of which the first one warms up."""
+
+
+class Nobody(Strategy, Sum):
+    """No other replica: nothing is exchanged, nothing is updated."""
+
+    def begin(self) -> None: ...
+    def open(self, lo: int, hi: int) -> None: ...
+    def ready(self, lo: int, hi: int) -> None: ...
+    def poke(self) -> None: ...
+    def tell(self, loss: float) -> None: ...
+    def start(self, lo: int, hi: int) -> None: ...
+    def finish(self) -> None: ...
+
+
+def speeds(mesh: Mesh, model: Model, rows: int, limit_s: float) -> Array:
+    """Samples a second of every replica, over `rows` samples a step. Collective; `model` is used up by it."""
+    executor = model.executor(model.training(rows), lambda array: Nobody(), Nobody())
+    images, labels, ids = (np.zeros_like(array) for array in executor.inputs)
+    batch = Batch(images, labels, ids, rows, 0, 0, None)
+    times = []
+    for _ in range(_STEPS):
+        begin = perf_counter()
+        executor.run(batch, [(rows, rows)], rows)
+        times.append(perf_counter() - begin)
+    found = np.empty(mesh.replicas)
+    wait(mesh.data.Iallgather(np.array([rows / min(times[1:])]), found).Test, "the speeds of all replicas", limit_s)
+    return found
+
+
+def deal(found: Array, lanes: int) -> list[int]:
+    """Where each replica's run of lanes begins, and their number: in proportion to the speeds, at least one each."""
+    replicas = len(found)
+    cuts = [0, *(int(cut) for cut in np.rint(np.cumsum(found) / found.sum() * lanes))]
+    for i in range(1, replicas + 1):
+        cuts[i] = min(max(cuts[i], cuts[i - 1] + 1), lanes - (replicas - i))
+    return cuts

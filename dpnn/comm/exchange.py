@@ -1,0 +1,107 @@
+"""A share of the gradients between nodes where MPI's own sum won't do: pieces to their owners, then the sums to all.
+
+Each node owns one piece of the share. It gets that piece from all nodes, adds, and gives the sum to all: every number
+crosses twice, as in the best reductions.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpnn.comm.faults import wait
+from dpnn.native import Call, Kernels
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+Array = NDArray[Any]
+
+
+class Lines:
+    """The two communicators of exchanges: each kind of message keeps its order on one of its own."""
+
+    def __init__(self, across: "MPI.Comm", limit_s: float) -> None:
+        """Collective over `across`."""
+        self.size, self.rank = across.size, across.rank
+        self.pieces, first = across.Idup()
+        self.sums, second = across.Idup()
+        for duplicated in (first, second):
+            wait(duplicated.Test, f"{across.size} nodes to prepare their sums", limit_s)
+
+    def lengths(self, n: int) -> NDArray[np.int64]:
+        """The lengths of the nodes' pieces of n numbers."""
+        return np.diff(np.arange(self.size + 1) * n // self.size)
+
+    def close(self) -> None:
+        """Give them back. Collective; twice is harmless."""
+        for comm in (self.pieces, self.sums):
+            if comm:
+                comm.Free()
+
+
+@dataclass
+class Exchange:
+    """What is sent and received, and the calls around it; `start` and the test that it returns do it once."""
+
+    lines: Lines
+    pack: Sequence[Call]
+    """They fill `sent`."""
+    sent: tuple[Array, Array]
+    received: tuple[Array, Array]
+    """Numbers, and how many of them go to each node, or come from it."""
+    add: Sequence[Call]
+    """They make `piece` of what was received."""
+    piece: Array
+    result: tuple[Array, Array]
+    """All pieces, and their lengths."""
+    unpack: Sequence[Call] = ()
+    """They use the result."""
+
+    def start(self) -> Callable[[], bool]:
+        """Send the pieces off; what is returned tells whether all is done. Exchanges are tested in their order."""
+        for call in self.pack:
+            call()
+        request = self.lines.pieces.Ialltoallv(list(self.sent), list(self.received))
+        return partial(self._test, [request])
+
+    def _test(self, requests: "list[MPI.Request]") -> bool:
+        if not requests[-1].Test():
+            return False
+        if len(requests) == 1:
+            for call in self.add:
+                call()
+            requests.append(self.lines.sums.Iallgatherv(self.piece, list(self.result)))
+            return False
+        for call in self.unpack:
+            call()
+        return True
+
+
+def rounded(lines: Lines, kernels: Kernels, share: Array) -> Exchange:
+    """A share (float32) summed in place with bfloat16 on the wire, both ways.
+
+    What rounding leaves out is kept, and added to what is sent the next time (error feedback; Seide et al. 2014).
+    """
+    n, size, lengths = share.size, lines.size, lines.lengths(share.size)
+    length = int(lengths[lines.rank])
+    wire, gathered = np.empty(n, np.uint16), np.empty(n, np.uint16)
+    received = np.empty(size * length, np.uint16)
+    piece, piece_wire = np.empty(length, np.float32), np.empty(length, np.uint16)
+    left, piece_left = np.zeros(n, np.float32), np.zeros(length, np.float32)
+    return Exchange(
+        lines,
+        pack=[kernels.bind("to_bfloat16", n, share, left, wire)],
+        sent=(wire, lengths),
+        received=(received, np.full(size, length)),
+        add=[
+            kernels.bind("add_bfloat16", length, size, length, received, piece),
+            kernels.bind("to_bfloat16", length, piece, piece_left, piece_wire),
+        ],
+        piece=piece_wire,
+        result=(gathered, lengths),
+        unpack=[kernels.bind("add_bfloat16", n, 1, n, gathered, share)],
+    )
