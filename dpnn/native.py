@@ -25,6 +25,7 @@ _P, _I, _F, _PP = c_void_p, c_int64, c_float, POINTER(c_void_p)
 _TABLE: dict[str, tuple[Any, ...]] = {
     "winograd": (_P, _P, _P, _P, _P, _I, _I, _P, _P, _P, _P),
     "winograd_gradient": (_P, _P, _P, _P, _I, _P, _P, _P),
+    "dense": (_I, _I, _I, _P, _P, _P, _I, _P),
     "moments": (_I, _I, _P, _P, _P, _I, _P),
     "sums": (_I, _I, _P, _P, _I, _P),
     "combine": (_I, _I, _I, _PP, _PP, _P, _I, _PP, _I, _P),

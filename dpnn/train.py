@@ -19,6 +19,7 @@ from dpnn.comm import library
 from dpnn.comm.grains import stack_places
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
+from dpnn.comm.progress import measured_progress
 from dpnn.comm.reduce import BucketReducer, measured_bucket
 from dpnn.comm.world import World
 from dpnn.data import Loader, Sampler, check_shards
@@ -123,6 +124,8 @@ class Training:
         self.strategy: Strategy = strategy(mesh, node, self.optimizer, job)
         evaluates = start.test and job.train.eval_every
         bucket_nbytes = self._bucket_nbytes()
+        if strategy.together and measured_progress(node, limit_s):
+            self.strategy.help()
         training, held_out = model.lay_out(
             world.first,
             lambda: (
@@ -198,6 +201,7 @@ class Training:
                     self.strategy.release()
         finally:
             loader.close()
+        self.strategy.close()
         code = 0 if self.at >= self.end else Stopped.exit_code
         self.journal.end(self.steps, samples, perf_counter() - begin, code)
         return code

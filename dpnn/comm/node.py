@@ -64,7 +64,7 @@ class Node:
         from mpi4py import MPI
 
         self.kernels, self._limit_s, self._together, self.note = kernels, limit_s, together, ""
-        self._data, self.replica, self.replicas = mesh.data, mesh.replica, mesh.replicas
+        self.data, self.replica, self.replicas = mesh.data, mesh.replica, mesh.replicas
         page = mmap.PAGESIZE
         each = -(-n * dtype.itemsize // page) * page
         n_common, own = 1 + len(states), page + (1 + partials) * each
@@ -117,7 +117,7 @@ class Node:
     def share(self, flat: Array) -> None:
         """`params` or one of `state` as on the first replica, on all. Collective."""
         if not self._together:
-            share(self._data, flat, self._limit_s)
+            share(self.data, flat, self._limit_s)
         elif self.across is not None and self.comm.rank == 0:
             share(self.across, flat, self._limit_s)
         wait(self.comm.Ibarrier().Test, "the parameters of the first replica", self._limit_s)
@@ -180,7 +180,7 @@ class Node:
     def _all_agree(self, ok: Array) -> "MPI.Request":
         from mpi4py import MPI
 
-        return self._data.Iallreduce(MPI.IN_PLACE, ok, MPI.MIN)
+        return self.data.Iallreduce(MPI.IN_PLACE, ok, MPI.MIN)
 
 
 def _add(arrays: Sequence[Array]) -> None:

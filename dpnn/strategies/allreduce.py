@@ -15,6 +15,7 @@ from dpnn import config
 from dpnn.comm.grains import GrainReducer
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
+from dpnn.comm.progress import Progress
 from dpnn.comm.reduce import BucketReducer, GradientReducer
 from dpnn.errors import NotFiniteError
 from dpnn.optim import Optimizer
@@ -29,7 +30,7 @@ class Allreduce:
         limit_s = job.parallel.timeout_s
         self.rate, self.stop, self.loss, self.samples = 0.0, False, 0.0, 0
         self.wait_s = self.update_s = 0.0
-        self._n = node.grads.size
+        self._node, self._n = node, node.grads.size
         self._clips, self._optimizer = job.optimizer.clip > 0, optimizer
         self._told = np.zeros(2)  # loss, requests to stop
         self._has_told = False
@@ -42,6 +43,7 @@ class Allreduce:
             if self._grains
             else GradientReducer(node, self._arrived, limit_s, rounds=job.parallel.wire == "bfloat16")
         )
+        self._progress: Progress | None = None
         self._telling = BucketReducer(mesh.data, self._told, limit_s, "losses")
         self._norms = [BucketReducer(comm, self._squares, limit_s, "norms") for comm in (node.comm, mesh.model)]
 
@@ -57,6 +59,8 @@ class Allreduce:
     def ready(self, lo: int, hi: int) -> None:
         """Start to sum this bucket."""
         self._gradients.start(lo, hi)
+        if self._progress is not None:
+            self._progress.on()
 
     def poke(self) -> None:
         """Go on with what is under way."""
@@ -79,9 +83,20 @@ class Allreduce:
             for lo, hi in self._late:
                 self._update(lo, hi, scale)
         self._gradients.settle()
+        if self._progress is not None:
+            self._progress.off()
         self.wait_s = perf_counter() - start - (self.update_s - before)
         if not math.isfinite(self.loss):
             raise NotFiniteError(f"the loss is {self.loss}")
+
+    def help(self) -> None:
+        """From now on a thread helps MPI to move."""
+        self._progress = Progress(self._node.data)
+
+    def close(self) -> None:
+        """End that thread."""
+        if self._progress is not None:
+            self._progress.close()
 
     def gather(self) -> None:
         """All replicas always have the same parameters."""

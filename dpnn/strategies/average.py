@@ -87,6 +87,13 @@ class Average:
             self._average()
         self.wait_s, self.update_s = perf_counter() - updated, updated - start
 
+    def help(self) -> None:
+        """Between averages there is next to nothing to move."""
+
+    def close(self) -> None:
+        """Nothing is under way."""
+        self._telling.finish()
+
     def gather(self) -> None:
         """Until `release` the parameters, and what the optimizer keeps, are the mean over all replicas. Collective."""
         self._telling.finish()

@@ -23,6 +23,14 @@ class Strategy(plan.Strategy, Protocol):
     update_s: float
     """Seconds spent updating the parameters in the last step."""
 
+    def help(self) -> None:
+        """A thread is to help MPI to move: it was measured to be worth it."""
+        ...
+
+    def close(self) -> None:
+        """The run has taken its last step."""
+        ...
+
     def gather(self) -> None:
         """Between two steps: until `release` the parameters are what all replicas have in common. Collective."""
         ...

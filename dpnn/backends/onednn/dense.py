@@ -1,4 +1,7 @@
-"""The fully connected layer: y = x weight^T + bias. Each thread makes its own run of units, and of inputs backward."""
+"""The fully connected layer: y = x weight^T + bias. Each thread makes its own run of units, and of inputs backward.
+
+For few rows, and for small layers, it is made by kernels/dense.c, which packs nothing; else by NumPy's products.
+"""
 
 from functools import partial
 
@@ -8,6 +11,8 @@ from dpnn.backends.base import Array, Group, Mode, Slot, put
 from dpnn.backends.onednn.op import CallsOp, Tools
 from dpnn.native import Call
 
+_FEW, _SMALL = 32, 1 << 26
+"""Rows, and multiply-adds, up to which our kernel is faster."""
 _LEAST = 1 << 16
 """Numbers of the weights that are worth a thread."""
 
@@ -30,6 +35,8 @@ class DenseOp(CallsOp):
     def bind_forward(self, rows: int) -> list[Call]:
         k, c = self.w.shape
         x, y = self.x[:rows], self.tail.y[:rows]
+        if rows <= _FEW or rows * c * k <= _SMALL:
+            return [self.tools.kernels.bind("dense", rows, c, k, x, self.w, self.bias, self.tail.relu, y)]
         shares = []
         for run in self.tools.team.cut(k, least=-(-_LEAST // c)):
             mine = slice(run.start, run.stop)
