@@ -69,7 +69,7 @@ class Ours:
             segments = merge(Segment(p.offset, p.end, p.spec.decay, p.spec.statistic) for p in store.pieces)
             optimizer = Optimizer(job.optimizer, segments, store.params, store.grads, model.team, model.kernels)
             strategy = Alone(optimizer, store.params.size)
-            layout = model.training(job, rows)
+            layout = model.training(rows)
         else:
             layout = model.evaluation(rows)
         self.executor = model.executor(layout, strategy=strategy)

@@ -1,5 +1,6 @@
 """PyTorch's side of a measurement: the same networks, made from our own descriptions of them."""
 
+import os
 from typing import Literal
 
 import numpy as np
@@ -108,6 +109,25 @@ class Peer:
     @torch.inference_mode()
     def _infer(self) -> None:
         self._net(self._x)
+
+
+class Parallel(Peer):
+    """One process of DistributedDataParallel; its number stands in RANK. All meet in `file`, which isn't there yet."""
+
+    def __init__(
+        self,
+        network: nn.Network,
+        shape: nn.Shape,
+        rows: int,
+        threads: int,
+        layout: Literal["NCHW", "channels_last"],
+        file: str,
+    ) -> None:
+        super().__init__(network, shape, rows, threads, "train", layout)
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # not by the name of this machine, which may not be known
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=size)
+        self._net = torch.nn.parallel.DistributedDataParallel(self._net, gradient_as_bucket_view=True)
 
 
 def check_equal(network: nn.Network, shape: nn.Shape, threads: int) -> None:

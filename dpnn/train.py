@@ -188,7 +188,7 @@ class Training:
                 samples += self._take_step(loader, request)
                 last = self.at == self.end or self.strategy.stop
                 saves = last or self.steps % every == 0
-                evaluates = self.at == self.end or self._ends_period()
+                evaluates = self.evaluator is not None and (self.at == self.end or self._ends_period())
                 if saves or evaluates:
                     self.strategy.gather()
                     if saves:

@@ -3,7 +3,7 @@
 `@pytest.mark.parallel([1, 2, 4])` (mpi-pytest): the test itself runs on that many ranks. `make test` starts all of one
 size together, `mpirun -n 4 python -m pytest -m "parallel[4]"`; plain `pytest` starts each alone. Every rank runs the
 same tests in the same order; a failure on any rank fails the run, and a rank that waits for a failed one is ended,
-with all others, by the time limit. Fixtures for them: `world`, `shared_path`.
+with all others, by the time limit. Fixtures for them: `world`, `shared_path`, `mesh_of`, `node_of`.
 
 The fixtures `mpirun` and `start_mpirun` run whole programs from a serial test; `python` and `start_python` likewise
 without MPI. Nothing that they start outlives the test.
@@ -91,6 +91,55 @@ def world():
 def shared_path(world, tmp_path: Path) -> Path:
     """A folder of its own for a parallel test, the same on every rank."""
     return world.comm.bcast(tmp_path)
+
+
+@pytest.fixture
+def mesh_of(world):
+    """mesh_of(where) -> Mesh of replicas that are, as `where` says,
+
+    "together" on one node, "halves" on two (2 + 2, 2 + 1), "one apart" on a node of its own (3 + 1, 2 + 1), or
+    "not shared": each on a node of its own.
+    """
+    from mpi4py import MPI
+
+    from dpnn.comm.mesh import Mesh
+
+    made = []
+
+    def make(where: str) -> Mesh:
+        mesh, size = Mesh(world), world.size
+        made.append(mesh)
+        first = {"halves": size - size // 2, "one apart": size - 1}.get(where, size)
+        homes = [replica if where == "not shared" else int(replica >= first) for replica in range(size)]
+        nodes = [[replica for replica in range(size) if homes[replica] == home] for home in sorted(set(homes))]
+        if len(nodes) > 1:
+            mesh.nodes = nodes
+            mesh.node = mesh.data.Split(homes[mesh.replica], mesh.replica)
+            mesh.smallest_node, mesh.largest_node = min(map(len, nodes)), max(map(len, nodes))
+            everywhere = mesh.node.rank < mesh.smallest_node
+            mesh.across = mesh.data.Split(mesh.node.rank if everywhere else MPI.UNDEFINED, mesh.replica)
+        return mesh
+
+    yield make
+    for mesh in made:
+        for comm in (mesh.across, mesh.node, mesh.model, mesh.data):
+            if comm != MPI.COMM_NULL:
+                comm.Free()
+
+
+@pytest.fixture
+def node_of(mesh_of):
+    """node_of(where, n=..., ...) -> Node of the replicas of mesh_of(where), or of a given mesh."""
+    import numpy as np
+
+    from dpnn.comm.node import Node
+    from dpnn.native import Kernels
+
+    def make(where="together", n=1000, dtype="float32", states=("momentum",), native=True, mesh=None, **how) -> Node:
+        kernels = Kernels(1) if native else None
+        return Node(mesh or mesh_of(where), n, np.dtype(dtype), states, kernels, 60, **how)
+
+    return make
 
 
 @pytest.fixture(autouse=True)

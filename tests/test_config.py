@@ -126,11 +126,14 @@ WRONG = {
     # choices
     "optimizer.name=momentun": '"sgd" or "momentum" is wanted; did you mean "momentum"?',
     "data.augment=flip": 'data.augment = "flip": "none" or "crop-flip" is wanted; did you mean "crop-flip"?',
-    "parallel.strategy=downpour": 'parallel.strategy = "downpour": "allreduce" is wanted',
+    "parallel.strategy=downpour": 'parallel.strategy = "downpour": "allreduce" or "average" is wanted',
     "backend.precision=float16": 'backend.precision = "float16": "float32", "bfloat16" or "float64" is wanted',
     # keys that don't go together
     "schedule.milestones=[1]": 'schedule.milestones = [1.0]: it needs schedule.name = "step"',
     "schedule.power=3": 'schedule.power = 3.0: it needs schedule.name = "poly"',
+    "train.grains=4": "train.grains = 4: it needs train.reproducible = true",
+    "parallel.every=4": 'parallel.every = 4: it needs parallel.strategy = "average"',
+    "parallel.state=keep": 'parallel.state = "keep": it needs parallel.strategy = "average"',
     "schedule.name=step": "schedule.milestones is missing: a list of epochs",
     # unknown keys
     "train.epoch=2": "train.epoch = 2: there is no such key; did you mean train.epochs?",
@@ -168,6 +171,21 @@ def test_an_error_names_the_key_the_value_and_what_is_allowed(override: str):
 def test_a_missing_key_is_named(line: str, key: str):
     with pytest.raises(JobError, match=f"{key} is missing: .* is wanted"):
         config.parse(SMALLEST.replace(line, ""))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.reproducible=true", "parallel.microbatches=2"], "each grain is a micro-batch of its own"),
+        (["train.reproducible=true", "parallel.strategy=average"], 'it needs parallel.strategy = "allreduce"'),
+        (["train.reproducible=true", "parallel.wire=bfloat16"], 'train.reproducible = true needs "float32"'),
+        (["train.reproducible=true", "train.balance=true"], "can't be had together with train.reproducible"),
+        (["train.balance=true", "train.global_batch=0", "train.replica_batch=8"], "it needs train.global_batch"),
+    ],
+)
+def test_keys_that_exclude_one_another(overrides: list[str], said: str):
+    with pytest.raises(JobError, match=said):
+        config.parse(SMALLEST, overrides)
 
 
 def test_milestones_rise():

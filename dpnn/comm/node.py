@@ -111,7 +111,7 @@ class Node:
         rank = self.comm.rank
         if rank >= self.owners:
             return lo, lo
-        a, b = (lo + (hi - lo) * i // self.owners // 16 * 16 for i in (rank, rank + 1))
+        a, b = (max(lo, (lo + (hi - lo) * i // self.owners) // 16 * 16) for i in (rank, rank + 1))
         return a, hi if rank == self.owners - 1 else b
 
     def share(self, flat: Array) -> None:
@@ -137,24 +137,28 @@ class Node:
         return int(self.kernels.call("least", self._counters[counter].ctypes.data, self.comm.size, self._stride))
 
     def _map(self, mesh: Mesh, common: int, own: int, kernels: Kernels | None) -> tuple[mmap.mmap | None, str]:
-        """`common` bytes of the node, then `own` of each replica, mapped; or None and the reason. The same on all."""
+        """`common` bytes of the node, then `own` of each replica, mapped; or, on all alike, None and the reason."""
         page, node = mmap.PAGESIZE, mesh.node
         total = common + node.size * own
         name = np.zeros(64, np.uint8)
         descriptor, mapped, note = -1, None, ""
         try:
             if node.rank == 0:
-                with suppress(OSError):
+                try:
                     descriptor, path = tempfile.mkstemp(prefix="dpnn-", dir=SHARED_MEMORY)
                     os.ftruncate(descriptor, total)
                     name[: len(path)] = np.frombuffer(path.encode(), np.uint8)
+                except OSError as error:
+                    note = f"{SHARED_MEMORY} can't be written: {error.strerror}"
+                    if descriptor >= 0:
+                        os.unlink(path)
             wait(node.Ibcast(name, 0).Test, "the other replicas of this node", self._limit_s)
             path = bytes(name).rstrip(b"\0").decode()
             try:
                 if kernels is None:
                     raise OSError("the backend has no compiled kernels in float32")
                 if not path:
-                    raise OSError(f"{SHARED_MEMORY} can't be written")
+                    raise OSError(note or f"{SHARED_MEMORY} can't be written")
                 if descriptor < 0:
                     descriptor = os.open(path, os.O_RDWR)
                 # Each reserves a run of the common memory too: it lies near the cores of all.
@@ -164,7 +168,7 @@ class Node:
                 os.posix_fallocate(descriptor, common + node.rank * own, own)
                 mapped = mmap.mmap(descriptor, total)
             except OSError as error:
-                note = f"{total / 2**20:,.0f} MiB in {SHARED_MEMORY}: {error.strerror or error}"
+                note = note or f"{total / 2**20:,.0f} MiB in {SHARED_MEMORY}: {error.strerror or error}"
             everywhere = np.array([mapped is not None], np.int8)
             wait(self._all_agree(everywhere).Test, "the other replicas to reserve memory", self._limit_s)
             if not everywhere[0]:

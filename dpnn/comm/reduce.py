@@ -208,6 +208,6 @@ def measured_bucket(node: Node, limit_s: float) -> int:
     small, large = min(n, 1 << 10), min(n, 1 << 22)
     latency, whole = seconds(small), seconds(large)
     reducer.close()
-    rate = 4 * (large - small) / max(whole - latency, 1e-9)
+    rate = node.grads.itemsize * (large - small) / max(whole - latency, 1e-9)
     lowest, highest = _BUCKET_NBYTES
     return round(min(max(latency * rate / _LATENCY_SHARE, lowest), highest))

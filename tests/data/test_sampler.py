@@ -190,3 +190,22 @@ def test_an_epoch_of_millions_of_blocks_is_laid_out_block_by_block():
     assert len(shards) == 16
     assert len(set(shards.tolist())) > 8
     assert samples.max() < 20_000
+
+
+def test_grains_that_do_not_fit_lanes_or_replicas_are_refused():
+    with pytest.raises(JobError, match=r"train.grains = 5 doesn't divide the 12 lanes; use 1, 2, 3, 4, 6, 12"):
+        Sampler([100], 8, lanes=12, global_batch=24, window=8, seed=0, grains=5)
+    sampler = Sampler([100], 8, lanes=12, global_batch=24, window=8, seed=0, grains=4)
+    sampler.check(2)
+    with pytest.raises(JobError, match=r"4 can't be divided among 3 replicas; .* or train.grains = 3, 6, 12"):
+        sampler.check(3)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 6])
+def test_grains_have_the_same_rows_on_any_number_of_replicas(replicas):
+    sampler = Sampler([100, 13], 8, lanes=12, global_batch=24, window=8, seed=0, grains=6)
+    for step in (0, sampler.steps - 1):
+        rows = [n for r in range(replicas) for n, _ in sampler.micro(step, r, replicas, 6 // replicas)]
+        assert rows == [n for n, _ in sampler.micro(step, 0, 1, 6)]
+        assert sum(rows) == sampler.total(step)
+        assert max(rows) <= sampler.max_micro_rows(replicas, 6 // replicas)
