@@ -1,8 +1,9 @@
 """How much of the exchange is hidden behind backward, over an emulated network of 1 Gbit/s between two hosts.
 
-The hosts are two network namespaces on this machine, joined by a cable whose rate the kernel limits; a rank of one thread
-on each. For that the program has to be root, with iproute2 and util-linux installed; elsewhere it says so and ends. With
-the seconds of a step that only computes (Tc), of the exchange of the same buckets alone (Tm) and of both (Tb), hidden is
+The hosts are two network namespaces on this machine, joined by a cable whose rate the kernel limits; a rank of one
+thread on each. For that the program has to be root, with iproute2 and util-linux installed; elsewhere it says so and
+ends. With the seconds of a step that only computes (Tc), of the exchange of the same buckets alone (Tm) and of both
+(Tb), hidden is
 
     (Tc + Tm - Tb) / min(Tc, Tm)
 
@@ -46,31 +47,17 @@ def network(folder: Path) -> Iterator[Path]:
     """The two hosts and the cable; the program that runs a command on one of them."""
     run(*(["ip", "netns", "add", host] for host in HOSTS))
     try:
-        names = [f"dpnn-v{i}" for i in range(2)]
-        run(
-            [
-                "ip",
-                "link",
-                "add",
-                names[0],
-                "netns",
-                HOSTS[0],
-                "type",
-                "veth",
-                "peer",
-                "name",
-                names[1],
-                "netns",
-                HOSTS[1],
-            ]
-        )
-        for i, (host, name) in enumerate(zip(HOSTS, names, strict=True)):
+        ends = [["name", f"dpnn-v{i}", "netns", host] for i, host in enumerate(HOSTS)]
+        run(["ip", "link", "add", *ends[0], "type", "veth", "peer", *ends[1]])
+        limit = ["rate", f"{MBIT}mbit", "burst", "256kb", "latency", "50ms"]
+        for i, host in enumerate(HOSTS):
+            device = ["dev", f"dpnn-v{i}"]
             run(
                 ["ip", "-n", host, "link", "set", "lo", "up"],
-                ["ip", "-n", host, "addr", "add", f"10.77.0.{i + 1}/24", "dev", name],
-                ["ip", "-n", host, "link", "set", name, "up"],
-                ["tc", "-n", host, "qdisc", "add", "dev", name, "root", "tbf", "rate", f"{MBIT}mbit", "burst", "256kb", "latency", "50ms"],
-            )  # fmt: skip
+                ["ip", "-n", host, "addr", "add", f"10.77.0.{i + 1}/24", *device],
+                ["ip", "-n", host, "link", "set", *device, "up"],
+                ["tc", "-n", host, "qdisc", "add", *device, "root", "tbf", *limit],
+            )
         lines = ["127.0.0.1 localhost", *(f"10.77.0.{i + 1} {host}" for i, host in enumerate(HOSTS))]
         (folder / "hosts").write_text("\n".join(lines) + "\n")
         agent = folder / "agent"
