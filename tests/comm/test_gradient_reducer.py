@@ -8,7 +8,7 @@ import pytest
 
 from dpnn.comm import reduce as module
 from dpnn.comm.node import Node
-from dpnn.comm.reduce import GradientReducer, measured_bucket
+from dpnn.comm.reduce import GradientReducer, allreduce, measured_bucket
 from dpnn.errors import RankError
 
 N = 1000
@@ -259,3 +259,21 @@ def test_a_replica_that_does_not_prepare_is_a_rank_error(world, node_of):
     else:
         assert raised.value.exit_code == 4
     world.comm.barrier()
+
+
+@pytest.mark.parallel([2, 3, 4])
+@pytest.mark.parametrize("where", WHERE)
+def test_random_numbers_sum_to_what_a_blocking_allreduce_makes(world, node_of, where):
+    node = node_of(where, n=N)
+    mine = np.random.default_rng(world.rank).normal(size=N).astype(np.float32)
+    expected = mine.copy()
+    allreduce(world.comm, expected)
+    reducer = GradientReducer(node, lambda lo, hi: None, 60)
+    node.grads[:] = mine
+    for bucket in BUCKETS:
+        reducer.start(*bucket)
+    reducer.finish()
+    reducer.settle()
+    np.testing.assert_allclose(node.sums, expected, rtol=0, atol=1e-6 * world.size)
+    reducer.settle()
+    reducer.close()
