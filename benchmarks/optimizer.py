@@ -12,6 +12,7 @@ import numpy as np
 from harness import Benchmark, cores, medians
 
 from dpnn import config
+from dpnn.native import Kernels
 from dpnn.optim import Optimizer, Segment
 from dpnn.team import Team
 
@@ -34,7 +35,7 @@ def main() -> None:
     params, grads = rng.standard_normal((2, n), np.float32)
     options = config.Optimizer(name="momentum", lr=1e-3, momentum=0.9, weight_decay=1e-4)
     segments = [Segment(0, n, decay=True, statistic=0.0)]
-    optimizer = Optimizer(options, segments, params, grads, Team(n_threads))
+    optimizer = Optimizer(options, segments, params, grads, Team(n_threads), Kernels(n_threads))
     source, target = np.array_split(grads, n_threads), np.array_split(np.zeros(n, np.float32), n_threads)
     with ThreadPoolExecutor(n_threads) as pool:
 

@@ -54,18 +54,17 @@ class DenseOp(CallsOp):
         calls = self.tail.gather(rows, self.total if self.bias is not None else None)
         if self.bias is not None:
             calls.append(partial(put, self.d_bias, self.total[0], self.step))
-        shares = []
-        for run in self.tools.team.cut(k, least=-(-_LEAST // c)):
+        team = self.tools.team
+        shares: list[list[Call]] = [[] for _ in range(team.size)]
+        for share, run in zip(shares, team.cut(k, least=-(-_LEAST // c)), strict=False):
             mine = slice(run.start, run.stop)
             part = np.empty((max(1, min(len(run), _LEAST // c)), c), np.float32)
-            shares.append([partial(self._weights, dy[:, mine].T, x, self.dw[mine], part)])
-        calls.append(partial(self.tools.team.run, shares))
+            share.append(partial(self._weights, dy[:, mine].T, x, self.dw[mine], part))
         if self.dx is not None:
-            dx = self.dx[:rows]
-            runs = [slice(run.start, run.stop) for run in self.tools.team.cut(c, least=-(-_LEAST // k))]
-            calls.append(
-                partial(self.tools.team.run, [[partial(np.matmul, dy, self.w[:, mine], dx[:, mine])] for mine in runs])
-            )
+            for share, run in zip(shares, team.cut(c, least=-(-_LEAST // k)), strict=False):
+                mine = slice(run.start, run.stop)
+                share.append(partial(np.matmul, dy, self.w[:, mine], self.dx[:rows, mine]))
+        calls.append(partial(team.run, [share for share in shares if share]))
         return calls
 
     def _weights(self, dy: Array, x: Array, dw: Array, part: Array) -> None:
