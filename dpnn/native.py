@@ -88,9 +88,8 @@ def denormals_flushed() -> Iterator[None]:
     Gradients fade into such numbers, and a processor takes a hundred times as long for an operation on one. Where the
     kernels were not built, nothing is changed.
     """
-    try:
-        flush = _load(LEVELS[0]).dpnn_flush
-    except Unavailable:
+    flush = _flush()
+    if flush is None:
         yield
         return
     before = flush(1)
@@ -116,6 +115,14 @@ def _argument(value: object) -> object:
 
 
 @cache
+def _flush() -> Any:
+    """The function that switches it, None where the kernels were not built."""
+    try:
+        return _load(LEVELS[0]).dpnn_flush
+    except Unavailable:
+        return None
+
+
 def _load(level: str) -> ctypes.CDLL:
     found = importlib.util.find_spec(f"dpnn.kernels._cpu_{level}")
     if found is None or found.origin is None:
