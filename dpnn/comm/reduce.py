@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from dpnn.comm.exchange import Exchange, Lines, rounded
+from dpnn.comm.exchange import Exchange, Lines, plain, rounded
 from dpnn.comm.faults import tested, wait
 from dpnn.comm.node import Node
 from dpnn.native import Call
@@ -25,6 +25,8 @@ BLOCK = 1 << 17
 """Numbers that are summed, and then used, at a time: they stay in a core's own cache meanwhile."""
 _WRITTEN, _SETTLED = 0, 1
 """A node's counters: buckets that a replica has written, steps that it has done with."""
+_LEAST_PIECE = 1 << 13
+"""Numbers that are worth a message to each node; smaller shares are summed by MPI, in float32."""
 _LATENCY_SHARE = 0.05
 _BUCKET_NBYTES = (1 << 18, 1 << 25)
 """The smallest and the largest bucket that measurements may ask for."""
@@ -174,11 +176,12 @@ class GradientReducer:
     def _cross(self, lo: int, hi: int) -> Callable[[], bool]:
         """Begin to sum my share over the nodes; what is returned tells whether the sum is there."""
         lines, share, kernels = cast(Lines, self._lines), self._node.sums[lo:hi], self._node.kernels
-        if not self._rounds or kernels is None:
-            test: Callable[[], bool] = lines.sums.Iallreduce(self._in_place, share, self._sum).Test
+        if hi - lo < _LEAST_PIECE * lines.size:
+            test: Callable[[], bool] = lines.small.Iallreduce(self._in_place, share, self._sum).Test
             return test
         if (lo, hi) not in self._exchanges:
-            self._exchanges[lo, hi] = rounded(lines, kernels, share)
+            rounder = kernels if self._rounds else None
+            self._exchanges[lo, hi] = rounded(lines, rounder, share) if rounder else plain(lines, self._node, share)
         return self._exchanges[lo, hi].start()
 
 
