@@ -64,12 +64,16 @@ class Exchange:
     unpack: Sequence[Call] = ()
     """They use the result."""
 
-    def start(self) -> Callable[[], bool]:
-        """Send the pieces off; what is returned tells whether all is done. Exchanges are tested in their order."""
+    def start(self) -> tuple[Callable[[], bool], Callable[[], bool]]:
+        """Send the pieces off: whether all is done, whether the sums have been sent too.
+
+        Exchanges are tested in their order, the next one only once the sums of this one have been sent.
+        """
         for call in self.pack:
             call()
         request = self.lines.pieces.Ialltoallv(list(self.sent), list(self.received))
-        return partial(self._test, [request])
+        requests = [request]
+        return partial(self._test, requests), lambda: len(requests) > 1
 
     def _test(self, requests: "list[MPI.Request]") -> bool:
         if not requests[-1].Test():

@@ -148,7 +148,7 @@ class GrainReducer(GradientReducer):
             for a, b in blocks(lo, hi)
         ]
 
-    def _cross(self, lo: int, hi: int) -> Callable[[], bool]:
+    def _cross(self, lo: int, hi: int) -> tuple[Callable[[], bool], Callable[[], bool]]:
         if (lo, hi) not in self._exchanges:
             self._exchanges[lo, hi] = self._exchange(lo, hi)
         return self._exchanges[lo, hi].start()

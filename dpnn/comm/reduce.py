@@ -7,6 +7,7 @@ nodes.
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
@@ -95,6 +96,18 @@ class BucketReducer:
             self._comm.Free()
 
 
+@dataclass(eq=False)
+class Crossing:
+    """A share [lo, hi) whose sum over the nodes is under way."""
+
+    lo: int
+    hi: int
+    test: Callable[[], bool]
+    """Whether the sum is there."""
+    sent: Callable[[], bool]
+    """Whether all messages for it have been started."""
+
+
 class GradientReducer:
     """Sums buckets of a node's flat gradients over all replicas, without blocking.
 
@@ -115,8 +128,8 @@ class GradientReducer:
         self._sum, self._in_place = MPI.SUM, MPI.IN_PLACE
         self._local: deque[tuple[int, int, int]] = deque()
         """Buckets that some replica of the node has still to write: number, lo, hi."""
-        self._crossing: deque[tuple[Callable[[], bool], int, int]] = deque()
-        """Shares whose sums over the nodes are under way: whether one is there, lo, hi."""
+        self._crossing: deque[Crossing] = deque()
+        """Shares whose sums over the nodes are under way."""
         self._bound: dict[tuple[int, int], list[tuple[list[Call], int, int]]] = {}
         """For each share the calls that sum it over the node, a block at a time; made when it first comes."""
         self._whom = f"the sum of the gradients over {node.replicas} ranks"
@@ -133,9 +146,17 @@ class GradientReducer:
         """Do what can be done now; whether all that was started has arrived."""
         while self._local and self._node.least(_WRITTEN) >= self._local[0][0]:
             self._add(*self._local.popleft()[1:])
-        while self._crossing and tested(self._crossing[0][0], self._whom):
-            self._arrived(*self._crossing.popleft()[1:])
+        self._cross_on()
         return not self._local and not self._crossing
+
+    def _cross_on(self) -> None:
+        """Let what crosses between nodes go on, in its order: all nodes start their messages in the same one."""
+        for crossing in list(self._crossing):
+            if tested(crossing.test, self._whom):
+                self._crossing.remove(crossing)
+                self._arrived(crossing.lo, crossing.hi)
+            elif not crossing.sent():
+                break
 
     def finish(self) -> None:
         """Return once all my shares have arrived; RankError where that takes longer than the limit."""
@@ -164,7 +185,7 @@ class GradientReducer:
             if self._lines is None:
                 self._arrived(start, end)
         if self._lines is not None:
-            self._crossing.append((self._cross(lo, hi), lo, hi))
+            self._crossing.append(Crossing(lo, hi, *self._cross(lo, hi)))
 
     def _bind(self, lo: int, hi: int) -> list[tuple[list[Call], int, int]]:
         """The calls that sum my share over the node, block by block."""
@@ -173,12 +194,11 @@ class GradientReducer:
             return [([], lo, hi)]
         return [([node.adds([grads[a:b] for grads in node.all_grads])], a, b) for a, b in blocks(lo, hi)]
 
-    def _cross(self, lo: int, hi: int) -> Callable[[], bool]:
-        """Begin to sum my share over the nodes; what is returned tells whether the sum is there."""
+    def _cross(self, lo: int, hi: int) -> tuple[Callable[[], bool], Callable[[], bool]]:
+        """Begin to sum my share over the nodes: whether the sum is there, whether all its messages are on their way."""
         lines, share, kernels = cast(Lines, self._lines), self._node.sums[lo:hi], self._node.kernels
         if hi - lo < _LEAST_PIECE * lines.size:
-            test: Callable[[], bool] = lines.small.Iallreduce(self._in_place, share, self._sum).Test
-            return test
+            return lines.small.Iallreduce(self._in_place, share, self._sum).Test, lambda: True
         if (lo, hi) not in self._exchanges:
             rounder = kernels if self._rounds else None
             self._exchanges[lo, hi] = rounded(lines, rounder, share) if rounder else plain(lines, self._node, share)

@@ -51,7 +51,8 @@ def test_they_take_correct_steps_in_bounded_memory(start_mpirun, trained, last, 
     assert max(sizes) < LIMIT_MB
     found = last(it.out)
     assert found.steps == STEPS
-    pairs = [(one.params[name], found.params[name]) for name in one.params]
-    worst = max(np.abs(mine - theirs).max() / np.abs(mine).max() for mine, theirs in pairs)
-    print(f"largest relative difference from one rank: {worst:.1e}")
-    assert worst < 1e-3
+    # Of all together: biases before a BatchNorm are nothing but rounding errors.
+    mine, theirs = (np.concatenate([array.ravel() for array in it.params.values()]) for it in (one, found))
+    worst = float(np.linalg.norm(mine - theirs) / np.linalg.norm(mine))
+    print(f"relative difference from one rank: {worst:.1e}")
+    assert worst < 1e-5
