@@ -8,6 +8,7 @@ import numpy as np
 from harness import RATE
 
 from dpnn import config
+from dpnn.balance import Nobody
 from dpnn.data import Batch
 from dpnn.evaluate import Model
 from dpnn.nn import Conv, Dense, Network, Shape
@@ -32,26 +33,11 @@ threads = {threads}
 """
 
 
-class Alone:
+class Alone(Nobody):
     """The strategy of a rank without others: nothing is exchanged, `finish` updates the parameters."""
 
     def __init__(self, optimizer: Optimizer, n: int) -> None:
         self._optimizer, self._n = optimizer, n
-
-    def begin(self) -> None:
-        """Nothing is under way."""
-
-    def open(self, lo: int, hi: int) -> None:
-        """Nobody else reads the gradients."""
-
-    def ready(self, lo: int, hi: int) -> None:
-        """Nobody waits for them."""
-
-    def poke(self) -> None:
-        """Nothing is under way."""
-
-    def tell(self, loss: float) -> None:
-        """Nobody asks."""
 
     def finish(self) -> None:
         """Update all parameters."""

@@ -84,9 +84,13 @@ def stacked(run: range, n: int) -> tuple[list[list[tuple[int, int]]], list[Sum],
 
 def stack_places(n_grains: int, replicas: int) -> int:
     """The arrays for partial sums that every replica needs; 0 without grains."""
+    return max(stacked(run, n_grains)[2] for run in runs(n_grains, replicas))
+
+
+def runs(n_grains: int, replicas: int) -> list[range]:
+    """The grains of each replica."""
     each = n_grains // replicas
-    runs = [range(replica * each, (replica + 1) * each) for replica in range(replicas)]
-    return max(stacked(run, n_grains)[2] for run in runs)
+    return [range(replica * each, (replica + 1) * each) for replica in range(replicas)]
 
 
 class GrainReducer(GradientReducer):
@@ -96,12 +100,12 @@ class GrainReducer(GradientReducer):
         """Collective. The replicas hold the grains in their order, each as many; `node.partials` has their places."""
         super().__init__(node, arrived, limit_s)
         self._n = n_grains
-        each = n_grains // node.replicas
-        self._steps, self._place = stacked(self._run(node.replica, each), n_grains)[0], 0
+        stacks = [stacked(run, n_grains) for run in runs(n_grains, node.replicas)]
+        self._steps = stacks[node.replica][0]
         self._started: dict[tuple[int, int], int] = {}
         self._stack_calls: dict[tuple[int, int], list[list[Call]]] = {}
         # What is left on each replica's stack, and after the additions over its node on each node.
-        left = [stacked(self._run(replica, each), n_grains)[1] for replica in range(node.replicas)]
+        left = [sums for _, sums, _ in stacks]
         self._left_of_nodes: list[list[Sum]] = []
         for members in node.groups:
             found = sorted((this, rank, place) for rank, r in enumerate(members) for place, this in enumerate(left[r]))
@@ -120,23 +124,17 @@ class GrainReducer(GradientReducer):
         if self._started[lo, hi] == 0:
             super().start(lo, hi)
 
-    def _run(self, replica: int, each: int) -> range:
-        return range(replica * each, (replica + 1) * each)
-
     def _stack(self, lo: int, hi: int) -> list[list[Call]]:
         """For each grain the calls that bring a bucket onto my stack."""
         if (lo, hi) not in self._stack_calls:
-            grads, places = (
-                self._node.grads[lo:hi],
-                [place[lo:hi] for place in self._node.partials[self._node.comm.rank]],
-            )
+            node = self._node
+            grads, places = node.grads[lo:hi], [place[lo:hi] for place in node.partials[node.comm.rank]]
             depth, calls = 0, []
             for adds in self._steps:
                 depth += 1 - len(adds)
                 pairs = [(places[to], grads if source < 0 else places[source]) for to, source in adds]
                 calls.append(
-                    [self._node.adds([to, source]) for to, source in pairs]
-                    or [partial(np.copyto, places[depth - 1], grads)]
+                    [node.adds([to, source]) for to, source in pairs] or [partial(np.copyto, places[depth - 1], grads)]
                 )
             self._stack_calls[lo, hi] = calls
         return self._stack_calls[lo, hi]

@@ -67,7 +67,7 @@ def measured_progress(node: Node, limit_s: float) -> bool:
         return False
     times = np.zeros(2)
     reducer = GradientReducer(node, lambda lo, hi: None, limit_s)
-    a, pieces = np.ones((256, 256), np.float32), 0
+    a = np.ones((256, 256), np.float32)
     n = min(node.grads.size, _NBYTES // 4)
 
     def compute() -> None:
