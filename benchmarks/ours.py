@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -36,30 +37,42 @@ threads = {threads}
 class Alone(Nobody):
     """The strategy of a rank without others: nothing is exchanged, `finish` updates the parameters."""
 
-    def __init__(self, optimizer: Optimizer, n: int) -> None:
-        self._optimizer, self._n = optimizer, n
+    def __init__(self, optimizer: Optimizer, grads: np.ndarray) -> None:
+        self._optimizer, self._grads = optimizer, grads
 
     def finish(self) -> None:
         """Update all parameters."""
-        self._optimizer.apply(0, self._n, RATE)
+        self._optimizer.apply(0, self._grads.size, RATE)
 
 
 class Ours:
-    """A network and a batch of random numbers; `step` is a training step, or (`eval`) a forward pass."""
+    """A network and a batch of random numbers; `step` is a training step, or (`eval`) a forward pass.
 
-    def __init__(self, network: Network, shape: Shape, rows: int, threads: int, mode: Literal["train", "eval"]) -> None:
+    `strategy` is what the gradients, in buckets of `bucket_nbytes` or in one, are handed to.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        shape: Shape,
+        rows: int,
+        threads: int,
+        mode: Literal["train", "eval"],
+        strategy: Callable[[Optimizer, np.ndarray], Alone] = Alone,
+        bucket_nbytes: int = 0,
+    ) -> None:
         job = config.parse(JOB.format(rows=rows, rate=RATE, threads=threads))
         self.model = model = Model(job, network, shape, 0, threads)
-        store, layout, strategy = model.store, None, None
+        store, layout, updates = model.store, None, None
         if mode == "train":
             segments = merge(Segment(p.offset, p.end, p.spec.decay, p.spec.statistic) for p in store.pieces)
             optimizer = Optimizer(job.optimizer, segments, store.params, store.grads, model.team, model.kernels)
-            strategy = Alone(optimizer, store.params.size)
-            layout = model.training(rows)
+            updates = strategy(optimizer, store.grads)
+            layout = model.training(rows, bucket_nbytes=bucket_nbytes)
         else:
             layout = model.evaluation(rows)
-        self.executor = model.executor(layout, strategy=strategy)
-        self._nbytes = layout.nbytes + (3 if strategy else 1) * store.params.nbytes
+        self.executor = model.executor(layout, strategy=updates)
+        self._nbytes = layout.nbytes + (3 if updates else 1) * store.params.nbytes
         rng = np.random.default_rng(0)
         for piece in store.pieces:  # as Store.draw does, but in a tenth of the time
             param = store.param(piece.name)

@@ -8,7 +8,6 @@ from dpnn import config
 from dpnn.comm.grains import stack_places
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
-from dpnn.comm.progress import measured_progress
 from dpnn.comm.reduce import measured_bucket
 from dpnn.comm.world import World, start
 from dpnn.data import Batch
@@ -47,11 +46,9 @@ class Replica:
         self._strategy = Allreduce(mesh, node, optimizer, job)
         self._strategy.rate, self._strategy.samples = RATE, rows
         measured = measured_bucket(node, limit_s)
-        self._bucket_nbytes = world.first(lambda: measured)
-        if measured_progress(node, limit_s):
-            self._strategy.help()
+        self.bucket_nbytes = world.first(lambda: measured)
         pieces = grains // mesh.replicas or 1
-        plan = (rows // pieces, pieces, self._bucket_nbytes, grains > 0)
+        plan = (rows // pieces, pieces, self.bucket_nbytes, grains > 0)
         layout = model.lay_out(world.first, lambda: model.training(*plan))
         self.executor = model.executor(layout, strategy=self._strategy)
         rng = np.random.default_rng(mesh.replica)
@@ -75,4 +72,4 @@ class Replica:
     def about(self) -> str:
         """What lies behind the figures."""
         note = f", memory isn't shared: {self.node.note}" if self.node.note else ""
-        return f"buckets of {self._bucket_nbytes / 2**20:.2g} MiB, {self.node.comm.size} ranks share memory{note}"
+        return f"buckets of {self.bucket_nbytes / 2**20:.2g} MiB, {self.node.comm.size} ranks share memory{note}"

@@ -19,7 +19,6 @@ from dpnn.comm import library
 from dpnn.comm.grains import stack_places
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
-from dpnn.comm.progress import measured_progress
 from dpnn.comm.reduce import BucketReducer, measured_bucket
 from dpnn.comm.world import World
 from dpnn.data import Loader, Sampler, check_shards
@@ -124,8 +123,6 @@ class Training:
         self.strategy: Strategy = strategy(mesh, node, self.optimizer, job)
         evaluates = start.test and job.train.eval_every
         bucket_nbytes = self._bucket_nbytes()
-        if strategy.together and measured_progress(node, limit_s):
-            self.strategy.help()
         training, held_out = model.lay_out(
             world.first,
             lambda: (

@@ -2,7 +2,7 @@
 
 Each node owns one piece of the share. It gets that piece from all nodes, adds, and gives the sum to all: every number
 crosses twice, as in the best reductions. Over TCP this was 1.7 times as fast as Open MPI's own nonblocking sum, and the
-order of additions is ours.
+order of additions is ours. Two nodes send each other the whole share and both add: as many bytes, but at once.
 """
 
 from collections.abc import Callable, Sequence
@@ -88,9 +88,41 @@ class Exchange:
         return True
 
 
-def plain(lines: Lines, node: Node, share: Array) -> Exchange:
+@dataclass
+class Swap:
+    """The same between two nodes: each sends the whole share and adds what it receives; nothing has to follow."""
+
+    lines: Lines
+    pack: Sequence[Call]
+    sent: Array
+    received: Array
+    add: Sequence[Call]
+
+    def start(self) -> tuple[Callable[[], bool], Callable[[], bool]]:
+        """As `Exchange.start`; messages arrive in their order, so later swaps needn't be tested before this one."""
+        from mpi4py import MPI
+
+        for call in self.pack:
+            call()
+        comm, other = self.lines.pieces, 1 - self.lines.rank
+        requests = [comm.Irecv(self.received, other), comm.Isend(self.sent, other)]
+
+        def test() -> bool:
+            if not MPI.Request.Testall(requests):
+                return False
+            for call in self.add:
+                call()
+            return True
+
+        return test, lambda: False
+
+
+def plain(lines: Lines, node: Node, share: Array) -> Exchange | Swap:
     """A share summed in place, in its own type."""
     size, lengths = lines.size, lines.lengths(share.size)
+    if size == 2:
+        other = np.empty_like(share)
+        return Swap(lines, pack=(), sent=share, received=other, add=[node.adds([share, other])])
     received = np.empty((size, int(lengths[lines.rank])), share.dtype)
     return Exchange(
         lines,
@@ -103,17 +135,24 @@ def plain(lines: Lines, node: Node, share: Array) -> Exchange:
     )
 
 
-def rounded(lines: Lines, kernels: Kernels, share: Array) -> Exchange:
+def rounded(lines: Lines, kernels: Kernels, share: Array) -> Exchange | Swap:
     """A share (float32) summed in place with bfloat16 on the wire, both ways.
 
     What rounding leaves out is kept, and added to what is sent the next time (error feedback; Seide et al. 2014).
     """
     n, size, lengths = share.size, lines.size, lines.lengths(share.size)
+    left = np.zeros(n, np.float32)
+    if size == 2:
+        both = np.empty((2, n), np.uint16)  # in the order of nodes
+        mine, other = both[lines.rank], both[1 - lines.rank]
+        rounds = kernels.bind("to_bfloat16", n, share, left, mine)
+        adds = kernels.bind("add_bfloat16", n, 2, n, both, share)
+        return Swap(lines, pack=[rounds], sent=mine, received=other, add=[adds])
     length = int(lengths[lines.rank])
     wire, gathered = np.empty(n, np.uint16), np.empty(n, np.uint16)
     received = np.empty(size * length, np.uint16)
     piece, piece_wire = np.empty(length, np.float32), np.empty(length, np.uint16)
-    left, piece_left = np.zeros(n, np.float32), np.zeros(length, np.float32)
+    piece_left = np.zeros(length, np.float32)
     return Exchange(
         lines,
         pack=[kernels.bind("to_bfloat16", n, share, left, wire)],

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from dpnn.comm.exchange import Exchange, Lines, plain, rounded
+from dpnn.comm.exchange import Exchange, Lines, Swap, plain, rounded
 from dpnn.comm.faults import tested, wait
 from dpnn.comm.node import Node
 from dpnn.native import Call
@@ -28,6 +28,10 @@ _WRITTEN, _SETTLED = 0, 1
 """A node's counters: buckets that a replica has written, steps that it has done with."""
 _LEAST_PIECE = 1 << 13
 """Numbers that are worth a message to each node; smaller shares are summed by MPI, in float32."""
+_AT_ONCE, _UNDER_WAY = 1 << 18, 64
+"""A share crosses to other nodes in runs of so many numbers (more where that is too little for each node), so many of
+them under way at a time. A long message would keep the small ones by which MPI begins others waiting behind it: over
+TCP one direction stood still while the other one was busy."""
 _LATENCY_SHARE = 0.05
 _BUCKET_NBYTES = (1 << 18, 1 << 25)
 """The smallest and the largest bucket that measurements may ask for."""
@@ -98,14 +102,14 @@ class BucketReducer:
 
 @dataclass(eq=False)
 class Crossing:
-    """A share [lo, hi) whose sum over the nodes is under way."""
+    """A run [lo, hi) of a share whose sum over the nodes is under way."""
 
     lo: int
     hi: int
     test: Callable[[], bool]
     """Whether the sum is there."""
     sent: Callable[[], bool]
-    """Whether all messages for it have been started."""
+    """Whether its last messages are on their way, so that the next run can send its own."""
 
 
 class GradientReducer:
@@ -128,14 +132,16 @@ class GradientReducer:
         self._sum, self._in_place = MPI.SUM, MPI.IN_PLACE
         self._local: deque[tuple[int, int, int]] = deque()
         """Buckets that some replica of the node has still to write: number, lo, hi."""
+        self._waiting: deque[tuple[int, int]] = deque()
+        """Runs of shares that are to be summed over the nodes, lo, hi."""
         self._crossing: deque[Crossing] = deque()
-        """Shares whose sums over the nodes are under way."""
+        """Those under way."""
         self._bound: dict[tuple[int, int], list[tuple[list[Call], int, int]]] = {}
         """For each share the calls that sum it over the node, a block at a time; made when it first comes."""
         self._whom = f"the sum of the gradients over {node.replicas} ranks"
         self._lines = Lines(node.across, limit_s) if node.across is not None else None
         self._rounds = rounds
-        self._exchanges: dict[tuple[int, int], Exchange] = {}
+        self._exchanges: dict[tuple[int, int], Exchange | Swap] = {}
 
     def start(self, lo: int, hi: int) -> None:
         """My grads[lo:hi] are complete."""
@@ -146,8 +152,9 @@ class GradientReducer:
         """Do what can be done now; whether all that was started has arrived."""
         while self._local and self._node.least(_WRITTEN) >= self._local[0][0]:
             self._add(*self._local.popleft()[1:])
-        self._cross_on()
-        return not self._local and not self._crossing
+        if self._lines is not None:
+            self._cross_on()
+        return not (self._local or self._waiting or self._crossing)
 
     def _cross_on(self) -> None:
         """Let what crosses between nodes go on, in its order: all nodes start their messages in the same one."""
@@ -157,6 +164,9 @@ class GradientReducer:
                 self._arrived(crossing.lo, crossing.hi)
             elif not crossing.sent():
                 break
+        while self._waiting and len(self._crossing) < _UNDER_WAY:
+            lo, hi = self._waiting.popleft()
+            self._crossing.append(Crossing(lo, hi, *self._cross(lo, hi)))
 
     def finish(self) -> None:
         """Return once all my shares have arrived; RankError where that takes longer than the limit."""
@@ -185,7 +195,7 @@ class GradientReducer:
             if self._lines is None:
                 self._arrived(start, end)
         if self._lines is not None:
-            self._crossing.append(Crossing(lo, hi, *self._cross(lo, hi)))
+            self._waiting += blocks(lo, hi, max(_AT_ONCE, _LEAST_PIECE * self._lines.size))
 
     def _bind(self, lo: int, hi: int) -> list[tuple[list[Call], int, int]]:
         """The calls that sum my share over the node, block by block."""
@@ -195,7 +205,7 @@ class GradientReducer:
         return [([node.adds([grads[a:b] for grads in node.all_grads])], a, b) for a, b in blocks(lo, hi)]
 
     def _cross(self, lo: int, hi: int) -> tuple[Callable[[], bool], Callable[[], bool]]:
-        """Begin to sum my share over the nodes: whether the sum is there, whether all its messages are on their way."""
+        """Begin to sum a run of my share over the nodes: `test` and `sent` of a Crossing."""
         lines, share, kernels = cast(Lines, self._lines), self._node.sums[lo:hi], self._node.kernels
         if hi - lo < _LEAST_PIECE * lines.size:
             return lines.small.Iallreduce(self._in_place, share, self._sum).Test, lambda: True
@@ -205,9 +215,9 @@ class GradientReducer:
         return self._exchanges[lo, hi].start()
 
 
-def blocks(lo: int, hi: int) -> list[tuple[int, int]]:
-    """[lo, hi) in pieces of BLOCK."""
-    return [(start, min(start + BLOCK, hi)) for start in range(lo, hi, BLOCK)]
+def blocks(lo: int, hi: int, length: int = BLOCK) -> list[tuple[int, int]]:
+    """[lo, hi) in pieces of `length`."""
+    return [(start, min(start + length, hi)) for start in range(lo, hi, length)]
 
 
 def measured_bucket(node: Node, limit_s: float) -> int:

@@ -15,7 +15,7 @@ from dpnn import config
 from dpnn.comm.grains import GrainReducer
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
-from dpnn.comm.progress import Progress
+from dpnn.comm.progress import progress
 from dpnn.comm.reduce import BucketReducer, GradientReducer
 from dpnn.errors import NotFiniteError
 from dpnn.optim import Optimizer
@@ -30,7 +30,7 @@ class Allreduce:
         limit_s = job.parallel.timeout_s
         self.rate, self.stop, self.loss, self.samples = 0.0, False, 0.0, 0
         self.wait_s = self.update_s = 0.0
-        self._node, self._n = node, node.grads.size
+        self._n, self._began = node.grads.size, 0.0
         self._clips, self._optimizer = job.optimizer.clip > 0, optimizer
         self._told = np.zeros(2)  # loss, requests to stop
         self._has_told = False
@@ -43,13 +43,13 @@ class Allreduce:
             if self._grains
             else GradientReducer(node, self._arrived, limit_s, rounds=job.parallel.wire == "bfloat16")
         )
-        self._progress: Progress | None = None
+        self._progress = progress(node.data, len(node.groups))
         self._telling = BucketReducer(mesh.data, self._told, limit_s, "losses")
         self._norms = [BucketReducer(comm, self._squares, limit_s, "norms") for comm in (node.comm, mesh.model)]
 
     def begin(self) -> None:
         """Nothing is under way: `finish` has waited for all."""
-        self._has_told = False
+        self._has_told, self._began = False, perf_counter()
         self._late.clear()
         self._squares[0] = self.update_s = 0.0
 
@@ -83,18 +83,15 @@ class Allreduce:
             for lo, hi in self._late:
                 self._update(lo, hi, scale)
         self._gradients.settle()
+        end = perf_counter()
         if self._progress is not None:
-            self._progress.off()
-        self.wait_s = perf_counter() - start - (self.update_s - before)
+            self._progress.off(end - self._began)
+        self.wait_s = end - start - (self.update_s - before)
         if not math.isfinite(self.loss):
             raise NotFiniteError(f"the loss is {self.loss}")
 
-    def help(self) -> None:
-        """From now on a thread helps MPI to move."""
-        self._progress = Progress(self._node.data)
-
     def close(self) -> None:
-        """End that thread."""
+        """End the thread that helps MPI to move."""
         if self._progress is not None:
             self._progress.close()
 

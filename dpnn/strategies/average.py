@@ -87,9 +87,6 @@ class Average:
             self._average()
         self.wait_s, self.update_s = perf_counter() - updated, updated - start
 
-    def help(self) -> None:
-        """Between averages there is next to nothing to move."""
-
     def close(self) -> None:
         """Nothing is under way."""
         self._telling.finish()

@@ -23,10 +23,6 @@ class Strategy(plan.Strategy, Protocol):
     update_s: float
     """Seconds spent updating the parameters in the last step."""
 
-    def help(self) -> None:
-        """A thread is to help MPI to move: it was measured to be worth it."""
-        ...
-
     def close(self) -> None:
         """The run has taken its last step."""
         ...

@@ -8,9 +8,11 @@ from dpnn.comm.reduce import GradientReducer
 N, STEPS = 2003, 30
 
 
-@pytest.fixture(autouse=True)
-def _pieces_of_any_size(monkeypatch):
+@pytest.fixture(autouse=True, params=[(1 << 18, 64), (100, 2)], ids=["whole", "in runs"])
+def _pieces_of_any_size(monkeypatch, request):
     monkeypatch.setattr("dpnn.comm.reduce._LEAST_PIECE", 1)
+    monkeypatch.setattr("dpnn.comm.reduce._AT_ONCE", request.param[0])
+    monkeypatch.setattr("dpnn.comm.reduce._UNDER_WAY", request.param[1])
 
 
 @pytest.mark.parallel([2, 3, 4])
