@@ -26,7 +26,7 @@ from queue import SimpleQueue
 from statistics import median
 from tempfile import TemporaryDirectory
 from threading import Thread
-from time import perf_counter
+from time import perf_counter, sleep
 
 import numpy as np
 from harness import Benchmark
@@ -44,6 +44,8 @@ CASES, QUICK = {"lenet": 64, "alexnet": 16, "googlenet": 8, "resnet50": 8}, {"le
 GOAL = 0.9
 TURNS, QUICK_TURNS = 7, 3
 LIMIT_S = 600
+REST_S = 5.0
+"""Between two networks: what the last one's ranks leave to be cleared up would disturb the next one's first steps."""
 AGENT = """#!/bin/bash
 # In the place of ssh: run a command on one of the hosts.
 while [[ $1 == -* ]]; do [[ $1 == -l || $1 == -p ]] && shift; shift; done
@@ -206,6 +208,7 @@ def main() -> None:
         try:
             with network(folder) as agent:
                 for case, rows in (QUICK if bench.quick else CASES).items():
+                    sleep(REST_S)
                     found = measure(agent, folder, case, rows, QUICK_TURNS if bench.quick else TURNS)
                     bench.note(f"{case}, 2 hosts x {rows}: {found}")
                     computing, exchanging, both = found["Tc"], found["Tm"], found["Tb"]

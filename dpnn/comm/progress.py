@@ -6,9 +6,9 @@ trained, the network between the nodes, the MPI and the cores, so a run's own fi
 nothing to move: memory is shared.
 """
 
+import math
 import threading
 import time
-from statistics import median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ TRIAL_STEPS = 1 + 2 * _TRIES
 class Progress:
     """A thread that calls MPI now and then while it is `on`; any call moves every request of the process.
 
-    The first steps are taken without and with it by turns; it stays where their median is shorter. Each rank decides
-    for itself: what is computed doesn't depend on it.
+    The first steps are taken without and with it by turns; it stays where the shortest one, for its samples, was one
+    with it. Each rank decides for itself: what is computed doesn't depend on it.
     """
 
     def __init__(self, comm: "MPI.Comm") -> None:
@@ -42,12 +42,12 @@ class Progress:
         if self.helps or (self.helps is None and self._with_thread()):
             self._on.set()
 
-    def off(self, seconds: float) -> None:
-        """Nothing is any more: a step is done, and took so long."""
+    def off(self, seconds: float, samples: int) -> None:
+        """Nothing is any more: a step of so many samples is done, and took so long."""
         if self.helps is None:
-            self._tried.append(seconds)
+            self._tried.append(seconds / samples if samples else math.inf)
             if len(self._tried) == TRIAL_STEPS:
-                self.helps = median(self._tried[2::2]) < median(self._tried[1::2])
+                self.helps = min(self._tried[2::2]) < min(self._tried[1::2])
                 if not self.helps:
                     self.close()
         if self.helps is not False:

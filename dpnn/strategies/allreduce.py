@@ -85,7 +85,7 @@ class Allreduce:
         self._gradients.settle()
         end = perf_counter()
         if self._progress is not None:
-            self._progress.off(end - self._began)
+            self._progress.off(end - self._began, self.samples)
         self.wait_s = end - start - (self.update_s - before)
         if not math.isfinite(self.loss):
             raise NotFiniteError(f"the loss is {self.loss}")

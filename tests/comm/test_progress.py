@@ -22,7 +22,7 @@ def threads():
 
 
 @pytest.mark.parametrize(("without", "with_thread", "helps"), [(2.0, 1.0, True), (1.0, 2.0, False), (1.0, 1.0, False)])
-def test_the_shorter_steps_decide_and_one_odd_step_does_not(without, with_thread, helps):
+def test_the_shortest_step_decides_whatever_disturbs_others(without, with_thread, helps):
     before, comm = threads(), Counted()
     tried = Progress(comm)
     for step in range(TRIAL_STEPS):
@@ -31,13 +31,14 @@ def test_the_shorter_steps_decide_and_one_odd_step_does_not(without, with_thread
         tried.on()
         used = step > 0 and step % 2 == 0
         assert comm.probed.wait(10 if used else 0.05) == used
-        tried.off(0.001 if step in (1, 2) else 100.0 if step == 0 else with_thread if used else without)
+        seconds = 100.0 if step in (0, 3, 4) else with_thread if used else without
+        tried.off(0.1 if step in (5, 6) else 8 * seconds, 0 if step in (5, 6) else 8)
     assert tried.helps is helps
     assert threads() - before == helps
     comm.probed.clear()
     tried.on()
     assert comm.probed.wait(10 if helps else 0.05) == helps
-    tried.off(1.0)
+    tried.off(1.0, 8)
     tried.close()
     assert threads() == before
 
