@@ -4,9 +4,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from shlex import quote
 
 from dpnn import __version__
-from dpnn.errors import DpnnError, JobError
+from dpnn.errors import DpnnError, JobError, RankError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
         const="",
         metavar="RUN",
         help="go on with a run folder and its own job.toml, changed by --set; without RUN: the job's newest run",
+    )
+    train.add_argument(
+        "--replay", metavar="RUN", help="do a run again that was recorded (parallel.record = true), bit for bit"
     )
     _add_set(train)
     train.set_defaults(run=_train)
@@ -103,8 +107,10 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     """Train the network of a job file. Under mpirun, srun or `dpnn launch`: on all ranks together."""
-    if arguments.job is None and not arguments.resume:
-        raise JobError("name a job file, or a run folder to go on with (--resume RUN)")
+    if arguments.job is None and not arguments.resume and not arguments.replay:
+        raise JobError("name a job file, or a run folder to go on with (--resume RUN) or to repeat (--replay RUN)")
+    if arguments.replay and (arguments.job or arguments.resume is not None):
+        raise JobError("--replay RUN repeats a run with its own job: leave out the job file and --resume")
 
     from dpnn.cluster.signals import StopRequest
 
@@ -112,7 +118,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from dpnn.comm.world import run
     from dpnn.train import train
 
-    code = run(lambda world: train(world, request, arguments.job, arguments.overrides, arguments.resume))
+    what = (arguments.job, arguments.overrides, arguments.resume, arguments.replay)
+    code = run(lambda world: train(world, request, *what))
     request.settle()
     return code
 
@@ -130,7 +137,17 @@ def _launch(arguments: argparse.Namespace) -> int:
     """Print the mpirun line that fits the installed MPI and this machine, and run it."""
     from dpnn.comm.launch import launch
 
+    def settle(told: bytes, code: int) -> int:
+        from dpnn.observe.folder import RunFolder  # imports NumPy: only after the job
+
+        folder, ended = RunFolder.told(told)
+        if ended is not None:
+            return ended
+        way_out = f"go on with: dpnn train --resume {quote(str(folder.path))}"
+        print(f"dpnn: {folder.path}: the run was killed, or couldn't write its end; {way_out}", file=sys.stderr)
+        return code or RankError.exit_code
+
     inner = _parser().parse_args(arguments.command)  # so that a wrong command is told once, and before anything starts
     if inner.run not in (_train, _eval):
         raise JobError(f"{arguments.command[0]} runs in one process; launch takes train and eval")
-    return launch(arguments.n, arguments.command)
+    return launch(arguments.n, arguments.command, settle=settle)

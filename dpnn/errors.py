@@ -5,6 +5,8 @@ class DpnnError(Exception):
     """The base of every error that dpnn raises on purpose; its text is the one message that a user sees."""
 
     exit_code = 1
+    agreed = False
+    """Whether all ranks raise it, so that one of them tells it."""
 
 
 class JobError(DpnnError):

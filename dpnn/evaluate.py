@@ -26,6 +26,7 @@ from dpnn.comm.share import share
 from dpnn.comm.world import World
 from dpnn.data import Loader, Manifest, Sampler
 from dpnn.errors import DataError, JobError
+from dpnn.native import Kernels
 from dpnn.nn import Network, Shape
 from dpnn.plan import Arena, Executor, Layout, Placement, Plan, Store, Strategy, Sum, compile_plan
 from dpnn.team import Team
@@ -59,7 +60,7 @@ class Model:
         self.graph = models.graph(job, network, shape)
         self.team = Team(job.backend.threads or threads)
         self.backends, self.note = choose_backends(job.backend, self.team)
-        self.kernels = self.backends[0].kernels if isinstance(self.backends[0], OneDNN) else None
+        self.kernels = kernels_of(self.backends)
         self.dtype = self.backends[0].dtype
         self.nodes = Placement.whole(self.graph).nodes(self.graph, part)
         self.store = Store(self.nodes, self.dtype)
@@ -124,12 +125,17 @@ def choose_backends(options: config.Backend, team: Team) -> tuple[list[Backend],
         return [reference], f"computing on the reference backend, which is slow: {error}"
 
 
+def kernels_of(backends: Sequence[Backend]) -> Kernels | None:
+    """Our compiled kernels, where the best backend has them."""
+    return backends[0].kernels if isinstance(backends[0], OneDNN) else None
+
+
 class Evaluator:
-    """Runs a network over a folder of shards, on all replicas together."""
+    """Runs a network over a folder of shards, on all ranks of a communicator together."""
 
     def __init__(
         self,
-        mesh: Mesh,
+        comm: Any,
         executor: Executor,
         folder: str,
         test: Manifest,
@@ -137,18 +143,21 @@ class Evaluator:
         std: Sequence[float],
         limit_s: float,
     ) -> None:
-        """`mean` and `std`, a number for each channel, are those of the data that the network was trained on."""
-        rows, replicas = executor.plan.rows, mesh.replicas
+        """Collective over `comm`, an MPI communicator: each of its ranks takes its part of the samples.
+
+        `mean` and `std`, a number for each channel, are those of the data that the network was trained on.
+        """
+        rows, replicas = executor.plan.rows, comm.size
         self._executor = executor
         self._sampler = Sampler(test.counts, test.block, replicas, rows * replicas, window=rows, seed=0, shuffle=False)
-        place = (folder, test, self._sampler, mesh.replica, replicas)
+        place = (folder, test, self._sampler, comm.rank, replicas)
         last = (0, self._sampler.steps - 1)
         self._open = partial(Loader, *place, mean=mean, std=std, dtype=executor.dtype, last=last, limit_s=limit_s)
         self._sums = np.zeros(4)  # samples, not the first, not among the first five, loss
-        self._reducer = BucketReducer(mesh.data, self._sums, limit_s, "scores")
+        self._reducer = BucketReducer(comm, self._sums, limit_s, "scores")
 
     def run(self) -> Scores:
-        """Collective: the scores over all samples, the same on every rank."""
+        """Collective over `comm`: the scores over all samples, the same on each of its ranks."""
         self._sums[:] = 0.0
         executor, loader = self._executor, self._open()
         try:
@@ -197,7 +206,7 @@ def evaluate(world: World, path: str, overrides: Sequence[str]) -> int:
     if world.rank == 0 and model.note:
         print(model.note, file=sys.stderr)
     executor = model.executor(model.lay_out(world.first, lambda: model.evaluation(MOST_ROWS)))
-    evaluator = Evaluator(mesh, executor, job.data.test, source.test, source.mean, source.std, limit_s)
+    evaluator = Evaluator(mesh.data, executor, job.data.test, source.test, source.mean, source.std, limit_s)
     scores = evaluator.run()
     if world.rank == 0:
         print(scores)
@@ -205,8 +214,8 @@ def evaluate(world: World, path: str, overrides: Sequence[str]) -> int:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint file, or the newest good one of a run folder; DataError where there is none."""
-    if path.is_file():
+    """A checkpoint (file or folder), or the newest good one of a run folder; DataError where there is none."""
+    if path.is_file() or (path / checkpoint.INFO).is_file():
         return checkpoint.read(path)
     newest = checkpoint.newest(path / "checkpoints")
     if newest is None:

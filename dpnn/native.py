@@ -36,6 +36,7 @@ _TABLE: dict[str, tuple[Any, ...]] = {
     "maxpool": (_P, _P, _P, _P),
     "maxpool_gradient": (_P, _P, _P, _P),
     "descend": (_I, _P, _P, _P, _F, _F, _F, _F, _I),
+    "adagrad": (_I, _P, _P, _P, _F, _F, _F, _F),
     "add": (_I, _I, _PP, _P),
     "squares": (_I, _P),
     "publish": (_P, _I),

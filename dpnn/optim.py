@@ -7,6 +7,7 @@ With g the gradient times the scale of clipping, plus weight decay times p where
     sgd        p -= rate g
     momentum   m = momentum m + g;  p -= rate m                     as PyTorch's SGD
     nesterov   m = momentum m + g;  p -= rate (g + momentum m)      likewise
+    adagrad    s = s + g^2;  p -= rate g / (sqrt(s) + epsilon)      Duchi, Hazan and Singer 2011, as PyTorch's Adagrad
 A running statistic s of a segment is no descent: p = (1 - s) p + s g, g as it came.
 """
 
@@ -29,7 +30,10 @@ Array = NDArray[Any]
 _BLOCK = 1 << 15
 """Numbers that are updated at a time: five arrays of them stay in a core's own cache."""
 
-STATES: dict[str, tuple[str, ...]] = {"sgd": (), "momentum": ("momentum",)}
+_EPSILON = 1e-10
+"""Of Adagrad: a number that never had a gradient isn't divided by 0."""
+
+STATES: dict[str, tuple[str, ...]] = {"sgd": (), "momentum": ("momentum",), "adagrad": ("squares",)}
 """What each optimizer keeps from step to step."""
 
 
@@ -62,11 +66,17 @@ def merge(segments: Iterable[Segment]) -> tuple[Segment, ...]:
     return tuple(merged)
 
 
+def cut(segments: Iterable[Segment], lo: int, hi: int) -> tuple[Segment, ...]:
+    """The segments of the slice [lo, hi) of the flat arrays, counted from lo: for who holds only that slice."""
+    inside = (segment for segment in segments if max(lo, segment.lo) < min(hi, segment.hi))
+    return tuple(replace(segment, lo=max(lo, segment.lo) - lo, hi=min(hi, segment.hi) - lo) for segment in inside)
+
+
 class Optimizer:
     """Updates `params` from `grads`, two flat arrays of n numbers that `segments` cover from 0 to n.
 
-    `state` holds what is kept from step to step, flat arrays as long as `params`, by name: "momentum", or nothing. It
-    is made where it isn't given.
+    `state` holds what is kept from step to step, flat arrays as long as `params`, by the names in STATES. It is made
+    where it isn't given.
     """
 
     def __init__(
@@ -89,11 +99,11 @@ class Optimizer:
         self._options = options
         self._params, self._grads = params, grads
         self.state = state if state is not None else {name: np.zeros_like(params) for name in STATES[options.name]}
-        self._momentum = self.state.get("momentum")
+        self._momentum, self._squares = self.state.get("momentum"), self.state.get("squares")
         self._team = team
         self._kernels = kernels if params.dtype == np.float32 else None
-        arrays = (params, grads, self._momentum)
-        self._addresses = [None if array is None else array.ctypes.data for array in arrays]
+        kept = self._momentum if self._squares is None else self._squares
+        self._addresses = [None if array is None else array.ctypes.data for array in (params, grads, kept)]
         self._scratch = np.empty((team.size, 2, _BLOCK), params.dtype)
         self._wide = np.empty(_BLOCK, np.float64)
 
@@ -150,11 +160,14 @@ class Optimizer:
             np.add(p, new, out=p)
 
     def _descend(self, lo: int, hi: int, rate: float, scale: float, decay: bool, scratch: Array) -> None:
-        options, momentum = self._options, self._momentum
+        options = self._options
         if self._kernels is not None:
             arrays = [None if base is None else base + 4 * lo for base in self._addresses]
-            numbers = (rate, scale, options.weight_decay if decay else 0.0, options.momentum, options.nesterov)
-            self._kernels.call("descend", hi - lo, *arrays, *numbers)
+            numbers = (rate, scale, options.weight_decay if decay else 0.0)
+            if self._squares is not None:
+                self._kernels.call("adagrad", hi - lo, *arrays, *numbers, _EPSILON)
+            else:
+                self._kernels.call("descend", hi - lo, *arrays, *numbers, options.momentum, options.nesterov)
             return
         for at in range(lo, hi, _BLOCK):
             end = min(at + _BLOCK, hi)
@@ -165,8 +178,15 @@ class Optimizer:
             if decay:
                 np.multiply(p, options.weight_decay, out=work)
                 g = np.add(g, work, out=changed)
-            if momentum is not None:
-                m = momentum[at:end]
+            if self._squares is not None:
+                s = self._squares[at:end]
+                np.multiply(g, g, out=work)
+                np.add(s, work, out=s)
+                np.sqrt(s, out=work)
+                np.add(work, _EPSILON, out=work)
+                g = np.divide(g, work, out=changed)
+            if self._momentum is not None:
+                m = self._momentum[at:end]
                 np.multiply(m, options.momentum, out=m)
                 np.add(m, g, out=m)
                 if options.nesterov:

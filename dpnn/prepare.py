@@ -3,6 +3,7 @@
 No other rank opens these files: the result is broadcast.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
@@ -21,13 +22,16 @@ from dpnn.errors import DataError, JobError
 from dpnn.evaluate import choose_backends
 from dpnn.nn import Network
 from dpnn.observe.folder import RunFolder
+from dpnn.observe.metrics import read as read_metrics
 from dpnn.optim import STATES
 from dpnn.team import Team
 
 BUILT_IN = "digits"
 BUILT_IN_FOLDER = "data/digits"
-KEPT = ("seed", "global_batch", "lanes", "window")
+KEPT = ("seed", "global_batch", "lanes", "window", "order")
 """What decides which samples a step takes: it can't change in the middle of an epoch."""
+LANE_STEPS = 16
+"""About how many steps a leased lane has, where there are enough samples: work is dealt in such pieces."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,10 @@ class Start:
     """The next step of the epoch."""
     steps: int = 0
     """Steps taken since the start of the run."""
+    leases: dict[str, Any] = field(default_factory=dict)
+    """What was leased and has not arrived when the checkpoint was cut (strategies/downpour/ledger.py)."""
+    replay: Path | None = None
+    """The run whose order of arrival is repeated."""
     damaged: tuple[str, ...] = field(default=())
     """Newer checkpoints that could not be used, and why."""
 
@@ -62,41 +70,71 @@ class Start:
             "lanes": self.lanes,
             "window": self.job.data.window,
             "global_batch": self.global_batch,
+            "order": "leased" if self.job.parallel.strategy == "downpour" else "together",
         }
 
 
 def prepare(
-    job_path: str | None, overrides: Sequence[str], resume: str | None, replicas: int
+    job_path: str | None, overrides: Sequence[str], resume: str | None, replay: str | None, ranks: int
 ) -> tuple[Start, Checkpoint | None]:
-    """Start a new run (`resume` is None), or go on with a run folder ("": the job's newest) from its newest checkpoint.
+    """Start a new run, or go on with a run folder (`resume`; "": the job's newest) from its newest checkpoint.
 
-    The checkpoint is returned apart: it stays on rank 0.
+    `replay`: do the run of this folder again, in the order in which it went. The checkpoint is returned apart: it stays
+    on rank 0.
     """
+    if replay is not None:
+        return again(RunFolder.existing(replay), overrides, ranks), None
     if job_path and resume:
         raise JobError(f"a job file ({job_path}) and a run folder ({resume}): a run goes on with its own job; name one")
     name = Path(job_path or "").stem
     if resume is None:
-        start = resolve(config.load(job_path or "", overrides), Path(), replicas)
-        try_out(start, replicas)
-        folder = RunFolder.create(start.job.output.dir, name)
-        folder.write_job(start.job.dump())
-        return changed(start, folder=folder.path), None
+        return anew(config.load(job_path or "", overrides), name, ranks), None
     folder = RunFolder.existing(resume or config.load(job_path or "", overrides).output.dir, name)
-    start = resolve(config.load(str(folder.job), overrides), folder.path, replicas)
+    start = resolve(config.load(str(folder.job), overrides), folder.path, ranks)
+    if start.job.parallel.record:
+        raise JobError(
+            "parallel.record = true: only a whole run can be recorded; go on with --set parallel.record=false"
+        )
     newest = checkpoint.newest(folder.checkpoints)
     if newest is not None:
         start = with_lanes_of(newest[1], start)
         check_same_run(newest[0], newest[1], start)
-    try_out(start, replicas)
+    try_out(start, ranks)
     folder.write_job(start.job.dump())
     folder.failure.unlink(missing_ok=True)
     if newest is None:
         return start, None
     _, found, damaged = newest
-    return changed(start, epoch=found.epoch, step=found.step, steps=found.steps, damaged=tuple(damaged)), found
+    leases = found.info.get("leases", {})
+    start = changed(start, epoch=found.epoch, step=found.step, steps=found.steps, leases=leases)
+    return changed(start, damaged=tuple(damaged)), found
 
 
-def resolve(job: config.Job, folder: Path, replicas: int) -> Start:
+def anew(job: config.Job, name: str, ranks: int) -> Start:
+    """A new run, in a new folder."""
+    start = resolve(job, Path(), ranks)
+    try_out(start, ranks)
+    folder = RunFolder.create(start.job.output.dir, name)
+    folder.write_job(start.job.dump())
+    return changed(start, folder=folder.path)
+
+
+def again(recorded: RunFolder, overrides: Sequence[str], ranks: int) -> Start:
+    """A new run that repeats a recorded one. JobError where that isn't possible."""
+    job = config.load(str(recorded.job))
+    if not job.parallel.record:
+        raise JobError(f"{recorded.path} was not recorded; record a run with --set parallel.record=true")
+    starts = [line for line in read_metrics(recorded.metrics) if line["kind"] == "start"]
+    if len(starts) != 1:
+        raise JobError(f"{recorded.path} was started {len(starts)} times: only a run from its start can be repeated")
+    if starts[0]["ranks"] != ranks:
+        raise JobError(f"{recorded.path} ran on {starts[0]['ranks']} ranks, not {ranks}; start as many")
+    fresh = replace(job, output=replace(job.output, dir=""), parallel=replace(job.parallel, record=False))
+    name = re.sub(r"-\d+$", "", recorded.path.resolve().name)
+    return changed(anew(config.parse(fresh.dump(), overrides), name, ranks), replay=recorded.path)
+
+
+def resolve(job: config.Job, folder: Path, ranks: int) -> Start:
     """Read what the job names, and fill in what it leaves open: the number of classes and lanes."""
     job = with_built_in(job)
     train = Manifest.read(job.data.train)
@@ -109,12 +147,33 @@ def resolve(job: config.Job, folder: Path, replicas: int) -> Start:
             f"model.classes = {classes}, but {job.data.train} has {train.num_classes} classes; leave the key out"
         )
     check_loss(job, train)
-    global_batch = job.train.global_batch or job.train.replica_batch * replicas
-    lanes = job.data.lanes or default_lanes(global_batch, replicas)
+    replicas = replicas_of(job, ranks)
+    if job.parallel.strategy == "downpour":
+        lanes = job.data.lanes or leased_lanes(train.samples, job.train.replica_batch, replicas)
+        global_batch = lanes * job.train.replica_batch
+    else:
+        global_batch = job.train.global_batch or job.train.replica_batch * replicas
+        lanes = job.data.lanes or default_lanes(global_batch, replicas)
     grains = default_grains(lanes) if job.train.reproducible and not job.train.grains else job.train.grains
     job = replace(job, model=replace(job.model, classes=classes), train=replace(job.train, grains=grains))
     network = models.build(job.model.name, classes, train.network_shape, job.model.options)
     return Start(job, folder, network, train, test, global_batch, lanes)
+
+
+def replicas_of(job: config.Job, ranks: int) -> int:
+    """The ranks that train. JobError where all are servers."""
+    if job.parallel.servers >= ranks:
+        raise JobError(
+            f"parallel.servers = {job.parallel.servers} of {ranks} ranks: at least one has to be left to train; "
+            "start more ranks, or set fewer servers"
+        )
+    return ranks - job.parallel.servers
+
+
+def leased_lanes(samples: int, batch: int, replicas: int) -> int:
+    """The number of lanes where they are leased: each a few steps long, and several for each replica."""
+    steps = -(-samples // batch)
+    return min(max(steps // LANE_STEPS, 4 * replicas), steps)
 
 
 def with_built_in(job: config.Job) -> config.Job:
@@ -127,12 +186,16 @@ def with_built_in(job: config.Job) -> config.Job:
 
 def with_lanes_of(found: Checkpoint, start: Start) -> Start:
     """The lanes stay those of the checkpoint where the job names none and the batch is the same."""
-    same = not start.job.data.lanes and found.info["global_batch"] == start.global_batch
-    return changed(start, lanes=found.info["lanes"]) if same else start
+    info, batch, lanes = found.info, start.global_batch, found.info["lanes"]
+    if start.job.parallel.strategy == "downpour" and info.get("order") == "leased":
+        batch = start.job.train.replica_batch * lanes
+    same = not start.job.data.lanes and info["global_batch"] == batch
+    return changed(start, lanes=lanes, global_batch=batch) if same else start
 
 
-def try_out(start: Start, replicas: int) -> None:
+def try_out(start: Start, ranks: int) -> None:
     """Build what is cheap to build: what every rank would refuse is refused before the run folder is touched."""
+    replicas = replicas_of(start.job, ranks)
     job, data, train = start.job, start.job.data, start.train
     sampler = Sampler(
         train.counts, train.block, start.lanes, start.global_batch, data.window, job.seed, grains=job.train.grains
@@ -141,8 +204,10 @@ def try_out(start: Start, replicas: int) -> None:
     AUGMENTATIONS[data.augment](job.seed, train.shape, np.dtype(train.dtype), 0)
     graph = models.graph(job, start.network, train.network_shape)
     collected = next((node for node in graph.nodes if node.layer.collected), None)
-    if collected is not None and (job.parallel.strategy == "average" or job.train.reproducible):
-        what = "train.reproducible = true" if job.train.reproducible else 'parallel.strategy = "average"'
+    if collected is not None and (job.parallel.strategy != "allreduce" or job.train.reproducible):
+        what = (
+            "train.reproducible = true" if job.train.reproducible else f'parallel.strategy = "{job.parallel.strategy}"'
+        )
         raise JobError(
             f"{what}: {collected.name} sums over all replicas in the middle of a step; leave out sync = true"
         )
@@ -167,7 +232,7 @@ def check_same_run(path: Path, found: Checkpoint, start: Start) -> None:
             f"{found.info['data']}); set data.train to those data, or start a new run"
         )
     for key in KEPT if found.step else ():
-        if found.info[key] != info[key]:
+        if found.info.get(key, info[key]) != info[key]:
             raise JobError(
                 f"{key} = {info[key]}, but {path} stands in the middle of an epoch with {key} = {found.info[key]}, "
                 "and every sample of an epoch is taken once; change it back"

@@ -6,12 +6,12 @@ walks the plan's instructions over it, the strategy exchanges gradients and upda
 be wrong is found while building.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from time import perf_counter
 
-from dpnn import checkpoint
+from dpnn import asynchronous, checkpoint
 from dpnn.balance import deal, speeds
 from dpnn.checkpoint import Checkpoint
 from dpnn.cluster.signals import StopRequest
@@ -22,7 +22,7 @@ from dpnn.comm.node import Node
 from dpnn.comm.reduce import BucketReducer, measured_bucket
 from dpnn.comm.world import World
 from dpnn.data import Loader, Sampler, check_shards
-from dpnn.errors import DpnnError, NotFiniteError, Stopped
+from dpnn.errors import NotFiniteError, Stopped
 from dpnn.evaluate import Evaluator, Model
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
@@ -36,23 +36,31 @@ STRATEGIES: dict[str, type[Allreduce] | type[Average]] = {"allreduce": Allreduce
 
 
 def train(
-    world: World, request: StopRequest, job_path: str | None, overrides: Sequence[str], resume: str | None
+    world: World,
+    request: StopRequest,
+    job_path: str | None,
+    overrides: Sequence[str],
+    resume: str | None,
+    replay: str | None,
 ) -> int:
     """Train the network of a job file on all ranks of `world`; the exit code.
 
     `request`: of this rank, to stop. `resume`: None starts a new run; a run folder goes on from its newest checkpoint,
-    "" the job's newest run.
+    "" the job's newest run. `replay`: the folder of a recorded run, to be repeated.
     """
     found: Checkpoint | None = None
 
     def first() -> Start:
         nonlocal found
-        start, found = prepare(job_path, overrides, resume, world.size)
+        start, found = prepare(job_path, overrides, resume, replay, world.size)
+        RunFolder(start.folder).tell_launcher()
         return start
 
     start = world.first(first)
     world.claim = RunFolder(start.folder).claim
     world.timeout_s = start.job.parallel.timeout_s
+    if start.job.parallel.strategy == "downpour":
+        return asynchronous.run(world, request, start, found)
     training = Training(world, start, found)
     found = None  # its memory isn't needed any more
     try:
@@ -79,7 +87,7 @@ class Training:
         sampler.check(mesh.replicas)
         for folder, manifest in ((options.train, start.train), (options.test, start.test)):
             if manifest:
-                world.agree(checked(partial(check_shards, folder, manifest, mesh.replica, mesh.replicas)))
+                world.check(partial(check_shards, folder, manifest, mesh.replica, mesh.replicas))
 
         # Where the run stands: `at` counts steps of today's size from the first epoch on, until `end`.
         self.epoch, self.step, self.steps = start.epoch, start.step, start.steps
@@ -136,7 +144,7 @@ class Training:
         if held_out and start.test:
             mean, std = start.train.mean, start.train.std
             evaluation = model.executor(held_out)
-            self.evaluator = Evaluator(mesh, evaluation, job.data.test, start.test, mean, std, limit_s)
+            self.evaluator = Evaluator(mesh.data, evaluation, job.data.test, start.test, mean, std, limit_s)
 
         # What the run tells.
         self.journal = Journal(self.folder, self.total_steps, first=world.rank == 0)
@@ -276,12 +284,3 @@ class Training:
             if self.at >= self.end:
                 left = f"all {self.total_steps} steps are taken; set train.epochs or train.steps higher to go on"
             self.journal.event("resumed", left, step=self.steps)
-
-
-def checked(check: Callable[[], object]) -> DpnnError | None:
-    """The error that a check ends in, for the ranks to agree on."""
-    try:
-        check()
-    except DpnnError as error:
-        return error
-    return None

@@ -1,8 +1,15 @@
 /* Stochastic gradient descent over flat arrays, as dpnn/optim.py says, in one pass: with g = scale g + decay p
  *     momentum:  m = momentum m + g;  p -= rate m   (Nesterov: p -= rate (g + momentum m));   else p -= rate g
- * Bound by memory: 20 bytes a number with momentum, 12 without.
+ *     Adagrad:   s = s + g^2;         p -= rate g / (sqrt(s) + epsilon)
+ * Bound by memory: 20 bytes a number with momentum or squares, 12 without.
  */
 #include "cpu.h"
+
+static inline vec root(vec v) {
+    vec r;
+    for (int i = 0; i < LANES; i++) r[i] = sqrtf(v[i]);
+    return r;
+}
 
 KERNEL void dpnn_descend(int64_t n, float *p, const float *g, float *m, float rate, float scale, float decay, float momentum,
                          int64_t nesterov) {
@@ -19,5 +26,16 @@ KERNEL void dpnn_descend(int64_t n, float *p, const float *g, float *m, float ra
                 step = velocity;
         }
         store_some(p + i, old - rate * step, left);
+    }
+}
+
+KERNEL void dpnn_adagrad(int64_t n, float *p, const float *g, float *s, float rate, float scale, float decay, float epsilon) {
+#pragma omp parallel for schedule(static) if (n > WORTH)
+    for (long i = 0; i < n; i += LANES) {
+        long left = n - i;
+        vec old = load_some(p + i, left), step = scale * load_some(g + i, left) + decay * old;
+        vec squares = load_some(s + i, left) + step * step;
+        store_some(s + i, squares, left);
+        store_some(p + i, old - rate * (step / (root(squares) + epsilon)), left);
     }
 }

@@ -91,6 +91,11 @@ def test_a_pair_is_changed_by_setting_the_other_to_0():
     assert (job.train.epochs, job.train.steps) == (0, 10)
 
 
+def test_adagrad_needs_no_key_of_its_own():
+    optimizer = config.parse(SMALLEST, ["optimizer.name=adagrad"]).optimizer
+    assert optimizer == config.Optimizer(name="adagrad", lr=1.0)
+
+
 WRONG = {
     # wrong types
     "train.epochs=ten": 'train.epochs = "ten": a whole number of 1 or more is wanted',
@@ -124,11 +129,12 @@ WRONG = {
     "output.keep=0": "output.keep = 0: a whole number of 1 or more",
     "schedule.warmup_epochs=-1": "schedule.warmup_epochs = -1: a number of 0 or more",
     # choices
-    "optimizer.name=momentun": '"sgd" or "momentum" is wanted; did you mean "momentum"?',
+    "optimizer.name=momentun": '"sgd", "momentum" or "adagrad" is wanted; did you mean "momentum"?',
     "data.augment=flip": 'data.augment = "flip": "none" or "crop-flip" is wanted; did you mean "crop-flip"?',
     "parallel.strategy=downpour": 'parallel.strategy = "downpour": "allreduce" or "average" is wanted',
     "backend.precision=float16": 'backend.precision = "float16": "float32", "bfloat16" or "float64" is wanted',
     # keys that don't go together
+    "optimizer={name='adagrad',lr=1,momentum=0.5}": 'optimizer.momentum = 0.5: it needs optimizer.name = "momentum"',
     "schedule.milestones=[1]": 'schedule.milestones = [1.0]: it needs schedule.name = "step"',
     "schedule.power=3": 'schedule.power = 3.0: it needs schedule.name = "poly"',
     "train.grains=4": "train.grains = 4: it needs train.reproducible = true",

@@ -17,7 +17,7 @@ FLOORS = {
             ("nn", "backends", "comm", "data"),
             ("models", "plan", "optim"),
             ("strategies", "checkpoint", "observe"),
-            ("train", "prepare", "balance", "evaluate", "onnx", "cluster"),
+            ("train", "asynchronous", "prepare", "balance", "evaluate", "onnx", "cluster"),
             ("cli",),
             ("__init__", "__main__"),
         ]
@@ -26,8 +26,12 @@ FLOORS = {
 }
 BESIDE = {
     ("backends", "nn"),
+    ("asynchronous", "cluster"),
+    ("asynchronous", "evaluate"),
+    ("asynchronous", "prepare"),
     ("balance", "evaluate"),
     ("prepare", "evaluate"),
+    ("train", "asynchronous"),
     ("train", "prepare"),
     ("train", "evaluate"),
     ("train", "balance"),

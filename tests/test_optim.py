@@ -2,6 +2,7 @@
 
 import math
 import tracemalloc
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dpnn import config, optim
-from dpnn.optim import Optimizer, Segment, merge, schedule
+from dpnn.native import Kernels
+from dpnn.optim import STATES, Optimizer, Segment, cut, merge, schedule
 from dpnn.team import Team
 
 Array = NDArray[Any]
@@ -32,24 +34,42 @@ KINDS = {
     "decay": config.Optimizer(name="sgd", lr=0.1, weight_decay=0.01),
     "momentum": config.Optimizer(name="momentum", lr=0.1, weight_decay=0.01),
     "nesterov": config.Optimizer(name="momentum", lr=0.1, momentum=0.8, nesterov=True, weight_decay=0.01),
+    "adagrad": config.Optimizer(name="adagrad", lr=0.1, weight_decay=0.01),
 }
+LIMITS = {"SSE41": "baseline", "AVX2": "avx2", "": "avx512"}
+"""By the limit for oneDNN: the kernels that it leaves."""
+
+
+@pytest.fixture
+def kernels(request, monkeypatch) -> Kernels | None:
+    """The variant that a limit leaves; None for "numpy"."""
+    if request.param == "numpy":
+        return None
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", request.param)
+    found = Kernels(2)
+    if found.level != LIMITS[request.param]:
+        pytest.skip(f"this processor has nothing above {found.level}")
+    return found
 
 
 def numbers(seed: int, dtype: str = "float32", n: int = N) -> Array:
     return np.random.default_rng(seed).standard_normal(n).astype(dtype)
 
 
-def expected(options: config.Optimizer, p: Array, m: Array, g: Array, rate: float, scale: float) -> tuple[Array, Array]:
-    """One step by the formulas, in float64."""
+def expected(options: config.Optimizer, p: Array, kept: Array, g: Array, rate: float, scale: float) -> list[Array]:
+    """One step by the formulas, in float64: parameters, and what is kept (momentum or squares)."""
     decay, statistic = np.zeros(N), np.zeros(N)
     for segment in SEGMENTS:
         decay[segment.lo : segment.hi] = options.weight_decay * segment.decay
         statistic[segment.lo : segment.hi] = segment.statistic
     v = scale * g + decay * p
     if options.name == "momentum":
-        m = np.where(statistic > 0, 0, options.momentum * m + v)
-        v = v + options.momentum * m if options.nesterov else m
-    return np.where(statistic > 0, (1 - statistic) * p + statistic * g, p - rate * v), m
+        kept = np.where(statistic > 0, 0, options.momentum * kept + v)
+        v = v + options.momentum * kept if options.nesterov else kept
+    if options.name == "adagrad":
+        kept = np.where(statistic > 0, 0, kept + v * v)
+        v = v / (np.sqrt(kept) + 1e-10)
+    return [np.where(statistic > 0, (1 - statistic) * p + statistic * g, p - rate * v), kept]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,15 +79,31 @@ def test_three_steps_follow_the_formulas(kind: str, scale: float):
     params = numbers(0, "float64")
     grads = np.empty_like(params)
     optimizer = Optimizer(options, SEGMENTS, params, grads, Team(2))
-    p, m = params.copy(), np.zeros(N)
+    p, kept = params.copy(), np.zeros(N)
     for step in range(3):
         grads[:] = numbers(step + 1, "float64")
         optimizer.apply(0, N, 0.1 / (step + 1), scale)
-        p, m = expected(options, p, m, grads, 0.1 / (step + 1), scale)
+        p, kept = expected(options, p, kept, grads, 0.1 / (step + 1), scale)
     np.testing.assert_allclose(params, p, rtol=1e-12, atol=1e-14)
-    assert set(optimizer.state) == ({"momentum"} if options.name == "momentum" else set())
+    assert tuple(optimizer.state) == STATES[options.name]
     for state in optimizer.state.values():
-        np.testing.assert_allclose(state, m, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(state, kept, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kernels", LIMITS, indirect=True)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_kernels_follow_the_formulas_to_rounding(kernels: Kernels, kind: str, scale: float):
+    params, grads = numbers(0), numbers(1)
+    optimizer = Optimizer(KINDS[kind], SEGMENTS, params, grads, Team(2), kernels)
+    p, kept = params.astype(np.float64), np.zeros(N)
+    for step in range(3):
+        grads[:] = numbers(step + 1)
+        optimizer.apply(0, N, 0.1 / (step + 1), scale)
+        p, kept = expected(KINDS[kind], p, kept, grads.astype(np.float64), 0.1 / (step + 1), scale)
+    np.testing.assert_allclose(params, p, rtol=1e-6, atol=1e-6)
+    for state in optimizer.state.values():
+        np.testing.assert_allclose(state, kept, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,17 +113,14 @@ def test_updates_equal_those_of_pytorch(kind: str):
     params, grads = numbers(0, "float64"), np.empty(N)
     optimizer = Optimizer(options, [Segment(0, N, True, 0.0)], params, grads, Team(2))
     theirs = torch.nn.Parameter(torch.from_numpy(params.copy()))
-    sgd = torch.optim.SGD(
-        [theirs],
-        lr=options.lr,
-        momentum=options.momentum if options.name == "momentum" else 0.0,
-        nesterov=options.nesterov,
-        weight_decay=options.weight_decay,
-    )
+    how: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay}
+    if options.name == "momentum":
+        how |= {"momentum": options.momentum, "nesterov": options.nesterov}
+    peer = (torch.optim.Adagrad if options.name == "adagrad" else torch.optim.SGD)([theirs], **how)
     for step in range(4):
         grads[:] = numbers(step + 1, "float64")
         theirs.grad = torch.from_numpy(grads.copy())
-        sgd.step()
+        peer.step()
         optimizer.apply(0, N, options.lr)
     np.testing.assert_allclose(params, theirs.detach().numpy(), rtol=1e-12, atol=1e-14)
 
@@ -107,9 +140,52 @@ def test_any_split_gives_the_same_bits(cuts: list[int], kind: str, reverse: bool
     assert steps(bounds[::-1] if reverse else bounds) == steps([(0, N)])
 
 
-def test_gradients_are_left_as_they_are():
+@pytest.mark.parametrize("kernels", [*LIMITS, "numpy"], indirect=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_servers_that_hold_slices_get_the_bits_of_the_whole(kernels: Kernels | None, kind: str):
+    bounds = [0, 1, 33_333, 70_050, 70_050, 70_101, 250_000, 299_300, 299_701, N]
+    dtype = "float32" if kernels else "float64"
+
+    def steps(lo: int, hi: int, segments: Iterable[Segment]) -> list[Array]:
+        params, grads = numbers(0, dtype)[lo:hi].copy(), np.empty(hi - lo, dtype)
+        optimizer = Optimizer(KINDS[kind], segments, params, grads, Team(2), kernels)
+        for step in range(2):
+            grads[:] = numbers(step + 1, dtype)[lo:hi]
+            optimizer.apply(0, hi - lo, 0.1 / (step + 1), 0.7)
+        return [params, *optimizer.state.values()]
+
+    slices = [steps(lo, hi, cut(SEGMENTS, lo, hi)) for lo, hi in pairwise(bounds)]
+    for whole, *parts in zip(steps(0, N, SEGMENTS), *slices, strict=True):
+        assert np.concatenate(parts).tobytes() == whole.tobytes()
+
+
+def test_a_cut_counts_from_its_own_start():
+    assert cut(SEGMENTS, 70_100, 299_100) == (
+        Segment(0, 1, False, 0.0),
+        Segment(1, 129_900, True, 0.0),
+        Segment(129_900, 228_900, False, 0.0),
+        Segment(228_900, 229_000, False, 0.1),
+    )
+    assert cut(SEGMENTS, 0, N) == SEGMENTS
+    assert cut(SEGMENTS, 70_001, 70_101) == (Segment(0, 100, False, 0.0),)
+    assert cut(SEGMENTS, 100, 100) == cut(SEGMENTS, N, N) == cut([], 0, 0) == ()
+
+
+@pytest.mark.parametrize("kernels", [*LIMITS, "numpy"], indirect=True)
+def test_adagrad_leaves_a_number_without_gradients_where_it_is(kernels: Kernels | None):
+    params, grads = numbers(0), numbers(1)
+    grads[::3] = 0
+    options = config.Optimizer(name="adagrad", lr=0.1)
+    optimizer = Optimizer(options, [Segment(0, N, True, 0.0)], params, grads, Team(2), kernels)
+    optimizer.apply(0, N, 0.1)
+    np.testing.assert_array_equal(params[::3], numbers(0)[::3])
+    np.testing.assert_allclose(abs(params - numbers(0))[1::3], 0.1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["nesterov", "adagrad"])
+def test_gradients_are_left_as_they_are(kind: str):
     grads = numbers(1)
-    optimizer = Optimizer(KINDS["nesterov"], SEGMENTS, numbers(0), grads, Team(2))
+    optimizer = Optimizer(KINDS[kind], SEGMENTS, numbers(0), grads, Team(2))
     optimizer.apply(0, N, 0.1, 0.5)
     optimizer.sum_of_squares(0, N)
     assert np.array_equal(grads, numbers(1))

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -31,6 +31,8 @@ _KILL_AFTER_S = 5.0
 _MARK = "DPNN_LAUNCH"
 """The environment variable that all processes of one launch are known by, whatever session they put themselves in."""
 _PR_SET_PDEATHSIG = 1
+RUN = "DPNN_RUN"
+"""The environment variable that names a file of the launcher, for the job to tell in which folder it runs."""
 
 
 def command(n: int, args: Sequence[str], program: Sequence[str] = _DPNN) -> list[str]:
@@ -48,19 +50,27 @@ def command(n: int, args: Sequence[str], program: Sequence[str] = _DPNN) -> list
     return [mpirun, *_options(mpirun), "-n", str(n), sys.executable, *program, *args]
 
 
-def launch(n: int, args: Sequence[str], program: Sequence[str] = _DPNN) -> int:
+def launch(
+    n: int,
+    args: Sequence[str],
+    program: Sequence[str] = _DPNN,
+    settle: Callable[[bytes, int], int] = lambda told, code: code,
+) -> int:
     """Print the line of `command`, run it, and return its exit code. Main thread only, since it handles signals.
 
     The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 reaches the ranks as SIGUSR1, which asks them to stop at the next
     step; the second kills the job. When this returns, no process of the job is left on this machine.
+
+    mpirun's code isn't always the job's: fault tolerant, it is 0 after a kill. Where the job has told something in the
+    file that DPNN_RUN names, the exit code is what `settle` makes of that and of mpirun's code.
     """
     line = command(n, args, program)
     print(shlex.join(line), flush=True)
     with tempfile.TemporaryDirectory(prefix="dpnn-", ignore_cleanup_errors=True) as folder:
-        return _run(line, folder)
+        return _run(line, folder, settle)
 
 
-def _run(line: list[str], folder: str) -> int:
+def _run(line: list[str], folder: str, settle: Callable[[bytes, int], int]) -> int:
     """Run mpirun, with `folder` for its own files, until it and all its ranks have ended."""
     mark = secrets.token_hex(8)
     mpirun: subprocess.Popen[bytes] | None = None
@@ -92,11 +102,20 @@ def _run(line: list[str], folder: str) -> int:
         sweep(_MARK, mark)  # before its number is free for another process
         passing.join(_KILL_AFTER_S)
         code = mpirun.wait()
+        code = code if code >= 0 else 128 - code
+        told = _told(folder)
+        return settle(told, code) if told else code  # here, where one more Ctrl-C does no harm
     finally:
         sweep(_MARK, mark)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return code if code >= 0 else 128 - code
+
+
+def _told(folder: str) -> bytes:
+    try:
+        return Path(folder, RUN).read_bytes()
+    except OSError:  # a job without a folder, or on another node
+        return b""
 
 
 def session_folder(folder: str) -> dict[str, str]:
@@ -145,7 +164,7 @@ def _options(mpirun: str) -> list[str]:
 
 
 def _spawn(line: list[str], mark: str, folder: str) -> "subprocess.Popen[bytes]":
-    environ = {**os.environ, _MARK: mark, **session_folder(folder)}
+    environ = {**os.environ, _MARK: mark, RUN: str(Path(folder, RUN)), **session_folder(folder)}
     environ.pop("DPNN_TERMINAL", None)
     if sys.stdout.isatty():
         # The ranks can't tell: to them stdout is a pipe, or a terminal that Open MPI made up.
@@ -175,8 +194,9 @@ def _kill_late(mark: str) -> None:
 def _pass_on(stream: IO[bytes]) -> None:
     """Copy mpirun's stderr to ours, without its notes. Reads on where ours is closed: the ranks must not block."""
     notes = Notes()
-    while data := os.read(stream.fileno(), 1 << 16):
-        _write(notes.feed(data))
+    with stream:
+        while data := os.read(stream.fileno(), 1 << 16):
+            _write(notes.feed(data))
     _write(notes.rest())
 
 

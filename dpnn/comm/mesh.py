@@ -1,8 +1,9 @@
-"""The mesh: the world split once into replicas of the network, and each replica into its parts."""
+"""The mesh: the world split once into servers and replicas of the network, and each replica into its parts."""
 
 from typing import TYPE_CHECKING
 
 from dpnn.comm.faults import deadline
+from dpnn.comm.ranks import Ranks
 from dpnn.comm.world import World
 from dpnn.errors import JobError
 
@@ -21,25 +22,37 @@ class Mesh:
     `node` joins the ranks of `data` that share this one's memory; `smallest_node` and `largest_node` are their numbers
     on any node. `across` joins those that have the same rank in `node`, on all nodes; a null communicator where not
     every node has so many. `nodes` are the replicas of this part, node by node in the order of `across`.
-    `limit_s`: how long to wait for another rank.
+    The last `servers` ranks of the world are servers of parameters: `server` is such a rank's number, None on all
+    others, and it has neither replica, nor part, nor any of these communicators. `crew` are all ranks of this one's
+    kind: those that train, or the servers.
     """
 
-    def __init__(self, world: World, parts: int = 1) -> None:
-        """Collective. JobError where `parts` doesn't divide the number of ranks."""
-        if not 1 <= parts <= world.size or world.size % parts:
-            fits = [n for n in range(1, world.size + 1) if world.size % n == 0]
+    def __init__(self, world: World, parts: int = 1, servers: int = 0) -> None:
+        """Collective. JobError where `parts` doesn't divide the number of workers, or there are none."""
+        workers = world.size - servers
+        if workers < 1:
             raise JobError(
-                f"{world.size} ranks can't be divided into replicas of {parts} parts; "
+                f"parallel.servers = {servers} of {world.size} ranks: at least one has to be left to train; "
+                "start more ranks, or set fewer servers"
+            )
+        if not 1 <= parts <= workers or workers % parts:
+            fits = [n for n in range(1, workers + 1) if workers % n == 0]
+            raise JobError(
+                f"{workers} ranks can't be divided into replicas of {parts} parts; "
                 f"use parts = {', '.join(map(str, fits))}, or a number of ranks that {parts} divides"
             )
-        self.parts = parts
-        self.replicas = world.size // parts
+        self.parts, self.servers = parts, servers
+        self.replicas = workers // parts
         self.replica, self.part = divmod(world.rank, parts)
+        self.server = world.rank - workers if world.rank >= workers else None
         from mpi4py import MPI
 
         with deadline(world.timeout_s, "splitting the world into replicas and parts", world.fail):
-            self.data: Comm = world.comm.Split(self.part, self.replica)
-            self.model: Comm = world.comm.Split(self.replica, self.part)
+            self.crew = Ranks(world.comm.Split(self.server is not None, world.rank), world.timeout_s)
+            if self.server is not None:
+                return
+            self.data: Comm = self.crew.comm.Split(self.part, self.replica)
+            self.model: Comm = self.crew.comm.Split(self.replica, self.part)
             self.node: Comm = self.data.Split_type(MPI.COMM_TYPE_SHARED, self.replica)
             self.smallest_node = self.data.allreduce(self.node.size, MPI.MIN)
             self.largest_node = self.data.allreduce(self.node.size, MPI.MAX)

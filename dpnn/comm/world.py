@@ -2,7 +2,6 @@
 
 import atexit
 import os
-import pickle
 import sys
 import tempfile
 import threading
@@ -12,18 +11,15 @@ from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from fractions import Fraction
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, NoReturn, Self
 
 from dpnn.comm import library
-from dpnn.comm.faults import deadline, exit_code, message, tell, wait
+from dpnn.comm.faults import deadline, exit_code, message, tell
+from dpnn.comm.ranks import Ranks
 from dpnn.errors import DpnnError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-T = TypeVar("T")
 
 _PATIENCE_S = 5.0
 """How long a rank that is to be ended by another waits before it ends itself."""
@@ -51,13 +47,13 @@ def run(command: Callable[["World"], int], timeout_s: float = 300.0) -> int:
         return command(world)
 
 
-class World:
+class World(Ranks):
     """A communicator of all ranks, and the ways of ending on all of them.
 
     `comm` is a duplicate of the one it is made of, `rank` and `size` are its; `node` joins the ranks that share this
-    one's memory; `timeout_s` is how long a rank waits for another, and may be changed. `claim(message, code)` decides
-    which rank may say why the job ends, where ranks fail on their own, and may keep a record of it: to begin with, one
-    of each node; a job with a folder that all nodes see replaces it by one that is exact over nodes.
+    one's memory. `claim(message, code)` decides which rank may say why the job ends, where ranks fail on their own, and
+    may keep a record of it: to begin with, one of each node; a job with a folder that all nodes see replaces it by one
+    that is exact over nodes.
 
     As a context manager it ends the job on all ranks when the block raises, and else waits until all have left it.
     """
@@ -66,16 +62,15 @@ class World:
         """Collective over `comm`, which has all ranks of the job."""
         from mpi4py import MPI
 
-        self.rank, self.size, self.timeout_s = comm.rank, comm.size, timeout_s
+        super().__init__(comm, timeout_s)
         self.claim: Callable[[str, int], bool] = self._first_of_node
         self._claims = -1
         self._failing = threading.Lock()
-        self._agreed: DpnnError | None = None
         self._closed = False
         self._hooks = sys.excepthook, threading.excepthook
         try:
             with deadline(timeout_s, f"meeting the other {self.size - 1} ranks", self.fail):
-                self.comm: MPI.Comm = comm.Dup()
+                self.comm = comm.Dup()
                 self.node: MPI.Comm = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
                 self._claims = self._open_claims()
                 self._threads = share_of_cores(self.node.allgather(os.sched_getaffinity(0)), self.node.rank)
@@ -88,33 +83,6 @@ class World:
         """This rank's share of its node's cores, at least 1: a core that k ranks may run on counts as 1/k."""
         return self._threads
 
-    def first(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, on every rank (pickled: for set-up only). Collective.
-
-        Where `make` raises a DpnnError, every rank raises it.
-        """
-        value: T | None = None
-        refused: DpnnError | None = None
-        if self.rank == 0:
-            try:
-                value = make()
-            except DpnnError as error:
-                refused = error
-        value, refused = self._broadcast((value, refused), 0, self.timeout_s)
-        if refused is not None:
-            self._raise_agreed(refused)
-        return value
-
-    def agree(self, error: DpnnError | None) -> None:
-        """Raise the error of the lowest rank that brings one, on every rank. Collective."""
-        from mpi4py import MPI
-
-        lowest = np.array([self.size if error is None else self.rank])
-        self._wait(self.comm.Iallreduce(MPI.IN_PLACE, lowest, MPI.MIN), self.timeout_s)
-        if lowest[0] < self.size:
-            told: DpnnError = self._broadcast(error, int(lowest[0]), self.timeout_s)
-            self._raise_agreed(told if self.size == 1 else type(told)(f"rank {lowest[0]}: {told}"))
-
     def fail(self, error: BaseException) -> NoReturn:
         """End the job on all ranks, with one message and the error's exit code. Any thread may call it.
 
@@ -125,7 +93,7 @@ class World:
         try:
             if not self._failing.acquire(blocking=False):
                 time.sleep(2 * _PATIENCE_S)  # another thread of this rank is at it
-            agreed = error is self._agreed
+            agreed = isinstance(error, DpnnError) and error.agreed
             text = message(error, None if agreed or self.size == 1 else self.rank)
             mine = self.rank == 0 or not agreed
             if mine and (self._claim(text, code) or agreed):
@@ -147,7 +115,7 @@ class World:
     def close(self) -> None:
         """Wait until every rank is here, so that none leaves while another still counts on it. Twice is harmless."""
         if not self._closed:
-            self._wait(self.comm.Ibarrier(), self.timeout_s)
+            self._wait(self.comm.Ibarrier())
             self._closed = True
             sys.excepthook, threading.excepthook = self._hooks
             atexit.unregister(self._leave)
@@ -216,22 +184,6 @@ class World:
             last.daemon = True
             last.start()
             MPI.COMM_WORLD.Abort(code)
-
-    def _raise_agreed(self, error: DpnnError) -> NoReturn:
-        self._agreed = error
-        raise error
-
-    def _broadcast(self, value: Any, root: int, limit_s: float) -> Any:
-        """`value` of rank `root`, on every rank: the length of its pickle, then the pickle, neither blocking."""
-        pickled = bytearray(pickle.dumps(value) if self.rank == root else b"")
-        length = np.array([len(pickled)])
-        self._wait(self.comm.Ibcast(length, root), limit_s)
-        pickled = pickled or bytearray(int(length[0]))
-        self._wait(self.comm.Ibcast(pickled, root), limit_s)
-        return value if self.rank == root else pickle.loads(pickled)
-
-    def _wait(self, request: "MPI.Request", limit_s: float) -> None:
-        wait(request.Test, f"the other {self.size - 1} ranks", limit_s)
 
 
 def share_of_cores(cores: Sequence[AbstractSet[int]], rank: int) -> int:

@@ -1,20 +1,24 @@
 """Data: shards on disk, the order in which an epoch goes through them, and the threads that read ahead.
 
 `manifest.py` says what a folder holds, `shards.py` writes and checks one file, `reader.py` reads blocks, `sampler.py`
-is the order of samples, `loader.py` brings batches, `augment.py` varies them, `pack/` writes folders of shards.
+is the order of samples, `runs.py` says which of its steps are read, `loader.py` brings batches, `augment.py` varies
+them, `pack/` writes folders of shards.
 """
 
 from dpnn.data.augment import AUGMENTATIONS
 from dpnn.data.loader import Batch, Loader
 from dpnn.data.manifest import Manifest
 from dpnn.data.reader import ShardReader, check_shards
+from dpnn.data.runs import Leases, Run
 from dpnn.data.sampler import Sampler, default_grains, default_lanes
 
 __all__ = [
     "AUGMENTATIONS",
     "Batch",
+    "Leases",
     "Loader",
     "Manifest",
+    "Run",
     "Sampler",
     "ShardReader",
     "check_shards",

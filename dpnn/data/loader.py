@@ -1,6 +1,6 @@
 """Batches, read ahead by two threads: one reads windows of blocks, one makes batches of them.
 
-    reading thread    shards -> window (two pools in turn)            waits for a pool
+    reading thread    shards -> window (two pools in turn)            waits for a run of steps, then for a pool
     making thread     window -> gather, augment, normalise -> batch   waits for a window, then for one of 3 buffers
     the caller        next() -> batch -> release()                    waits for a batch
 
@@ -9,8 +9,9 @@ loader calls MPI.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -23,6 +24,7 @@ from dpnn.data.augment import AUGMENTATIONS
 from dpnn.data.labels import Labels, Lists
 from dpnn.data.manifest import Manifest
 from dpnn.data.reader import ShardReader
+from dpnn.data.runs import Leases, Run, epochs
 from dpnn.data.sampler import Sampler, Window
 from dpnn.errors import DataError, JobError
 
@@ -51,6 +53,8 @@ class Batch(NamedTuple):
     step: int
     buffer: int | None
     """The loader's buffer that is free once this batch is released; None: another batch still lies in it."""
+    lanes: range = range(0)
+    """Where the samples come from; empty: not from a sampler's lanes."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +69,16 @@ class _Loaded:
     ids: Array
     choices: Array
     """What the augmentation does to them."""
-    epoch: int
+    run: Run
     steps: range
+    """Those of the run that lie in the window."""
 
 
 class Loader:
     """Brings this replica's batches, epoch after epoch, from step `start` to step `last` (inclusive; None: for ever).
 
+    `runs`: in place of those, what to read, from a source that may still grow (`Leases`; `close` closes it). Each is of
+    as many lanes as the replica owns: for single lanes, any of them, the loader is replica 0 of `sampler.lanes`.
     `mean` and `std`: for each channel (the last dimension as stored); by default those of `manifest`, for evaluation
     those of the training data. `window_mb`: where a window would take more, single samples are read instead: slower,
     and without their CRC, in the same order. DataError for data it can't load, JobError for an impossible augmentation.
@@ -92,6 +99,7 @@ class Loader:
         window_mb: float = 2048,
         start: tuple[int, int] = (0, 0),
         last: tuple[int, int] | None = None,
+        runs: Iterable[Run] | None = None,
         limit_s: float | None = None,
     ) -> None:
         if manifest.kind != "raw":
@@ -103,8 +111,10 @@ class Loader:
         if augment not in AUGMENTATIONS:
             raise JobError(f"data.augment = {augment!r} is none of {', '.join(AUGMENTATIONS)}")
         self.sampler, self._manifest, self._lanes = sampler, manifest, sampler.owned(replica, replicas)
-        self._start = start if start[1] < sampler.steps else (start[0] + 1, 0)
-        self._last = last or (math.inf, 0)
+        if runs is None:
+            start = start if start[1] < sampler.steps else (start[0] + 1, 0)
+            runs = epochs(self._lanes, sampler.steps, start, last or (math.inf, 0))
+        self._runs = runs
         self._folder, self._limit_s = folder, limit_s
         rows = sampler.max_rows(replicas)
         stored = np.dtype(manifest.dtype)
@@ -175,6 +185,8 @@ class Loader:
     def close(self) -> None:
         """End both threads, whatever they wait for, and close all files."""
         self._closing = True
+        if isinstance(self._runs, Leases):
+            self._runs.close()
         self._free_pools.put(None)
         self._windows.put(None)
         self._free_buffers.put(None)
@@ -219,23 +231,19 @@ class Loader:
             self._windows.put(RuntimeError("the loader has given its last batch"))
 
     def _read_windows(self) -> Iterator[_Loaded]:
-        sampler = self.sampler
-        number, step = self._start
-        while (number, step) <= self._last:
-            epoch = sampler.epoch(number)
-            for window in range(step // sampler.steps_per_window, sampler.windows):
-                begin = window * sampler.steps_per_window
-                end = sampler.steps if number < self._last[0] else min(sampler.steps, self._last[1] + 1)
-                steps = range(max(step, begin), min(begin + sampler.steps_per_window, end))
-                if not steps:
-                    return
+        width = self.sampler.steps_per_window
+        epoch = lru_cache(maxsize=2)(self.sampler.epoch)  # leased runs of two epochs alternate where one ends
+        for run in self._runs:
+            if len(run.lanes) != len(self._lanes):
+                raise ValueError(f"{run} for a loader of {len(self._lanes)} lanes at a time; give it as many")
+            for number in range(run.first // width, run.last // width + 1):
+                steps = range(max(run.first, number * width), min(run.last + 1, (number + 1) * width))
                 pool = self._free_pools.get()
                 if pool is None or self._closing:
                     return
-                yield self._read_window(epoch.window(window, self._lanes), pool, number, steps)
-            number, step = number + 1, 0
+                yield self._read_window(epoch(run.epoch).window(number, run.lanes), pool, run, steps)
 
-    def _read_window(self, window: Window, pool: int, epoch: int, steps: range) -> _Loaded:
+    def _read_window(self, window: Window, pool: int, run: Run, steps: range) -> _Loaded:
         samples = self._pools[pool]
         parts: list[Any] = []
         ids = np.empty(window.slots[-1], np.uint64)
@@ -249,7 +257,7 @@ class Loader:
             if samples is not None:
                 self._read_run(shard, first, samples[lo:hi])
         labels: Labels = Lists.join([_NO_LISTS, *parts]) if self._multi else np.concatenate([_NO_LABELS, *parts])
-        return _Loaded(window, pool, samples, labels, ids, self._augment.draw(ids, epoch), epoch, steps)
+        return _Loaded(window, pool, samples, labels, ids, self._augment.draw(ids, run.epoch), run, steps)
 
     def _read_run(self, shard: int, first: int, out: Array) -> None:
         """Some whole blocks of a shard, piece by piece."""
@@ -302,9 +310,10 @@ class Loader:
         images = self._augment.apply(staged, loaded.choices[slots])
         np.subtract(images.transpose(0, 3, 1, 2) if self._channels_first else images, self._mean, out=x)
         np.divide(x, self._std, out=x)
+        epoch, lanes, *_ = loaded.run
         for step, lo, hi in zip(steps, cuts[:-1], cuts[1:], strict=True):
             frees = buffer if step == steps[-1] else None
-            yield Batch(x[lo:hi], labels[lo:hi], ids[lo:hi], hi - lo, loaded.epoch, step, frees)
+            yield Batch(x[lo:hi], labels[lo:hi], ids[lo:hi], hi - lo, epoch, step, frees, lanes)
 
     def _read_samples(self, window: Window, slots: Array, out: Array) -> None:
         """Samples that don't fit into a pool, one by one."""

@@ -145,6 +145,10 @@ class Sampler:
         self._dealt = list(cuts)
         self._micro.clear()
 
+    def lane_steps(self, lane: int) -> int:
+        """Steps of an epoch that a lane gives samples to: all, or, where it is one of the shorter lanes, one less."""
+        return -(-int(self.cuts[lane + 1] - self.cuts[lane]) // self.share)
+
     def total(self, step: int) -> int:
         """Samples of a step on all replicas together."""
         return min(self.global_batch, self.samples - step * self.global_batch)

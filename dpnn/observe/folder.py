@@ -4,11 +4,13 @@ import itertools
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
+from dpnn.comm import launch
 from dpnn.data.durable import replacing
 from dpnn.errors import JobError
-from dpnn.observe.metrics import Metrics
+from dpnn.observe.metrics import Metrics, last_exit
 
 
 class RunFolder:
@@ -98,6 +100,27 @@ class RunFolder:
             raise JobError(
                 f"{self.job} can't be written ({error.strerror}); make room there, or set output.dir"
             ) from error
+
+    def tell_launcher(self) -> None:
+        """Tell `dpnn launch`, if that started this job, that it runs here from now on. On rank 0, before any can fail.
+
+        With the folder goes the length of its metrics: what stands there already is of earlier parts of the run.
+        """
+        asked = os.environ.get(launch.RUN)
+        if asked:
+            size = self.metrics.stat().st_size if self.metrics.exists() else 0
+            with suppress(OSError), replacing(Path(asked)) as temporary:  # which may be on another node
+                temporary.write_bytes(os.fsencode(f"{size} {self.path.absolute()}"))
+
+    @classmethod
+    def told(cls, text: bytes) -> tuple["RunFolder", int | None]:
+        """The folder that `tell_launcher` told of, and the exit code that the job ended with there.
+
+        That is the one in the last `end` line; None where the job left none.
+        """
+        size, _, path = os.fsdecode(text).partition(" ")
+        folder = cls(Path(path))
+        return folder, last_exit(folder.metrics, int(size))
 
     def claim(self, message: str, code: int) -> bool:
         """Whether this process is the first to report a failure of the run: that one, of all ranks, tells it.

@@ -45,13 +45,13 @@ class Journal:
         self._metrics.write("start", **versions, **values, total_steps=self._total)
         self._say(text)
 
-    def step(self, epoch: int, step: int, loss: float, lr: float, samples: int, took: Took) -> None:
+    def step(self, epoch: int, step: int, loss: float, lr: float, samples: int, took: Took, **values: Any) -> None:
         """A step was taken. `epoch` and `step` count from 1, `step` since the start of the run."""
         if self._progress is None:
             return
         self._metrics.write(
             "step", step=step, epoch=epoch, loss=loss, lr=lr, images_s=samples / took.step,
-            read=took.read, compute=took.compute, wait=took.wait, update=took.update,
+            read=took.read, compute=took.compute, wait=took.wait, update=took.update, **values,
         )  # fmt: skip
         self._progress.step(epoch, step, loss, lr, samples)
 

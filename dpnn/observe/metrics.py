@@ -1,6 +1,7 @@
 """`metrics.jsonl`: what happened in a run, one JSON object a line, each with `kind` (DESIGN, section 7)."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -76,6 +77,25 @@ def read(path: Path) -> list[dict[str, Any]]:
         except msgspec.DecodeError:
             continue
     return lines
+
+
+class _End(msgspec.Struct, tag_field="kind", tag="end"):
+    exit: int
+
+
+def last_exit(path: Path, since: int = 0) -> int | None:
+    """The exit code in the last `end` line behind byte `since` of a file; None where it can't be read, or has none."""
+    code = None
+    try:
+        with path.open("rb") as file:
+            file.seek(since)
+            for line in file:
+                if b'"end"' in line:
+                    with suppress(msgspec.DecodeError, UnicodeDecodeError):  # cut short, or another kind
+                        code = msgspec.json.decode(line, type=_End).exit
+    except OSError:
+        pass
+    return code
 
 
 def _plain(value: Any) -> Any:

@@ -37,20 +37,37 @@ class Piece:
         return self.offset + self.hi - self.lo
 
 
+def lay(nodes: Sequence[Node]) -> tuple[Piece, ...]:
+    """Where the parameters of some nodes lie in flat arrays of theirs; running statistics last."""
+    specs = [(param.name, param.spec) for node in nodes for param in node.params]
+    specs.sort(key=lambda item: item[1].statistic != 0)
+    pieces, offset = [], 0
+    for name, spec in specs:
+        pieces.append(Piece(name, 0, math.prod(spec.shape), offset, spec))
+        offset = pieces[-1].end
+    return tuple(pieces)
+
+
+def clip(pieces: Sequence[Piece], lo: int, hi: int) -> tuple[Piece, ...]:
+    """What lies in the slice [lo, hi) of the flat arrays; offsets count from lo."""
+    clipped = []
+    for piece in pieces:
+        begin, end = max(lo, piece.offset), min(hi, piece.end)
+        if begin < end:
+            first = piece.lo + begin - piece.offset
+            clipped.append(Piece(piece.name, first, first + end - begin, begin - lo, piece.spec))
+    return tuple(clipped)
+
+
 class Store:
     """The flat arrays `params` and `grads` of the parameters of `nodes`, and views of them by name."""
 
     def __init__(self, nodes: Sequence[Node], dtype: np.dtype[Any]) -> None:
-        specs = [(param.name, param.spec) for node in nodes for param in node.params]
-        specs.sort(key=lambda item: item[1].statistic != 0)
-        pieces, offset = [], 0
-        for name, spec in specs:
-            pieces.append(Piece(name, 0, math.prod(spec.shape), offset, spec))
-            offset = pieces[-1].end
-        self.pieces = tuple(pieces)
-        self.params: Array = np.zeros(offset, dtype)
-        self.grads: Array = np.zeros(offset, dtype)
-        self._by_name = {piece.name: piece for piece in pieces}
+        self.pieces = lay(nodes)
+        n = self.pieces[-1].end if self.pieces else 0
+        self.params: Array = np.zeros(n, dtype)
+        self.grads: Array = np.zeros(n, dtype)
+        self._by_name = {piece.name: piece for piece in self.pieces}
 
     def place(self, params: Array, grads: Array) -> None:
         """Keep them in these arrays from now on; before anything is bound to the old ones. Values aren't moved."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dpnn import cli
 from dpnn.comm import launch
 from dpnn.errors import JobError
 
@@ -17,6 +18,19 @@ pytestmark = pytest.mark.mpi
 
 PROGRAMS = Path(__file__).parent / "programs"
 LAUNCHING, ENDING, WORKING = PROGRAMS / "launching.py", PROGRAMS / "ending.py", PROGRAMS / "working.py"
+JOB = """
+import sys
+if "--version" in sys.argv:
+    sys.exit()
+from pathlib import Path
+from dpnn.observe.folder import RunFolder
+from dpnn.observe.metrics import Metrics
+folder = RunFolder(Path("the run"))
+{deeds}
+sys.exit({code})
+"""
+"""An mpirun that is the job itself."""
+START = "folder.tell_launcher(); metrics = Metrics(folder.metrics); metrics.write('start')"
 
 
 @pytest.fixture
@@ -107,6 +121,78 @@ def test_a_killed_rank_is_told_by_mpirun(python):
     ended = python(LAUNCHING, 2, ENDING, "kill", 1000)
     assert ended.returncode != 0
     assert "Killed" in ended.stderr + ended.stdout
+
+
+@pytest.fixture
+def ended(tmp_path, monkeypatch, capfd):
+    """ended(code, *deeds, command=...) -> (the exit code of `dpnn launch`, its stderr).
+
+    mpirun's own code is `code`. Before, it has done the `deeds`, statements on `folder`, in whose metrics stands
+    what an earlier part of the run has left: that it stopped at a checkpoint.
+    """
+    python = sys.executable
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "the run").mkdir()
+    metrics = tmp_path / "the run" / "metrics.jsonl"
+    metrics.write_text('{"kind":"start"}\n{"kind":"step","step":1}\n{"kind":"end","steps":1,"exit":75}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+
+    def run(code: int, *deeds: str, command=("train", "--resume", "the run")) -> tuple[int, str]:
+        mpirun = tmp_path / "bin" / "mpirun"
+        mpirun.write_text(f"#!{python}\n" + JOB.format(deeds="\n".join(deeds), code=code))
+        mpirun.chmod(0o755)
+        return cli.main(["launch", "-n", "2", *command]), capfd.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("code", [0, 4, 5, 75])
+@pytest.mark.parametrize("mpiruns", [0, 137])
+def test_the_exit_code_is_what_the_run_says_of_its_end(ended, code, mpiruns):
+    """Whatever mpirun's is, which is 0 after a kill where it is fault tolerant."""
+    assert ended(mpiruns, START, f"metrics.write('end', steps=2, exit={code})") == (code, "")
+
+
+@pytest.mark.parametrize("before", ["folder.tell_launcher()", START])
+def test_a_failure_that_a_rank_claimed_counts_from_the_first_moment_on(ended, before):
+    """Also before the run has started, when the last `start` line is an earlier part's."""
+    assert ended(0, before, "folder.claim('dpnn: rank 1: no memory', 4)") == (4, "")
+
+
+def test_a_failure_after_the_end_is_the_end(ended):
+    end = "metrics.write('end', steps=2, exit=0)"
+    assert ended(0, START, end, "folder.claim('dpnn: rank 1: lost on leaving', 4)") == (4, "")
+
+
+@pytest.mark.parametrize(("mpiruns", "code"), [(0, 4), (137, 137), (1, 1)])
+@pytest.mark.parametrize("last", ["", 'open(folder.metrics, \'a\').write(\'{"kind":"end","exit":0\')'])
+def test_a_killed_run_is_no_success_and_the_way_out_is_named(ended, tmp_path, mpiruns, code, last):
+    """It has left no `end` line, or a piece of one; the `end` of its earlier part says nothing of it."""
+    run = tmp_path / "the run"
+    told = f"dpnn: {run}: the run was killed, or couldn't write its end; go on with: dpnn train --resume '{run}'\n"
+    assert ended(mpiruns, START, last) == (code, told)
+
+
+def test_a_run_that_was_killed_before_it_wrote_a_line(ended, tmp_path):
+    (tmp_path / "the run" / "metrics.jsonl").unlink()
+    code, told = ended(0, "folder.tell_launcher()")
+    assert code == 4
+    assert told.count("go on with: dpnn train --resume ") == 1
+
+
+@pytest.mark.parametrize("code", [0, 2])
+@pytest.mark.parametrize("command", [("train", "job.toml"), ("eval", "the run")])
+def test_without_a_run_folder_the_code_is_mpiruns(ended, code, command):
+    assert ended(code, command=command) == (code, "")
+
+
+def test_the_folder_of_a_launch_around_this_one_is_not_ours(ended, tmp_path, monkeypatch):
+    theirs = tmp_path / "theirs"
+    monkeypatch.setenv(launch.RUN, str(theirs))
+    assert ended(0, START, "metrics.write('end', exit=5)")[0] == 5
+    assert not theirs.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])

@@ -74,6 +74,17 @@ def test_lanes_differ_by_at_most_one_sample(sampler):
 
 
 @settings(max_examples=50, deadline=None)
+@given(sampler=samplers())
+def test_a_lane_gives_samples_to_its_steps_and_to_no_others(sampler):
+    epoch = sampler.epoch(0)
+    for lane in range(sampler.lanes):
+        rows = [len(epoch.samples(step, range(lane, lane + 1))[0]) for step in range(sampler.steps)]
+        steps = sampler.lane_steps(lane)
+        assert all(rows[:steps])
+        assert not any(rows[steps:])
+
+
+@settings(max_examples=50, deadline=None)
 @given(sampler=samplers(), replicas=st.integers(1, 12))
 def test_a_replica_reads_only_the_blocks_of_its_lanes(sampler, replicas):
     replicas = min(replicas, sampler.lanes)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dpnn.comm import launch
 from dpnn.errors import JobError
 from dpnn.observe import metrics
 from dpnn.observe.folder import RunFolder
@@ -64,3 +65,38 @@ def test_the_first_of_all_ranks_to_fail_keeps_its_message():
     assert not folder.claim("me too", 4)
     assert folder.failure.read_text() == "disk on fire\n"
     assert metrics.read(folder.metrics) == [{"kind": "end", "exit": 3, "error": "disk on fire"}]
+
+
+@pytest.fixture
+def telling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that a launcher has asked this job to tell its folder in."""
+    monkeypatch.setenv(launch.RUN, str(tmp_path / "told"))
+    return tmp_path / "told"
+
+
+def test_a_launcher_learns_the_folder_and_how_this_part_of_the_run_ended(telling: Path, tmp_path: Path):
+    """Of each part, only from its own lines."""
+    folder = RunFolder.create("a run of\nmine \udcff", "digits")
+    for code in (75, None, 5, 0):
+        folder.tell_launcher()
+        told, ended = RunFolder.told(telling.read_bytes())
+        assert (told.path, ended) == (tmp_path / folder.path, None)
+        log = metrics.Metrics(folder.metrics)
+        log.write("start")
+        if code is not None:
+            log.write("end", exit=code)
+        log.write("event", event="end")
+        log.close()
+        assert RunFolder.told(telling.read_bytes())[1] == code
+
+
+def test_nobody_is_told_who_has_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(launch.RUN, raising=False)
+    RunFolder.create("run", "digits").tell_launcher()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_launcher_on_another_node_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(launch.RUN, str(tmp_path / "absent" / "told"))
+    RunFolder.create("run", "digits").tell_launcher()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -11,7 +11,7 @@ import pytest
 
 from dpnn.errors import DataError
 from dpnn.observe import metrics
-from dpnn.observe.metrics import Metrics, read
+from dpnn.observe.metrics import Metrics, last_exit, read
 
 
 @pytest.fixture
@@ -91,6 +91,26 @@ def test_a_line_that_was_cut_short_is_ended_and_skipped(tmp_path: Path):
     log.close()
     assert path.read_bytes().splitlines()[1:] == [b'{"kind":"step","st', b'{"kind":"step","step":2}']
     assert [line["step"] for line in read(path)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("lines", "code"),
+    [
+        ([b'{"kind":"end","exit":75}', b'{"kind":"start"}'], 75),
+        ([b'{"kind":"end","exit":0}', b'{"kind":"end","exit":4,"error":"rank 1: gone"}', b'{"kind":"end","ex'], 4),
+        ([b'{"kind":"event","event":"end","exit":3}', b'{"kind":"\xff\x00","end"', b""], None),
+        ([b'{"kind":"step","exit":3}', b'{"kind":"end","exit":null}', b'{"kind":"end"}', b'["end"]'], None),
+    ],
+)
+def test_the_last_exit_is_that_of_the_last_whole_end_line(tmp_path: Path, lines: list[bytes], code: int | None):
+    (tmp_path / "m").write_bytes(b"\n".join(lines))
+    assert last_exit(tmp_path / "m") == code
+    assert last_exit(tmp_path / "m", since=1000) is None
+
+
+def test_a_file_that_cannot_be_read_has_no_exit(tmp_path: Path):
+    assert last_exit(tmp_path / "m") is None
+    assert last_exit(tmp_path) is None
 
 
 def test_opening_alone_changes_nothing(tmp_path: Path):

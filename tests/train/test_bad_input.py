@@ -92,7 +92,7 @@ MISTAKES = [
     (["train.epochs=1.5"], 2, "train.epochs = 1.5", "a whole number of 1 or more is wanted"),
     (["optimizer.lr='fast'"], 2, 'optimizer.lr = "fast"', "a number above 0 is wanted"),
     (["optimizer.lr=-1"], 2, "optimizer.lr = -1", "a number above 0 is wanted"),
-    (["optimizer.name=adam"], 2, 'optimizer.name = "adam"', '"sgd" or "momentum" is wanted'),
+    (["optimizer.name=adam"], 2, 'optimizer.name = "adam"', '"sgd", "momentum" or "adagrad" is wanted'),
     (["parallel.strategy=allredcue"], 2, '"allredcue"', 'did you mean "allreduce"?'),
     (["train.steps=10"], 2, "train.epochs = 1 and train.steps = 10", "exactly one of them is wanted"),
     (["data.train=nowhere"], 3, "the data folder nowhere doesn't exist", "write it with `dpnn pack SOURCE FOLDER`"),

@@ -1,0 +1,341 @@
+"""An asynchronous run (Downpour SGD), from its building to its last checkpoint: what train.py is for the others.
+
+The last ranks are servers (`serve`): each holds a shard of the parameters, never the whole network. All others are
+replicas (`Replica`): each leases lanes of the data from the first server, goes through them, fetches and pushes when it
+likes. They meet twice: when the run is built, and when the last one is done.
+"""
+
+from collections import deque
+from dataclasses import asdict
+from functools import partial
+from itertools import count, pairwise
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from msgspec.structs import replace
+
+from dpnn import checkpoint, models
+from dpnn.checkpoint import Checkpoint, Slice
+from dpnn.cluster.signals import StopRequest
+from dpnn.comm import library
+from dpnn.comm.faults import deadline, wait
+from dpnn.comm.mesh import Mesh
+from dpnn.comm.world import World
+from dpnn.data import Leases, Loader, Run, Sampler, check_shards
+from dpnn.errors import NotFiniteError, Stopped
+from dpnn.evaluate import Array, Evaluator, Model, choose_backends, kernels_of
+from dpnn.native import denormals_flushed
+from dpnn.nn.init import draw
+from dpnn.observe.folder import RunFolder
+from dpnn.observe.journal import Journal, Took
+from dpnn.observe.metrics import Metrics
+from dpnn.optim import STATES, Optimizer, Segment, cut, merge, schedule
+from dpnn.plan import Piece, Placement, clip, lay
+from dpnn.prepare import Start
+from dpnn.strategies.downpour.cut import Cut
+from dpnn.strategies.downpour.ledger import Ledger
+from dpnn.strategies.downpour.order import Order, Replay
+from dpnn.strategies.downpour.protocol import Tag, shards
+from dpnn.strategies.downpour.server import Server
+from dpnn.strategies.downpour.worker import Worker
+from dpnn.team import Team
+
+_AHEAD = 2
+"""Leases that a replica holds: it reads from the next one while it trains on the first."""
+
+
+def run(world: World, request: StopRequest, start: Start, found: Checkpoint | None) -> int:
+    """Train on all ranks; the exit code. `found`: on rank 0, the checkpoint to go on from. Collective."""
+    mesh = Mesh(world, servers=start.job.parallel.servers)
+    with deadline(world.timeout_s, "preparing the lines between workers and servers", world.fail):
+        link = world.comm.Dup()
+    if mesh.server is not None:
+        return serve(world, mesh, link, request, start)
+    replica = Replica(world, mesh, link, request, start, found)
+    try:
+        return replica.run()
+    finally:
+        replica.journal.close()
+
+
+class Course:
+    """The run's steps: those of all replicas together, each of a replica's batch."""
+
+    def __init__(self, start: Start) -> None:
+        job = start.job
+        counts, block = start.train.counts, start.train.block
+        self.sampler = Sampler(counts, block, start.lanes, start.global_batch, job.data.window, job.seed)
+        self.lanes = [self.sampler.lane_steps(lane) for lane in range(start.lanes)]
+        self.epoch = sum(self.lanes)
+        """Steps of an epoch."""
+        self.leases = start.leases or {"next": [start.epoch, 0], "left": [], "steps": start.epoch * self.epoch}
+        """Where the run goes on."""
+        self.shift = start.steps - self.leases["steps"]
+        """A run that began with another strategy counted other steps."""
+        self.total = job.train.epochs * self.epoch or job.train.steps - self.shift
+        self.rate = schedule(job.schedule, job.optimizer.lr, self.epoch, self.total)
+
+
+def segments_of(pieces: tuple[Piece, ...]) -> tuple[Segment, ...]:
+    """How the numbers of a network are updated."""
+    return merge(Segment(piece.offset, piece.end, piece.spec.decay, piece.spec.statistic) for piece in pieces)
+
+
+def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Start) -> int:
+    """Be a server until the run is over; the exit code."""
+    job, number = start.job, mesh.server or 0
+    course, folder, limit_s = Course(start), RunFolder(start.folder), job.parallel.timeout_s
+    graph = models.graph(job, start.network, start.train.network_shape)
+    whole = lay(Placement.whole(graph).nodes(graph, 0))
+    lo, hi = shards(whole[-1].end, mesh.servers)[number]
+    pieces, segments = clip(whole, lo, hi), cut(segments_of(whole), lo, hi)
+    team = Team(job.backend.threads or world.threads())
+    backends, _ = choose_backends(job.backend, team)
+    kernels = kernels_of(backends)
+
+    params = np.zeros(hi - lo, backends[0].dtype)
+    state = {name: np.zeros_like(params) for name in STATES[job.optimizer.name]}
+    if start.steps:
+        for flat in (params, *state.values()):
+            wait(link.Irecv(flat, 0, Tag.PARAMS).Test, "the first rank to send what the checkpoint holds", limit_s)
+    else:
+        for piece in pieces:
+            flat = params[piece.offset : piece.end]
+            flat[...] = draw(job.seed, piece.name, piece.spec, piece.lo, piece.hi, flat.dtype)
+
+    ledger = None
+    if number == 0:
+        ledger = Ledger(course.lanes, course.total, mesh.replicas)
+        ledger.resume(course.leases)
+    name = f"server-{number}-of-{mesh.servers}"
+    order = (
+        Replay(start.replay / "order" / name)
+        if start.replay
+        else Order(start.folder / "order" / name if job.parallel.record else None)
+    )
+    metrics = Metrics(folder.metrics)
+
+    def parting(server: Server) -> None:
+        counts = np.trim_zeros(server.histogram, "b").tolist()
+        metrics.write("event", event="staleness", server=number, pushes=counts, discarded=server.discarded)
+        metrics.close()
+
+    server = Server(
+        link, mesh.replicas, params, state,
+        lambda params, grads, state: Optimizer(job.optimizer, segments, params, grads, team, kernels, state),
+        course.rate, job.parallel, order, ledger, lambda: request.asked, parting, limit_s,
+    )  # fmt: skip
+    server.steps = course.leases["steps"]
+
+    def write(steps: int, params: Array, state: dict[str, Array]) -> None:
+        slices = {name: sliced(pieces, flat) for name, flat in {"": params, **state}.items()}
+        own = slices.pop("")
+        checkpoint.write_part(folder.checkpoints, course.shift + steps, number, mesh.servers, own, slices)
+
+    def complete(steps: int, leases: dict[str, Any]) -> None:
+        info = {**start.info(), "leases": leases}
+        epoch, lane = leases["next"]
+        epoch, step = min([(epoch, lane), *((run[0], 1) for run in leases["left"])])
+        place = (folder.checkpoints, course.shift + steps, mesh.servers, epoch, step, info, job.output.keep)
+        path = checkpoint.complete(*place)
+        metrics.write("event", event="checkpoint", step=course.shift + steps, path=str(path))
+
+    every = max(1, round(job.output.checkpoint_every * course.epoch))
+    with denormals_flushed():  # as where replicas update their own
+        server.run(Cut(server, mesh.crew.comm, write, complete, every).turn)
+    return Stopped.exit_code if server.stop else 0
+
+
+def sliced(pieces: tuple[Piece, ...], flat: Array) -> list[Slice]:
+    """A flat array of a shard, as a checkpoint takes it."""
+    return [Slice(piece.name, piece.lo, piece.spec.shape, flat[piece.offset : piece.end]) for piece in pieces]
+
+
+class Replica:
+    """A replica of the network on this rank."""
+
+    def __init__(
+        self, world: World, mesh: Mesh, link: Any, request: StopRequest, start: Start, found: Checkpoint | None
+    ) -> None:
+        """Collective over the workers."""
+        job, crew, options = start.job, mesh.crew, start.job.data
+        limit_s = job.parallel.timeout_s
+        self.job, self.start, self.mesh, self.request = job, start, mesh, request
+        self.course = course = Course(start)
+        for path, manifest in ((options.train, start.train), (options.test, start.test)):
+            if manifest:
+                crew.check(partial(check_shards, path, manifest, mesh.replica, mesh.replicas))
+        self.model = model = Model(job, start.network, start.train.network_shape, mesh.part, world.threads())
+        folder = RunFolder(start.folder)
+        kept = RunFolder(start.replay) if start.replay else folder
+        model.choices.update(crew.first(kept.read_choices))
+        store = model.store
+        if found is not None:
+            self._hand_out(found, link, limit_s)
+        descent = Optimizer(
+            replace(job.optimizer, name="sgd", nesterov=False),
+            segments_of(store.pieces),
+            store.params,
+            store.grads,
+            model.team,
+            model.kernels,
+        )
+        self.worker = Worker(link, crew.size, store.params, store.grads, store.n_trained, descent, job)
+
+        lanes, pieces = course.sampler.lanes, job.parallel.microbatches
+        rows = course.sampler.max_micro_rows(lanes, pieces)
+        evaluates = start.test is not None and job.train.eval_every > 0
+        training, held_out = model.lay_out(
+            crew.first, lambda: (model.training(rows, pieces), model.evaluation(rows) if evaluates else None)
+        )
+        self.executor = model.executor(training, strategy=self.worker)
+        self.alone = self.together = None
+        if held_out and start.test:
+            evaluation = model.executor(held_out)
+            place = (evaluation, options.test, start.test, start.train.mean, start.train.std, limit_s)
+            # Between its steps the first replica looks by itself; at the end all look together.
+            self.alone = Evaluator(mesh.model, *place) if mesh.replica == 0 else None
+            self.together = Evaluator(crew.comm, *place)
+        self.journal = Journal(folder, course.shift + course.total, first=mesh.replica == 0)
+        self.folder, self.code = folder, 0
+        self.seen = self.worker.known.copy()
+        self.evaluated = course.leases["steps"] // course.epoch
+
+    def run(self) -> int:
+        """Train until there is no more to do, or the run stops; the exit code."""
+        self._tell_start()
+        begin, worker, course = perf_counter(), self.worker, self.course
+        leases = Leases()
+        loader = Loader(
+            self.job.data.train, self.start.train, course.sampler, 0, course.sampler.lanes,
+            augment=self.job.data.augment, dtype=self.model.dtype, window_mb=self.job.data.window_mb,
+            runs=leases, limit_s=self.job.parallel.timeout_s,
+        )  # fmt: skip
+        held: deque[Run] = deque()
+        try:
+            more = self._lease(held, leases)
+            if held:
+                worker.join()
+                self.seen = worker.known.copy()
+                more = more and self._lease(held, leases)
+                self._train(loader, leases, held, more)
+        finally:
+            loader.close()
+        worker.leave()
+        worker.await_others()
+        worker.join()
+        self._last_words(perf_counter() - begin)
+        return self.code
+
+    def _last_words(self, seconds: float) -> None:
+        """All replicas are done: look at what came out, end the servers and the run. Collective over the workers."""
+        worker, course = self.worker, self.course
+        known, stopped = worker.known, worker.stop and worker.known["steps"] < course.total
+        if known["steps"] != self.seen["steps"]:
+            self._tell_step(Took(seconds, 0.0, seconds, 0.0))
+        if self.together is not None and not stopped:
+            scores = self.together.run()
+            self.journal.scores(str(scores), -(-int(known["steps"]) // course.epoch), self._steps(), **asdict(scores))
+        if self.mesh.replica == 0:
+            worker.close()
+        worker.see_off()
+        self.code = Stopped.exit_code if stopped else 0
+        self.journal.end(self._steps(), int(known["samples"]), seconds, self.code)
+
+    def _lease(self, held: deque[Run], leases: Leases) -> bool:
+        """One more run of steps to do; whether there was one."""
+        run = self.worker.lease()
+        if run is not None:
+            held.append(run)
+            leases.add(run)
+        return run is not None
+
+    def _train(self, loader: Loader, leases: Leases, held: deque[Run], more: bool) -> None:
+        """Go through the leased steps, leasing more in time."""
+        worker, micro = self.worker, self.job.parallel.microbatches
+        took = Took(0.0, 0.0, 0.0, 0.0)
+        while held and not worker.stop:
+            begin = perf_counter()
+            batch = loader.next()
+            read = perf_counter()
+            worker.asked, worker.samples = self.request.asked, batch.rows
+            worker.rate = float(worker.known["rate"])
+            cuts = [batch.rows * i // micro for i in range(micro + 1)]
+            counts = [(hi - lo, hi - lo) for lo, hi in pairwise(cuts)]
+            try:
+                self.executor.run(batch, counts, batch.rows)
+            except NotFiniteError as error:
+                layer = self.executor.not_finite() or "no layer"
+                raise NotFiniteError(
+                    f"{layer}: its output is not finite (step {self._steps() + 1}: {error}); "
+                    "lower optimizer.lr, or set optimizer.clip; go on from the last checkpoint with --resume"
+                ) from error
+            ended = batch.step == held[0].last
+            loader.release(batch)
+            if ended:
+                held.popleft()
+                more = more and not worker.stop and self._lease(held, leases)
+            step_s = perf_counter() - begin
+            took = Took(
+                took.step + step_s, took.read + read - begin, took.wait + worker.wait_s, took.update + worker.update_s
+            )
+            if worker.known["steps"] != self.seen["steps"]:
+                self._tell_step(took)
+                took = Took(0.0, 0.0, 0.0, 0.0)
+
+    def _steps(self) -> int:
+        """Of all replicas since the start of the run, as far as this one knows."""
+        steps: int = self.course.shift + int(self.worker.known["steps"])
+        return steps
+
+    def _tell_step(self, took: Took) -> None:
+        """Pass on what the servers have said; on the first replica, evaluate after so many epochs of all."""
+        known, seen, course = self.worker.known, self.seen, self.course
+        samples = int(known["samples"] - seen["samples"])
+        loss = float(known["loss"] - seen["loss"]) / max(samples, 1)
+        epoch = int(known["steps"]) // course.epoch
+        self.journal.step(
+            -(-int(known["steps"]) // course.epoch), self._steps(), loss, float(known["rate"]), samples, took,
+            staleness=int(known["staleness"]), discarded=int(known["discarded"]),
+        )  # fmt: skip
+        self.seen = known.copy()
+        every = self.job.train.eval_every
+        if self.alone is not None and epoch // every > self.evaluated // every and known["steps"] < course.total:
+            self.worker.join()
+            scores = self.alone.run()
+            self.journal.scores(str(scores), epoch, self._steps(), **asdict(scores))
+            self.evaluated = epoch
+
+    def _hand_out(self, found: Checkpoint, link: Any, limit_s: float) -> None:
+        """Send every server its shard of a checkpoint."""
+        store, workers = self.model.store, self.mesh.crew.size
+        flat = np.empty_like(store.params)
+        for values in (found.params, *(found.optimizer[name] for name in STATES[self.job.optimizer.name])):
+            store.fill(flat, values, "the checkpoint")
+            for server, (lo, hi) in zip(count(workers), shards(flat.size, self.mesh.servers)):
+                wait(link.Isend(flat[lo:hi], server, Tag.PARAMS).Test, "a server to take its shard", limit_s)
+
+    def _tell_start(self) -> None:
+        job, start, graph, mesh, course = self.job, self.start, self.model.graph, self.mesh, self.course
+        backends = "+".join(dict.fromkeys(group.backend.name for group in self.executor.plan.groups))
+        ranks = mesh.replicas + mesh.servers
+        self.journal.start(
+            f"{job.model.name}, {graph.n_params:,} parameters, on {mesh.replicas} replicas and {mesh.servers} servers "
+            f"({backends}); {course.sampler.samples:,} samples, {course.total} steps of {job.train.replica_batch}",
+            mpi=library.version(), ranks=ranks, replicas=mesh.replicas, parts=mesh.parts, servers=mesh.servers,
+            parameters=graph.n_params, seed=job.seed, backend=backends, threads=self.model.team.size,
+            replica_batch=job.train.replica_batch, lanes=start.lanes, from_step=start.steps,
+            library=self.model.backends[0].about,
+        )  # fmt: skip
+        if self.model.note:
+            self.journal.event("slow_backend", self.model.note)
+        if mesh.replica == 0:
+            self.folder.write_choices(self.model.choices)
+        for name in start.damaged:
+            self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {name}", path=name)
+        if start.steps:
+            left = f"going on at step {start.steps + 1}"
+            if course.leases["steps"] >= course.total:
+                left = f"all {course.total} steps are taken; set train.epochs or train.steps higher to go on"
+            self.journal.event("resumed", left, step=start.steps)

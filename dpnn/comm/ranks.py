@@ -1,0 +1,79 @@
+"""Ranks that agree on something while a run is set up."""
+
+import pickle
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from dpnn.comm.faults import wait
+from dpnn.errors import DpnnError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The ranks of a communicator: `comm`, and this one's `rank` among `size`.
+
+    `timeout_s` is how long a rank waits for another, and may be changed. An error that all of them raise is marked as
+    agreed, so that one of them tells it for all.
+    """
+
+    def __init__(self, comm: "MPI.Comm", timeout_s: float) -> None:
+        self.comm, self.rank, self.size, self.timeout_s = comm, comm.rank, comm.size, timeout_s
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on every rank (pickled: for set-up only). Collective.
+
+        Where `make` raises a DpnnError, every rank raises it.
+        """
+        value: T | None = None
+        refused: DpnnError | None = None
+        if self.rank == 0:
+            try:
+                value = make()
+            except DpnnError as error:
+                refused = error
+        value, refused = self._broadcast((value, refused), 0)
+        if refused is not None:
+            raise _agreed(refused)
+        return value
+
+    def agree(self, error: DpnnError | None) -> None:
+        """Raise the error of the lowest rank that brings one, on every rank. Collective."""
+        from mpi4py import MPI
+
+        lowest = np.array([self.size if error is None else self.rank])
+        self._wait(self.comm.Iallreduce(MPI.IN_PLACE, lowest, MPI.MIN))
+        if lowest[0] < self.size:
+            told: DpnnError = self._broadcast(error, int(lowest[0]))
+            raise _agreed(told if self.size == 1 else type(told)(f"rank {lowest[0]}: {told}"))
+
+    def check(self, what: Callable[[], object]) -> None:
+        """Do `what`, and raise its DpnnError on all ranks where it raises one on any. Collective."""
+        failure: DpnnError | None = None
+        try:
+            what()
+        except DpnnError as error:
+            failure = error
+        self.agree(failure)
+
+    def _broadcast(self, value: Any, root: int) -> Any:
+        """`value` of rank `root`, on every rank: the length of its pickle, then the pickle, neither blocking."""
+        pickled = bytearray(pickle.dumps(value) if self.rank == root else b"")
+        length = np.array([len(pickled)])
+        self._wait(self.comm.Ibcast(length, root))
+        pickled = pickled or bytearray(int(length[0]))
+        self._wait(self.comm.Ibcast(pickled, root))
+        return value if self.rank == root else pickle.loads(pickled)
+
+    def _wait(self, request: "MPI.Request") -> None:
+        wait(request.Test, f"the other {self.size - 1} ranks", self.timeout_s)
+
+
+def _agreed(error: DpnnError) -> DpnnError:
+    error.agreed = True
+    return error

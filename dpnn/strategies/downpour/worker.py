@@ -1,0 +1,273 @@
+"""A replica's side of Downpour SGD: the strategy that its executor calls.
+
+Gradients are added up over `n_push` steps and sent off; parameters are asked for every `n_fetch` steps and installed
+`fetch_ahead` steps later; in between the replica takes steps of its own (Dean et al. 2012, algorithm 7.1). It waits for
+parameters that aren't there when they are due, and for a push that hasn't left when the next but one is.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from time import monotonic, perf_counter, sleep
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dpnn import config
+from dpnn.comm.faults import wait
+from dpnn.data import Run
+from dpnn.errors import NotFiniteError, RankError
+from dpnn.optim import Optimizer
+from dpnn.strategies.downpour.protocol import ANSWER, REQUEST, Array, Kind, Lease, Tag, record, shards
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_ASK_AGAIN_S = 0.01
+"""How long who has to wait for work waits before it asks again."""
+
+
+class _Push:
+    """One of two sets of what is being sent: gradients, and for each server a request."""
+
+    def __init__(self, like: Array, servers: int) -> None:
+        self.gradients = np.zeros_like(like)
+        self.requests = [record(REQUEST) for _ in range(servers)]
+        self.sent: list[MPI.Request] = []
+
+
+class Worker:
+    """Fetches and pushes `params` and `grads`, flat arrays, of which the servers behind the workers hold a shard each.
+
+    `local` updates `params` by `grads`: plain SGD. `n_trained`: the numbers from there on are running statistics.
+    """
+
+    together = False
+
+    def __init__(
+        self,
+        comm: "MPI.Comm",
+        workers: int,
+        params: Array,
+        grads: Array,
+        n_trained: int,
+        local: Optimizer,
+        job: config.Job,
+    ) -> None:
+        from mpi4py import MPI
+
+        self._mpi, self._comm, self._options, self._limit_s = MPI, comm, job.parallel, job.parallel.timeout_s
+        self._params, self._grads, self._local, self._n_trained = params, grads, local, n_trained
+        self._clips = job.optimizer.clip > 0
+        self.rate, self.loss, self.samples = 0.0, 0.0, 0
+        self.wait_s = self.update_s = 0.0
+        self.asked = self.stop = False
+        """Whether this rank was asked to stop; whether the servers say that the run stops."""
+        self.known: np.void = np.zeros(1, ANSWER)[0]
+        """The last answer of the first server to a fetch: what is known of the run as a whole."""
+        servers = comm.size - workers
+        self._shards = [(workers + s, lo, hi) for s, (lo, hi) in enumerate(shards(params.size, servers))]
+        self._sets = [_Push(params, servers) for _ in range(2)]
+        self._asks = {kind: [record(REQUEST) for _ in range(servers)] for kind in Kind}
+        self._sent: dict[tuple[Kind, int], MPI.Request] = {}
+        """The last request of a kind to a server."""
+        self._fetched = np.empty_like(params)
+        self._answers = [record(ANSWER) for _ in range(servers)]
+        self._leased, self._lease_bytes = record(ANSWER)
+        self._lease_coming: MPI.Request | None = None
+        self._coming: list[MPI.Request] = []
+        self._due = 0
+        """The step before which the parameters that are coming are installed."""
+        self._versions = np.zeros(servers, np.int64)
+        self._base = np.zeros(servers, np.int64)
+        """Versions of the parameters now, and when the first step of the next push was computed."""
+        self._step = self._pushes = 0
+        self._steps, self._samples, self._loss = 0, 0, 0.0
+        """Of the next push."""
+        self._waited = 0.0
+
+    # What the executor calls.
+
+    def begin(self) -> None:
+        """Install the parameters that are due, and ask for the next ones."""
+        options = self._options
+        if self._coming and self._step == self._due:
+            self._install()
+        if self._step % options.n_fetch == 0:
+            self._fetch()
+            self._due = self._step + options.fetch_ahead
+            if options.fetch_ahead == 0:
+                self._install()
+        if self._steps == 0:
+            np.copyto(self._base, self._versions)
+
+    def open(self, lo: int, hi: int) -> None:
+        """Nobody else reads the gradients: what is sent is another array."""
+
+    def ready(self, lo: int, hi: int) -> None:
+        """They are used in `finish`."""
+
+    def poke(self) -> None:
+        """Let MPI move."""
+        self._comm.Iprobe()
+
+    def tell(self, loss: float) -> None:
+        """Note the loss, the mean over the samples."""
+        self.loss = loss
+
+    def finish(self) -> None:
+        """Add the gradients to the next push, and send it off if it is time; take a step of one's own."""
+        start, before = perf_counter(), self._waited
+        if not math.isfinite(self.loss):
+            raise NotFiniteError(f"the loss is {self.loss}")
+        if self.samples:
+            scale = self._local.clip_scale(self._local.sum_of_squares(0, self._grads.size)) if self._clips else 1.0
+            push = self._sets[self._pushes % 2]
+            if self._steps == 0:
+                self._see_off(push)
+            self._add(push.gradients, scale)
+            if not self._installs_next():
+                self._local.apply(0, self._n_trained, self.rate, scale)
+        self._steps += 1
+        self._samples += self.samples
+        self._loss += self.loss * self.samples
+        self._step += 1
+        if self._steps == self._options.n_push:
+            self._push()
+        self.update_s = perf_counter() - start - (self._waited - before)
+        self.wait_s, self._waited = self._waited, 0.0
+
+    # What the run calls.
+
+    def join(self) -> None:
+        """Take the newest parameters, waiting for them: before the first step, and before they are looked at."""
+        if self._coming:
+            self._install()
+        self._fetch()
+        self._install()
+
+    def ask(self) -> None:
+        """Ask for more to do, which `lease` will take."""
+        self._lease_coming = self._comm.Irecv(self._lease_bytes, self._shards[0][0], Tag.LEASED)
+        self._send(Kind.LEASE, self._shards[:1])
+
+    def lease(self) -> Run | None:
+        """More to do, or None: there is no more. RankError where others don't go on that this one has to wait for."""
+        answer = self._ask_until(lambda answer: bool(answer["lease"] != Lease.WAIT))
+        self.stop = self.stop or bool(answer["stop"])
+        if answer["lease"] == Lease.NONE:
+            return None
+        lane = int(answer["lane"])
+        return Run(int(answer["epoch"]), range(lane, lane + 1), int(answer["first"]), int(answer["last"]))
+
+    def leave(self) -> None:
+        """Push what is left; no more will come."""
+        if self._steps:
+            self._push()
+        if self._coming:
+            self._install()
+        self._send(Kind.LEAVE, self._shards)
+
+    def await_others(self) -> None:
+        """Return when all replicas have left. RankError where the others don't go on."""
+        self._ask_until(lambda answer: bool(answer["left"] == 0))
+
+    def close(self) -> None:
+        """End the servers, once all have left and the last checkpoint is written. On the first replica."""
+        self._send(Kind.CLOSE, self._shards)
+        for server, _, _ in self._shards:
+            answer = self._comm.Irecv(self._lease_bytes, server, Tag.LEASED)
+            wait(answer.Test, "a server to write its part of the last checkpoint", self._limit_s)
+
+    def see_off(self) -> None:
+        """Return when all that was sent has been received."""
+        for push in self._sets:
+            self._see_off(push)
+        for request in self._sent.values():
+            wait(request.Test, "the servers to hear of this replica", self._limit_s)
+
+    def _ask_until(self, enough: Callable[[np.void], bool]) -> np.void:
+        """The first answer that is enough. RankError where the run doesn't go on meanwhile."""
+        steps, since, begin = -1, monotonic(), perf_counter()
+        while True:
+            if self._lease_coming is None:
+                self.ask()
+            if self._lease_coming is not None:
+                wait(self._lease_coming.Test, "the first server to answer", self._limit_s)
+            self._lease_coming = None
+            answer: np.void = self._leased[0]
+            if enough(answer):
+                self._waited += perf_counter() - begin
+                return answer
+            if answer["steps"] != steps:
+                steps, since = int(answer["steps"]), monotonic()
+            elif monotonic() - since > self._limit_s:
+                raise RankError(
+                    f"no replica has pushed anything for {self._limit_s:g} s, and this one waits for them: a rank has "
+                    "stopped, or a step takes longer; if all ranks are well, raise parallel.timeout_s"
+                )
+            sleep(_ASK_AGAIN_S)
+
+    def _installs_next(self) -> bool:
+        """Whether the next step begins with other parameters, so that a step of one's own would be lost."""
+        options, step = self._options, self._step + 1
+        fetches = options.fetch_ahead == 0 and step % options.n_fetch == 0
+        return fetches or (bool(self._coming) and self._due == step)
+
+    def _add(self, sums: Array, scale: float) -> None:
+        """Gradients, clipped, onto those of the next push; running statistics as they are."""
+        n, first = self._n_trained, self._steps == 0
+        if first:
+            np.copyto(sums, self._grads)
+            if scale != 1.0:
+                sums[:n] *= sums.dtype.type(scale)
+        elif scale == 1.0:
+            np.add(sums, self._grads, out=sums)
+        else:
+            sums[:n] += self._grads[:n] * sums.dtype.type(scale)
+            sums[n:] += self._grads[n:]
+
+    def _push(self) -> None:
+        push = self._sets[self._pushes % 2]
+        self._pushes += 1
+        if self._steps > 1:
+            push.gradients[self._n_trained :] /= push.gradients.dtype.type(self._steps)  # the mean, of statistics
+        for number, ((request, sent), (server, lo, hi)) in enumerate(zip(push.requests, self._shards, strict=True)):
+            request[0] = (
+                Kind.PUSH, self._pushes, self._steps, self._samples, self._base[number], self.asked, self._loss,
+            )  # fmt: skip
+            push.sent.append(self._comm.Isend(sent, server, Tag.REQUEST))
+            push.sent.append(self._comm.Isend(push.gradients[lo:hi], server, Tag.GRADIENTS))
+        self._steps, self._samples, self._loss = 0, 0, 0.0
+
+    def _see_off(self, push: _Push) -> None:
+        """Return when a push has left, so that it can be written again."""
+        if push.sent:
+            begin = perf_counter()
+            wait(lambda: self._mpi.Request.Testall(push.sent), "a server to take a push", self._limit_s)
+            push.sent.clear()
+            self._waited += perf_counter() - begin
+
+    def _fetch(self) -> None:
+        for (server, lo, hi), (_, answer) in zip(self._shards, self._answers, strict=True):
+            self._coming.append(self._comm.Irecv(answer, server, Tag.ANSWER))
+            self._coming.append(self._comm.Irecv(self._fetched[lo:hi], server, Tag.PARAMS))
+        self._send(Kind.FETCH, self._shards)
+
+    def _install(self) -> None:
+        begin = perf_counter()
+        wait(lambda: self._mpi.Request.Testall(self._coming), "the parameters from the servers", self._limit_s)
+        self._waited += perf_counter() - begin
+        self._coming.clear()
+        np.copyto(self._params, self._fetched)
+        for number, (answer, _) in enumerate(self._answers):
+            self._versions[number] = answer["version"][0]
+            self.stop = self.stop or bool(answer["stop"][0])
+        self.known = self._answers[0][0][0].copy()
+
+    def _send(self, kind: Kind, to: Sequence[tuple[int, int, int]]) -> None:
+        """A request without numbers behind it."""
+        for (request, sent), (server, _, _) in zip(self._asks[kind], to, strict=False):
+            if (kind, server) in self._sent:  # it was answered: it has long been sent
+                wait(self._sent[kind, server].Test, "the servers to hear of this replica", self._limit_s)
+            request["kind"], request["stop"] = kind, self.asked
+            self._sent[kind, server] = self._comm.Isend(sent, server, Tag.REQUEST)
