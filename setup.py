@@ -27,7 +27,10 @@ EXTRAS = {
         "setuptools>=77",  # tests/test_install.py builds a wheel without the network
     ],
     "lint": ["ruff>=0.12", "mypy>=1.15"],
-    "bench": ["torch==2.13.0"],  # the peer; pinned, for comparable numbers
+    "bench": [
+        "torch==2.13.0",  # the peer; pinned, for comparable numbers
+        "matplotlib>=3.8",  # figures for docs/
+    ],
 }
 
 here = Path(__file__).parent

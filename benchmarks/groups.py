@@ -55,13 +55,13 @@ class Group:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def call(self, method: str) -> list[Any]:
+    def call(self, method: str, *args: object) -> list[Any]:
         """What the method returns in each process."""
-        return [result for result, _ in self._ask((method, 1))]
+        return [result for result, _ in self._ask((method, args, 1))]
 
     def seconds(self, number: int) -> float:
         """What one `step` takes, the mean over `number` of them; the harmonic mean over the processes."""
-        return statistics.harmonic_mean([seconds for _, seconds in self._ask(("step", number))])
+        return statistics.harmonic_mean([seconds for _, seconds in self._ask(("step", (), number))])
 
     def close(self) -> None:
         """End the processes."""
@@ -116,10 +116,10 @@ def serve(address: str) -> None:
             it = getattr(import_module(module), name)(*args)
             pipe.send(("", (None, 0.0)))
             while question := pipe.recv():
-                method, number = question
+                method, args, number = question
                 call, result, begin = getattr(it, method), None, perf_counter()
                 for _ in range(number):
-                    result = call()
+                    result = call(*args)
                 pipe.send(("", (result, (perf_counter() - begin) / number)))
         except Exception as error:
             if not isinstance(error, EOFError):

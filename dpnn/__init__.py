@@ -3,8 +3,8 @@
 The map of the house (a room imports only from the floors below it):
 
     cli                                the commands
-    train  asynchronous  prepare       the training loop (read dpnn/train.py first), and that of workers and servers; what
-    balance  evaluate  cluster         rank 0 reads for all; lanes by speed; held-out data; signals
+    train  asynchronous  prepare       the training loop (read train.py first), that of workers and servers; what rank 0
+    balance  evaluate  cluster         reads for all; lanes by speed; held-out data; signals
     strategies  checkpoint  observe    what becomes of gradients; what a run writes
     models  plan  optim                networks by name; who computes what, and when; updates of the parameters
     nn  backends  comm  data           what a network is; how a layer is computed; MPI; shards and their order

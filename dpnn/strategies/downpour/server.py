@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 _STAGED, _VERSIONS = 4, 3
 """Buffers for gradients that are on their way, and copies of the parameters: one is the newest, others may be being
 sent."""
-_EAGER_S, _NAP_S = 1e-3, 50e-6
-"""How long an idle server only gives way to other processes; then it sleeps between two looks."""
+_EAGER_S, _NAP_SHARE, _LONGEST_NAP_S = 1e-3, 0.1, 5e-4
+"""How long an idle server only gives way to other processes; then it sleeps between two looks, for a share of the time
+that it has been idle."""
 _BINS = 128
 """Of the histogram of staleness; the last one has all that is more."""
 
@@ -86,6 +87,8 @@ class Server:
         self._free = list(range(n))
         self._optimizers: dict[tuple[int, int], Optimizer] = {}
         self.clients = [Client(replica) for replica in range(workers)]
+        self.left = workers
+        """Workers that may still push."""
         self._requests: list[MPI.Request] = [MPI.REQUEST_NULL] * workers
         self._announced: deque[int] = deque()
         """Who has gradients for which there is no buffer yet."""
@@ -110,11 +113,6 @@ class Server:
         """The newest."""
         return self._versions[self._at]
 
-    @property
-    def left(self) -> int:
-        """Workers that may still push."""
-        return sum(not client.left for client in self.clients)
-
     def run(self, also: Callable[[], bool]) -> None:
         """Serve until `closed`. `also` is done in every turn too; it returns whether it has moved anything.
 
@@ -135,7 +133,7 @@ class Server:
             if idle < _EAGER_S:
                 os.sched_yield()
             else:
-                time.sleep(_NAP_S)
+                time.sleep(min(_NAP_SHARE * idle, _LONGEST_NAP_S))
 
     def gradients(self, client: Client) -> Array:
         """What the client has pushed and is being applied."""
@@ -191,8 +189,9 @@ class Server:
         """Serve one who is ready, if there is one."""
         if self.frozen:
             return False
-        copy = self._copy_to_write()
         ready = self._ready
+        updates = any(self._kind(replica) == Kind.PUSH for replica in ready)
+        copy = self._copy_to_write() if updates else self._at
         if copy is None:  # whatever isn't an update goes on
             ready = deque(replica for replica in ready if self._kind(replica) != Kind.PUSH)
         replica = self._order.pick(ready, self._kind)
@@ -326,6 +325,7 @@ class Server:
             self.closing = True
             return
         client.left = True
+        self.left -= 1
         self._listen(client)
         self._let_go()
 

@@ -29,8 +29,8 @@ _ASK_AGAIN_S = 0.01
 class _Push:
     """One of two sets of what is being sent: gradients, and for each server a request."""
 
-    def __init__(self, like: Array, servers: int) -> None:
-        self.gradients = np.zeros_like(like)
+    def __init__(self, gradients: Array, servers: int) -> None:
+        self.gradients = gradients
         self.requests = [record(REQUEST) for _ in range(servers)]
         self.sent: list[MPI.Request] = []
 
@@ -66,11 +66,15 @@ class Worker:
         """The last answer of the first server to a fetch: what is known of the run as a whole."""
         servers = comm.size - workers
         self._shards = [(workers + s, lo, hi) for s, (lo, hi) in enumerate(shards(params.size, servers))]
-        self._sets = [_Push(params, servers) for _ in range(2)]
+        options = self._options
+        self._in_step = options.n_push == options.n_fetch == 1 and options.fetch_ahead == 0
+        """Whether every step waits for parameters that have its last push in them: then nothing has to be copied."""
+        self._sets = [_Push(grads if self._in_step else np.zeros_like(grads), servers) for _ in range(2)]
         self._asks = {kind: [record(REQUEST) for _ in range(servers)] for kind in Kind}
         self._sent: dict[tuple[Kind, int], MPI.Request] = {}
         """The last request of a kind to a server."""
-        self._fetched = np.empty_like(params)
+        self._fetched = np.empty_like(params) if options.fetch_ahead else params
+        """Where parameters arrive. Only those that aren't waited for at once need a place of their own."""
         self._answers = [record(ANSWER) for _ in range(servers)]
         self._leased, self._lease_bytes = record(ANSWER)
         self._lease_coming: MPI.Request | None = None
@@ -101,7 +105,9 @@ class Worker:
             np.copyto(self._base, self._versions)
 
     def open(self, lo: int, hi: int) -> None:
-        """Nobody else reads the gradients: what is sent is another array."""
+        """Return when nobody reads the gradients of the last step any more."""
+        if self._in_step:
+            self._see_off(self._sets[1 - self._pushes % 2])
 
     def ready(self, lo: int, hi: int) -> None:
         """They are used in `finish`."""
@@ -119,14 +125,13 @@ class Worker:
         start, before = perf_counter(), self._waited
         if not math.isfinite(self.loss):
             raise NotFiniteError(f"the loss is {self.loss}")
-        if self.samples:
-            scale = self._local.clip_scale(self._local.sum_of_squares(0, self._grads.size)) if self._clips else 1.0
-            push = self._sets[self._pushes % 2]
-            if self._steps == 0:
-                self._see_off(push)
-            self._add(push.gradients, scale)
-            if not self._installs_next():
-                self._local.apply(0, self._n_trained, self.rate, scale)
+        scale = self._local.clip_scale(self._local.sum_of_squares(0, self._grads.size)) if self._clips else 1.0
+        push = self._sets[self._pushes % 2]
+        if self._steps == 0:
+            self._see_off(push)
+        self._add(push.gradients, scale)
+        if not self._installs_next():
+            self._local.apply(0, self._n_trained, self.rate, scale)
         self._steps += 1
         self._samples += self.samples
         self._loss += self.loss * self.samples
@@ -217,7 +222,8 @@ class Worker:
         """Gradients, clipped, onto those of the next push; running statistics as they are."""
         n, first = self._n_trained, self._steps == 0
         if first:
-            np.copyto(sums, self._grads)
+            if sums is not self._grads:
+                np.copyto(sums, self._grads)
             if scale != 1.0:
                 sums[:n] *= sums.dtype.type(scale)
         elif scale == 1.0:
@@ -258,7 +264,8 @@ class Worker:
         wait(lambda: self._mpi.Request.Testall(self._coming), "the parameters from the servers", self._limit_s)
         self._waited += perf_counter() - begin
         self._coming.clear()
-        np.copyto(self._params, self._fetched)
+        if self._fetched is not self._params:
+            np.copyto(self._params, self._fetched)
         for number, (answer, _) in enumerate(self._answers):
             self._versions[number] = answer["version"][0]
             self.stop = self.stop or bool(answer["stop"][0])
