@@ -237,6 +237,7 @@ class Replica:
         if self.together is not None and not stopped:
             scores = self.together.run()
             self.journal.scores(str(scores), -(-int(known["steps"]) // course.epoch), self._steps(), **asdict(scores))
+        self.mesh.crew.meet()  # nobody asks a server any more
         if self.mesh.replica == 0:
             worker.close()
         worker.see_off()

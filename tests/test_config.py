@@ -131,7 +131,7 @@ WRONG = {
     # choices
     "optimizer.name=momentun": '"sgd", "momentum" or "adagrad" is wanted; did you mean "momentum"?',
     "data.augment=flip": 'data.augment = "flip": "none" or "crop-flip" is wanted; did you mean "crop-flip"?',
-    "parallel.strategy=downpour": 'parallel.strategy = "downpour": "allreduce" or "average" is wanted',
+    "parallel.strategy=gossip": 'parallel.strategy = "gossip": "allreduce", "average" or "downpour" is wanted',
     "backend.precision=float16": 'backend.precision = "float16": "float32", "bfloat16" or "float64" is wanted',
     # keys that don't go together
     "optimizer={name='adagrad',lr=1,momentum=0.5}": 'optimizer.momentum = 0.5: it needs optimizer.name = "momentum"',

@@ -61,6 +61,10 @@ class Ranks:
             failure = error
         self.agree(failure)
 
+    def meet(self) -> None:
+        """Return when all have come here. Collective."""
+        self._wait(self.comm.Ibarrier())
+
     def _broadcast(self, value: Any, root: int) -> Any:
         """`value` of rank `root`, on every rank: the length of its pickle, then the pickle, neither blocking."""
         pickled = bytearray(pickle.dumps(value) if self.rank == root else b"")

@@ -115,7 +115,7 @@ class World(Ranks):
     def close(self) -> None:
         """Wait until every rank is here, so that none leaves while another still counts on it. Twice is harmless."""
         if not self._closed:
-            self._wait(self.comm.Ibarrier())
+            self.meet()
             self._closed = True
             sys.excepthook, threading.excepthook = self._hooks
             atexit.unregister(self._leave)

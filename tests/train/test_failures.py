@@ -3,8 +3,11 @@
 Each fault really happens, in the middle of a run that would go on for minutes.
 """
 
+import os
 import shutil
+import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +15,11 @@ from dpnn.observe import metrics
 
 LIMIT_S = 10
 LONG = ("--set", "train.epochs=1000", "--set", "train.eval_every=0")
+DOWNPOUR = (
+    f"model.name={Path(__file__).parent}/networks.py:plain", "train.global_batch=0", "train.replica_batch=16",
+    "parallel.strategy=downpour", "parallel.servers=1", "output.checkpoint_every=1000",
+    "optimizer.name=sgd", "optimizer.lr=0.01",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -112,6 +120,83 @@ def test_what_is_not_finite_on_one_rank_is_blamed_on_that_rank(fails):
     code, (message,), folder, _ = fails(3, "1 4 infinite")
     assert code == 5
     assert message.startswith("dpnn: rank 1: conv1: its output is not finite (epoch 1, step 5: the loss is nan)")
+    check_record(folder, message, code)
+
+
+@pytest.fixture
+def signalled(start_python, job, messages):
+    """signalled(rank, name, *settings) -> as `fails`, of three workers and a server: one of the ranks gets a signal.
+
+    Started with `dpnn launch`.
+    """
+
+    def run(rank, name, *settings, limit_s=LIMIT_S):
+        made = job()
+        words = [word for setting in (*DOWNPOUR, *settings) for word in ("--set", setting)]
+        program = start_python("-m", "dpnn", "launch", "-n", 4, "train", made.path, *LONG, *words)
+        until_trained(made.out)
+        os.kill(program.pids()[rank], signal.Signals[name])
+        begin = time.monotonic()
+        ended = program.finish(limit_s)
+        print(f"{name} of rank {rank}: ended after {time.monotonic() - begin:.1f} s (limit {limit_s} s)")
+        assert program.pids() == {}
+        return ended.returncode, messages(ended.stderr), made.out, ended.stderr
+
+    return run
+
+
+def until_trained(folder: Path) -> None:
+    """Until the first worker has told of its first steps."""
+    end, lines = time.monotonic() + 60, folder / "metrics.jsonl"
+    while not lines.exists() or b'"step"' not in lines.read_bytes():
+        assert time.monotonic() < end, "no step in time"
+        time.sleep(0.02)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("rank", [1, 3], ids=["worker", "server"])
+def test_downpour_ends_when_a_rank_is_killed(signalled, rank):
+    code, (message,), folder, _ = signalled(rank, "SIGKILL")
+    assert code not in (0, 75)
+    assert f"go on with: dpnn train --resume {folder}" in message or (folder / "failure.txt").exists()
+    assert list((folder / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.mpi
+def test_downpour_ends_when_a_server_is_silent(signalled):
+    code, (message,), folder, _ = signalled(3, "SIGSTOP", "parallel.timeout_s=2", limit_s=2 + LIMIT_S)
+    assert code == 4
+    assert message.startswith(("dpnn: rank 0: waited 2 s for", "dpnn: rank 1: waited 2 s", "dpnn: rank 2: waited 2 s"))
+    assert "raise parallel.timeout_s" in message
+    check_record(folder, message, code)
+
+
+def test_downpour_ends_when_nobody_is_left_but_a_silent_worker(fails):
+    """It holds up nobody, but at the end its part of the data is missing."""
+    settings = (*DOWNPOUR, "parallel.timeout_s=2", "train.epochs=20")
+    code, (message,), folder, _ = fails(4, "1 4 SIGSTOP", *settings, limit_s=20)
+    assert code == 4
+    assert "no replica has pushed anything for 2 s" in message
+    assert "raise parallel.timeout_s" in message
+    check_record(folder, message, code)
+
+
+def test_downpour_ends_on_an_exception_in_a_worker(fails):
+    code, (message,), folder, stderr = fails(4, "1 4 raise", *DOWNPOUR)
+    assert code == 1
+    assert message == "dpnn: rank 1: ValueError: bad value"
+    assert stderr.count("in watched_next") == 1
+    check_record(folder, message, code)
+
+
+def test_downpour_ends_when_a_loss_is_not_finite(fails):
+    """On one worker: that one says in which layer it began, and none of its numbers reaches a server."""
+    code, (message,), folder, stderr = fails(4, "1 4 infinite", *DOWNPOUR)
+    assert code == 5
+    assert message.startswith("dpnn: rank 1: conv1: its output is not finite (step ")
+    assert "lower optimizer.lr" in message
+    assert "RuntimeWarning" not in stderr
+    assert list((folder / "checkpoints").iterdir()) == []
     check_record(folder, message, code)
 
 

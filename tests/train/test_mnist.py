@@ -1,4 +1,7 @@
-"""LeNet reads the 10,000 test digits of MNIST with at most 1 % error: the project's first real images."""
+"""LeNet reads the 10,000 test digits of MNIST with at most 1 % error: the project's first real images.
+
+Without waiting for one another, workers and servers get to 1.2 %.
+"""
 
 from pathlib import Path
 
@@ -9,7 +12,7 @@ from dpnn.observe import metrics
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT.parent / "shared" / "data" / "mnist"
-LIMIT = 0.010
+LIMIT, ASYNCHRONOUS_LIMIT = 0.010, 0.012
 
 pytestmark = pytest.mark.skipif(not SOURCE.is_dir(), reason=f"there is no {SOURCE}: the four idx files of MNIST")
 
@@ -21,14 +24,16 @@ def mnist(tmp_path_factory) -> Path:
     return folder
 
 
-def top1_errors(mpirun, mnist: Path, folder: Path, *settings: str, timeout: float) -> list[float]:
-    """jobs/mnist.toml on two ranks: the error after each epoch."""
+def top1_errors(
+    mpirun, mnist: Path, folder: Path, *settings: str, timeout: float, ranks: int = 2, job: str = "mnist"
+) -> list[float]:
+    """A job of jobs/ on some ranks: the error after each epoch."""
     places = (f"data.train={mnist}/train", f"data.test={mnist}/test", f"output.dir={folder}")
     words = [word for setting in (*places, *settings) for word in ("--set", setting)]
-    ended = mpirun(2, "train", ROOT / "jobs" / "mnist.toml", *words, timeout=timeout)
+    ended = mpirun(ranks, "train", ROOT / "jobs" / f"{job}.toml", *words, timeout=timeout)
     assert ended.returncode == 0, ended.stderr
     errors = [line["top1_error"] for line in metrics.read(folder / "metrics.jsonl") if line["kind"] == "eval"]
-    print(f"test error {', '.join(f'{error:.2%}' for error in errors)} after each epoch (limit {LIMIT:.2%})")
+    print(f"test error {', '.join(f'{error:.2%}' for error in errors)} after each epoch")
     return errors
 
 
@@ -43,3 +48,16 @@ def test_three_epochs_suffice(mpirun, mnist, tmp_path):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_ten_epochs_as_the_job_file_says(mpirun, mnist, tmp_path, seed):
     assert top1_errors(mpirun, mnist, tmp_path / "run", f"seed={seed}", timeout=1400)[-1] <= LIMIT
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("ranks", "servers"), [(4, 1), (6, 2)])
+@pytest.mark.parametrize("optimizer", [("sgd", 0.1), ("adagrad", 0.01)], ids=lambda value: value[0])
+def test_ten_epochs_of_downpour(mpirun, mnist, tmp_path, ranks, servers, optimizer):
+    name, rate = optimizer
+    settings = (f"parallel.servers={servers}", f"optimizer.name={name}", f"optimizer.lr={rate}")
+    errors = top1_errors(
+        mpirun, mnist, tmp_path / "run", *settings, timeout=800, ranks=ranks, job="mnist-downpour"
+    )  # fmt: skip
+    assert errors[-1] <= ASYNCHRONOUS_LIMIT
