@@ -272,15 +272,17 @@ class Replica:
                     f"{layer}: its output is not finite (step {self._steps() + 1}: {error}); "
                     "lower optimizer.lr, or set optimizer.clip; go on from the last checkpoint with --resume"
                 ) from error
+            computed = perf_counter()
             ended = batch.step == held[0].last
             loader.release(batch)
             if ended:
                 held.popleft()
                 more = more and not worker.stop and self._lease(held, leases)
-            step_s = perf_counter() - begin
+            end = perf_counter()
             took = Took(
-                took.step + step_s, took.read + read - begin, took.wait + worker.wait_s, took.update + worker.update_s
-            )
+                took.step + end - begin, took.read + read - begin,
+                took.wait + worker.wait_s + end - computed, took.update + worker.update_s,
+            )  # fmt: skip
             if worker.known["steps"] != self.seen["steps"]:
                 self._tell_step(took)
                 took = Took(0.0, 0.0, 0.0, 0.0)

@@ -200,7 +200,7 @@ def try_out(start: Start, ranks: int) -> None:
     sampler = Sampler(
         train.counts, train.block, start.lanes, start.global_batch, data.window, job.seed, grains=job.train.grains
     )
-    sampler.check(replicas)
+    sampler.check(1 if job.parallel.strategy == "downpour" else replicas)  # leased lanes go to who asks
     AUGMENTATIONS[data.augment](job.seed, train.shape, np.dtype(train.dtype), 0)
     graph = models.graph(job, start.network, train.network_shape)
     collected = next((node for node in graph.nodes if node.layer.collected), None)

@@ -175,6 +175,9 @@ class Server:
                 self._too_far.append(replica)
             elif kind in (Kind.LEAVE, Kind.CLOSE):
                 self._leaves(client, kind)
+            elif kind == Kind.LEASE and client.left:  # it asks whether the others have left: no part of the order
+                self._answer(client, Tag.LEASED, Lease.NONE)
+                self._listen(client)
             else:
                 self._ready.append(replica)
         while self._announced and self._free:

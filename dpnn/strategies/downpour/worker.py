@@ -149,6 +149,7 @@ class Worker:
             self._install()
         self._fetch()
         self._install()
+        self._waited = 0.0  # that was no part of a step
 
     def ask(self) -> None:
         """Ask for more to do, which `lease` will take."""
@@ -192,7 +193,7 @@ class Worker:
 
     def _ask_until(self, enough: Callable[[np.void], bool]) -> np.void:
         """The first answer that is enough. RankError where the run doesn't go on meanwhile."""
-        steps, since, begin = -1, monotonic(), perf_counter()
+        steps, since = -1, monotonic()
         while True:
             if self._lease_coming is None:
                 self.ask()
@@ -201,7 +202,6 @@ class Worker:
             self._lease_coming = None
             answer: np.void = self._leased[0]
             if enough(answer):
-                self._waited += perf_counter() - begin
                 return answer
             if answer["steps"] != steps:
                 steps, since = int(answer["steps"]), monotonic()
