@@ -41,9 +41,6 @@ from dpnn.strategies.downpour.server import Server
 from dpnn.strategies.downpour.worker import Worker
 from dpnn.team import Team
 
-_AHEAD = 2
-"""Leases that a replica holds: it reads from the next one while it trains on the first."""
-
 
 def run(world: World, request: StopRequest, start: Start, found: Checkpoint | None) -> int:
     """Train on all ranks; the exit code. `found`: on rank 0, the checkpoint to go on from. Collective."""
@@ -144,7 +141,7 @@ def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Star
     every = max(1, round(job.output.checkpoint_every * course.epoch))
     with denormals_flushed():  # as where replicas update their own
         server.run(Cut(server, mesh.crew.comm, write, complete, every).turn)
-    return Stopped.exit_code if server.stop else 0
+    return Stopped.exit_code if server.steps < course.total else 0
 
 
 def sliced(pieces: tuple[Piece, ...], flat: Array) -> list[Slice]:
@@ -171,7 +168,7 @@ class Replica:
         kept = RunFolder(start.replay) if start.replay else folder
         model.choices.update(crew.first(kept.read_choices))
         store = model.store
-        if found is not None:
+        if found is not None and start.steps:
             self._hand_out(found, link, limit_s)
         descent = Optimizer(
             replace(job.optimizer, name="sgd", nesterov=False),
@@ -189,7 +186,7 @@ class Replica:
         training, held_out = model.lay_out(
             crew.first, lambda: (model.training(rows, pieces), model.evaluation(rows) if evaluates else None)
         )
-        self.executor = model.executor(training, strategy=self.worker)
+        self.executor = model.executor(training, strategy=self.worker, eager=True)
         self.alone = self.together = None
         if held_out and start.test:
             evaluation = model.executor(held_out)
@@ -200,6 +197,7 @@ class Replica:
         self.journal = Journal(folder, course.shift + course.total, first=mesh.replica == 0)
         self.folder, self.code = folder, 0
         self.seen = self.worker.known.copy()
+        self.seen["steps"] = course.leases["steps"]
         self.evaluated = course.leases["steps"] // course.epoch
 
     def run(self) -> int:
@@ -235,7 +233,7 @@ class Replica:
         if known["steps"] != self.seen["steps"]:
             self._tell_step(Took(seconds, 0.0, seconds, 0.0))
         if self.together is not None and not stopped:
-            scores = self.together.run()
+            scores = self.together.run(worker.tick)
             self.journal.scores(str(scores), -(-int(known["steps"]) // course.epoch), self._steps(), **asdict(scores))
         self.mesh.crew.meet()  # nobody asks a server any more
         if self.mesh.replica == 0:
@@ -304,9 +302,10 @@ class Replica:
         )  # fmt: skip
         self.seen = known.copy()
         every = self.job.train.eval_every
-        if self.alone is not None and epoch // every > self.evaluated // every and known["steps"] < course.total:
+        due = epoch // every > self.evaluated // every and known["steps"] < course.total if every else False
+        if self.alone is not None and due and not self.worker.stop:
             self.worker.join()
-            scores = self.alone.run()
+            scores = self.alone.run(self.worker.tick)
             self.journal.scores(str(scores), epoch, self._steps(), **asdict(scores))
             self.evaluated = epoch
 

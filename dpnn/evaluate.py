@@ -96,10 +96,14 @@ class Model:
         return self.backends[0].choices
 
     def executor(
-        self, layout: Layout, sum_over: Callable[[Array], Sum] | None = None, strategy: Strategy | None = None
+        self,
+        layout: Layout,
+        sum_over: Callable[[Array], Sum] | None = None,
+        strategy: Strategy | None = None,
+        eager: bool = False,
     ) -> Executor:
         """The plan of a layout, bound to its memory."""
-        return Executor(layout, self.store, self.arena, self._seed, sum_over, strategy)
+        return Executor(layout, self.store, self.arena, self._seed, sum_over, strategy, eager)
 
     def _layout(self, plan: Plan) -> Layout:
         """Where the buffers of a plan lie; its room is asked for. All layouts are made before the first executor."""
@@ -156,8 +160,11 @@ class Evaluator:
         self._sums = np.zeros(4)  # samples, not the first, not among the first five, loss
         self._reducer = BucketReducer(comm, self._sums, limit_s, "scores")
 
-    def run(self) -> Scores:
-        """Collective over `comm`: the scores over all samples, the same on each of its ranks."""
+    def run(self, tick: Callable[[], object] = lambda: None) -> Scores:
+        """Collective over `comm`: the scores over all samples, the same on each of its ranks.
+
+        `tick` is called after every batch.
+        """
         self._sums[:] = 0.0
         executor, loader = self._executor, self._open()
         try:
@@ -168,6 +175,7 @@ class Evaluator:
                 loader.release(batch)
                 better = n_better(executor.scores[:rows], executor.labels[:rows])
                 self._sums += (rows, (better >= 1).sum(), (better >= 5).sum(), executor.loss)
+                tick()
         finally:
             loader.close()
         self._reducer.start(0, self._sums.size)

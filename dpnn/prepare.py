@@ -105,7 +105,7 @@ def prepare(
     if newest is None:
         return start, None
     _, found, damaged = newest
-    leases = found.info.get("leases", {})
+    leases = found.info.get("leases", {}) if found.step else {}  # at the end of an epoch there are none
     start = changed(start, epoch=found.epoch, step=found.step, steps=found.steps, leases=leases)
     return changed(start, damaged=tuple(damaged)), found
 

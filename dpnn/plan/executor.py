@@ -63,7 +63,8 @@ class Sum(Protocol):
 class Executor:
     """One plan, bound to its memory: `run` takes one batch through it.
 
-    `sum_over` makes a `Sum` of an array over the replicas. `strategy` may be missing in evaluation only.
+    `sum_over` makes a `Sum` of an array over the replicas. `strategy` may be missing in evaluation only;
+    `eager`: it has something under way from the first instruction on, not only once gradients are ready.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Executor:
         seed: int,
         sum_over: Callable[[Array], Sum] | None = None,
         strategy: Strategy | None = None,
+        eager: bool = False,
     ) -> None:
         self.plan = plan = layout.plan
         self.dtype = layout.dtype
@@ -82,7 +84,7 @@ class Executor:
         self.loss = 0.0
         """This rank's share of the loss of the last step."""
         self._step = Step(seed=seed)
-        self._strategy = strategy
+        self._strategy, self._eager = strategy, eager
         self._batch: Batch | None = None
         self._counts: Sequence[tuple[int, int]] = ()
         self._sums: dict[Key, tuple[int, int]] = {}
@@ -163,13 +165,13 @@ class Executor:
     def _bind(self) -> list[Callable[[], None]]:
         self._bound: list[tuple[object, Callable[[], None]]] = []
         calls: list[Callable[[], None]] = []
-        under_way = False
+        under_way = self._eager
         for step in self.plan.instructions:
             call = self._call(step)
             self._bound.append((step, call))
             calls.append(call)
             under_way = under_way or isinstance(step, Ready | Collect)
-            if under_way and isinstance(step, Backward) and self._strategy is not None:
+            if under_way and isinstance(step, Forward | Backward) and self._strategy is not None:
                 calls.append(self._strategy.poke)
         return calls
 

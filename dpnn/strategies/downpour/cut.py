@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dpnn.comm.faults import wait
 from dpnn.optim import Optimizer
 from dpnn.strategies.downpour.ledger import Ledger
 from dpnn.strategies.downpour.protocol import Array
@@ -112,7 +113,7 @@ class Cut:
             self._said[0] = _CUT
         else:
             return False
-        self._crew.Ibcast(self._said, 0).Wait()  # a small message: it has left when this returns
+        wait(self._crew.Ibcast(self._said, 0).Test, "the other servers to hear of a checkpoint", server.limit_s)
         return True
 
     def _begin(self) -> None:
@@ -167,4 +168,5 @@ class Cut:
         if isinstance(self._ledger, Ledger):
             self._complete(self._steps, self._ledger.state())
         self._state = _State.DONE if self._last else _State.IDLE
-        self._request = self._listen()
+        if not self._last:
+            self._request = self._listen()

@@ -2,7 +2,7 @@
 
 A worker sends a server requests, each a REQUEST, in an order that the server keeps; a push is followed by the numbers
 of the server's shard. The server takes a worker's next request when it has served the last one. So who fetches after a
-push finds it applied. A fetch is answered by an ANSWER and the shard, everything else but a push by an ANSWER.
+push finds it applied. A fetch is answered by an ANSWER and the shard, a request for work by an ANSWER.
 """
 
 from enum import IntEnum
@@ -28,6 +28,8 @@ class Kind(IntEnum):
     """I have pushed all that I will push."""
     CLOSE = 4
     """The run is over: from the first worker, when all others have left."""
+    ALIVE = 5
+    """I am busy with something else."""
 
 
 class Tag(IntEnum):
@@ -57,6 +59,7 @@ ANSWER = np.dtype(
         ("rate", "f8"),  # the learning rate at that step
         ("stop", "i8"),  # whether the run stops
         ("left", "i8"),  # replicas that have not left
+        ("alive", "i8"),  # how often one has said that it is busy
         ("staleness", "i8"),  # of the last push of this worker
         ("discarded", "i8"),  # pushes, of all replicas
         ("lease", "i8"),  # a Lease

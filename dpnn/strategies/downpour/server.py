@@ -76,7 +76,7 @@ class Server:
 
         self._mpi, self._comm, self._options, self._order = MPI, comm, options, order
         self.ledger, self._asked, self._rate, self.make = ledger, asked, rate, make
-        self._parting, self._limit_s = parting, limit_s
+        self._parting, self.limit_s = parting, limit_s
         self.state = state
         self._versions = [params]
         self._readers = [0]
@@ -97,7 +97,7 @@ class Server:
         """Who is too far ahead of the slowest to be answered."""
         self._sends: list[tuple[MPI.Request, int]] = []
         """What is being sent, and of which copy; -1: of none."""
-        self.version = self.steps = self.samples = self.discarded = 0
+        self.version = self.steps = self.samples = self.discarded = self.alive = 0
         self.loss = 0.0
         self.stop = self.closing = self.closed = self.frozen = False
         """`frozen`: nothing is served for a moment. `closing`: the first worker wants to close."""
@@ -118,7 +118,7 @@ class Server:
 
         RankError where no worker is heard of for `limit_s` seconds.
         """
-        busy, limit_s = time.monotonic(), self._limit_s
+        busy, limit_s = time.monotonic(), self.limit_s
         while not self.closed:
             moved = self._hear() | self._serve() | self._sent()
             if also() or moved:
@@ -150,7 +150,7 @@ class Server:
             self._sent()
             return not self._sends
 
-        wait(sent, "the workers to take their last parameters", self._limit_s)
+        wait(sent, "the workers to take their last parameters", self.limit_s)
         for request in self._requests:
             if request != self._mpi.REQUEST_NULL:
                 request.Cancel()
@@ -175,6 +175,9 @@ class Server:
                 self._too_far.append(replica)
             elif kind in (Kind.LEAVE, Kind.CLOSE):
                 self._leaves(client, kind)
+            elif kind == Kind.ALIVE:
+                self.alive += 1
+                self._listen(client)
             elif kind == Kind.LEASE and client.left:  # it asks whether the others have left: no part of the order
                 self._answer(client, Tag.LEASED, Lease.NONE)
                 self._listen(client)
@@ -320,6 +323,7 @@ class Server:
             self.version, self.steps, self.samples, self.loss,
         )  # fmt: skip
         answer["rate"], answer["stop"], answer["left"] = self._rate(self.steps), self.stop, self.left
+        answer["alive"] = self.alive
         answer["staleness"], answer["discarded"], answer["lease"] = client.staleness, self.discarded, lease
         self._sends.append((self._comm.Isend(told, client.replica, tag), -1))
 

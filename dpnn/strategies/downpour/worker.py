@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _ASK_AGAIN_S = 0.01
 """How long who has to wait for work waits before it asks again."""
+_TICK_S = 1.0
 
 
 class _Push:
@@ -87,7 +88,7 @@ class Worker:
         self._step = self._pushes = 0
         self._steps, self._samples, self._loss = 0, 0, 0.0
         """Of the next push."""
-        self._waited = 0.0
+        self._waited = self._ticked = 0.0
 
     # What the executor calls.
 
@@ -169,13 +170,18 @@ class Worker:
         """Push what is left; no more will come."""
         if self._steps:
             self._push()
-        if self._coming:
-            self._install()
+        self.join()  # what is answered now has all pushes of this worker
         self._send(Kind.LEAVE, self._shards)
 
     def await_others(self) -> None:
         """Return when all replicas have left. RankError where the others don't go on."""
         self._ask_until(lambda answer: bool(answer["left"] == 0))
+
+    def tick(self) -> None:
+        """This replica is alive, though it asks for nothing: to be called now and then while it is."""
+        if monotonic() - self._ticked > _TICK_S:
+            self._ticked = monotonic()
+            self._send(Kind.ALIVE, self._shards)
 
     def close(self) -> None:
         """End the servers, once all have left and the last checkpoint is written. On the first replica."""
@@ -203,8 +209,8 @@ class Worker:
             answer: np.void = self._leased[0]
             if enough(answer):
                 return answer
-            if answer["steps"] != steps:
-                steps, since = int(answer["steps"]), monotonic()
+            if answer["steps"] + answer["alive"] != steps:
+                steps, since = int(answer["steps"] + answer["alive"]), monotonic()
             elif monotonic() - since > self._limit_s:
                 raise RankError(
                     f"no replica has pushed anything for {self._limit_s:g} s, and this one waits for them: a rank has "
