@@ -229,7 +229,7 @@ def test_what_killed_writers_left_is_pruned_and_what_is_under_way_is_not(tmp_pat
 def test_a_part_that_may_not_grow_leaves_the_older_checkpoints(tmp_path: Path):
     save(tmp_path, make(1), 2, keep=1)
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))" + WRITER
-    command = [sys.executable, "-c", limited, str(tmp_path), "2", "3"]
+    command = [sys.executable, "-B", "-c", limited, str(tmp_path), "2", "3"]  # -B: its bytecode would be cut short too
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "part-0001-of-0002.h5 can't be written (file too large); earlier ones" in done.stderr.replace("File", "file")
     assert names(tmp_path / ".step-000000002.tmp") == []
@@ -250,7 +250,7 @@ def test_writers_that_are_killed_leave_a_good_checkpoint(tmp_path: Path):
     random = np.random.default_rng(1)
     written = 0
     for _ in range(6):
-        command = [sys.executable, "-c", WRITER, str(tmp_path), str(written + 1), str(10**9)]
+        command = [sys.executable, "-B", "-c", WRITER, str(tmp_path), str(written + 1), str(10**9)]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as writer:
             assert writer.stdout is not None
             written = int(writer.stdout.readline())
