@@ -56,6 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
     from mpi4py import MPI
 
     if MPI.COMM_WORLD.size > 1:
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = CACHE  # else ranks would clear up one folder at the same time
         config.pluginmanager.register(OneOfSeveral(config, MPI.COMM_WORLD.rank))
 
 
