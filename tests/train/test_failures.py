@@ -173,8 +173,8 @@ def test_downpour_ends_when_a_server_is_silent(signalled):
 
 def test_downpour_ends_when_nobody_is_left_but_a_silent_worker(fails):
     """It holds up nobody, but at the end its part of the data is missing."""
-    settings = (*DOWNPOUR, "parallel.timeout_s=2", "train.epochs=20")
-    code, (message,), folder, _ = fails(4, "1 4 SIGSTOP", *settings, limit_s=20)
+    settings = (*DOWNPOUR, "parallel.timeout_s=2", "train.epochs=100")  # so many that each worker gets some
+    code, (message,), folder, _ = fails(4, "1 2 SIGSTOP", *settings, limit_s=30)
     assert code == 4
     assert "no replica has pushed anything for 2 s" in message
     assert "raise parallel.timeout_s" in message
