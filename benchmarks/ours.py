@@ -11,9 +11,9 @@ from harness import RATE
 from dpnn import config
 from dpnn.balance import Nobody
 from dpnn.data import Batch
-from dpnn.evaluate import Model
+from dpnn.evaluate import Model, segments_of
 from dpnn.nn import Conv, Dense, Network, Shape
-from dpnn.optim import Optimizer, Segment, merge
+from dpnn.optim import Optimizer
 
 JOB = """
 [data]
@@ -65,7 +65,7 @@ class Ours:
         self.model = model = Model(job, network, shape, 0, threads)
         store, layout, updates = model.store, None, None
         if mode == "train":
-            segments = merge(Segment(p.offset, p.end, p.spec.decay, p.spec.statistic) for p in store.pieces)
+            segments = segments_of(store.pieces)
             optimizer = Optimizer(job.optimizer, segments, store.params, store.grads, model.team, model.kernels)
             updates = strategy(optimizer, store.grads)
             layout = model.training(rows, bucket_nbytes=bucket_nbytes)

@@ -11,9 +11,9 @@ from dpnn.comm.node import Node
 from dpnn.comm.reduce import measured_bucket
 from dpnn.comm.world import World, start
 from dpnn.data import Batch
-from dpnn.evaluate import Model
+from dpnn.evaluate import Model, segments_of
 from dpnn.nn import Network, Shape
-from dpnn.optim import STATES, Optimizer, Segment, merge
+from dpnn.optim import STATES, Optimizer
 from dpnn.strategies.allreduce import Allreduce
 
 
@@ -34,7 +34,7 @@ class Replica:
         job = config.parse(JOB.format(rows=total, rate=RATE, threads=threads), overrides)
         model = Model(job, network, shape, mesh.part, threads)
         store = model.store
-        segments = merge(Segment(p.offset, p.end, p.spec.decay, p.spec.statistic) for p in store.pieces)
+        segments = segments_of(store.pieces)
         states, limit_s = STATES[job.optimizer.name], job.parallel.timeout_s
         places = stack_places(grains, mesh.replicas)
         self.node = node = Node(mesh, store.params.size, model.dtype, states, model.kernels, limit_s, partials=places)

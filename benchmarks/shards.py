@@ -17,9 +17,9 @@ from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
 from dpnn.comm.world import World, start
 from dpnn.data import Batch
-from dpnn.evaluate import Model, choose_backends, kernels_of
+from dpnn.evaluate import Model, choose_backends, kernels_of, segments_of
 from dpnn.nn import Network, Shape
-from dpnn.optim import STATES, Optimizer, Segment, merge
+from dpnn.optim import STATES, Optimizer, Segment
 from dpnn.strategies.allreduce import Allreduce
 from dpnn.strategies.downpour.order import Order
 from dpnn.strategies.downpour.server import Server
@@ -226,7 +226,7 @@ class Training:
         model = Model(job, network, shape, 0, 1)
         store = model.store
         store.draw(job.seed)
-        segments = merge(Segment(p.offset, p.end, p.spec.decay, p.spec.statistic) for p in store.pieces)
+        segments = segments_of(store.pieces)
         self._line = Line(world, range(world.size), job, store.params, store.grads, segments)
         if mesh.server is not None:
             return

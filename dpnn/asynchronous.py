@@ -24,13 +24,13 @@ from dpnn.comm.mesh import Mesh
 from dpnn.comm.world import World
 from dpnn.data import Leases, Loader, Run, Sampler, check_shards
 from dpnn.errors import NotFiniteError, Stopped
-from dpnn.evaluate import Array, Evaluator, Model, choose_backends, kernels_of
+from dpnn.evaluate import Array, Evaluator, Model, choose_backends, kernels_of, segments_of
 from dpnn.native import denormals_flushed
 from dpnn.nn.init import draw
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
 from dpnn.observe.metrics import Metrics
-from dpnn.optim import STATES, Optimizer, Segment, cut, merge, schedule
+from dpnn.optim import STATES, Optimizer, cut, schedule
 from dpnn.plan import Piece, Placement, clip, lay
 from dpnn.prepare import Start
 from dpnn.strategies.downpour.cut import Cut
@@ -72,11 +72,6 @@ class Course:
         """A run that began with another strategy counted other steps."""
         self.total = job.train.epochs * self.epoch or job.train.steps - self.shift
         self.rate = schedule(job.schedule, job.optimizer.lr, self.epoch, self.total)
-
-
-def segments_of(pieces: tuple[Piece, ...]) -> tuple[Segment, ...]:
-    """How the numbers of a network are updated."""
-    return merge(Segment(piece.offset, piece.end, piece.spec.decay, piece.spec.statistic) for piece in pieces)
 
 
 def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Start) -> int:

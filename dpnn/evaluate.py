@@ -28,7 +28,8 @@ from dpnn.data import Loader, Manifest, Sampler
 from dpnn.errors import DataError, JobError
 from dpnn.native import Kernels
 from dpnn.nn import Network, Shape
-from dpnn.plan import Arena, Executor, Layout, Placement, Plan, Store, Strategy, Sum, compile_plan
+from dpnn.optim import Segment, merge
+from dpnn.plan import Arena, Executor, Layout, Piece, Placement, Plan, Store, Strategy, Sum, compile_plan
 from dpnn.team import Team
 
 Array = NDArray[Any]
@@ -132,6 +133,11 @@ def choose_backends(options: config.Backend, team: Team) -> tuple[list[Backend],
 def kernels_of(backends: Sequence[Backend]) -> Kernels | None:
     """Our compiled kernels, where the best backend has them."""
     return backends[0].kernels if isinstance(backends[0], OneDNN) else None
+
+
+def segments_of(pieces: Sequence[Piece]) -> tuple[Segment, ...]:
+    """How the numbers of a network are updated."""
+    return merge(Segment(piece.offset, piece.end, piece.spec.decay, piece.spec.statistic) for piece in pieces)
 
 
 class Evaluator:

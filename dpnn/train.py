@@ -23,10 +23,10 @@ from dpnn.comm.reduce import BucketReducer, measured_bucket
 from dpnn.comm.world import World
 from dpnn.data import Loader, Sampler, check_shards
 from dpnn.errors import NotFiniteError, Stopped
-from dpnn.evaluate import Evaluator, Model
+from dpnn.evaluate import Evaluator, Model, segments_of
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
-from dpnn.optim import STATES, Optimizer, Segment, merge, schedule
+from dpnn.optim import STATES, Optimizer, schedule
 from dpnn.prepare import Start, prepare
 from dpnn.strategies.allreduce import Allreduce
 from dpnn.strategies.average import Average
@@ -99,9 +99,7 @@ class Training:
         self.model = model = Model(job, start.network, start.train.network_shape, mesh.part, world.threads())
         self.folder = RunFolder(start.folder)
         model.choices.update(world.first(self.folder.read_choices))
-        segments = merge(
-            [Segment(piece.offset, piece.end, piece.spec.decay, piece.spec.statistic) for piece in model.store.pieces]
-        )
+        segments = segments_of(model.store.pieces)
         strategy = STRATEGIES[job.parallel.strategy]
         self.node = node = Node(
             mesh, model.store.params.size, model.dtype, STATES[job.optimizer.name], model.kernels, limit_s,

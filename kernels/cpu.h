@@ -67,6 +67,12 @@ static inline void store_some(float *p, vec v, long n) {
 #endif
 }
 
+static inline vec root(vec v) {
+    vec r;
+    for (int i = 0; i < LANES; i++) r[i] = sqrtf(v[i]);
+    return r;
+}
+
 /* The run [*lo, *hi) of n rows that is this thread's. */
 static inline void my_rows(long n, long *lo, long *hi) {
     long size = omp_get_num_threads(), rank = omp_get_thread_num();

@@ -5,12 +5,6 @@
  */
 #include "cpu.h"
 
-static inline vec root(vec v) {
-    vec r;
-    for (int i = 0; i < LANES; i++) r[i] = sqrtf(v[i]);
-    return r;
-}
-
 KERNEL void dpnn_descend(int64_t n, float *p, const float *g, float *m, float rate, float scale, float decay, float momentum,
                          int64_t nesterov) {
 #pragma omp parallel for schedule(static) if (n > WORTH)

@@ -5,12 +5,6 @@
  */
 #include "cpu.h"
 
-static inline vec root(vec v) {
-    vec r;
-    for (int i = 0; i < LANES; i++) r[i] = sqrtf(v[i]);
-    return r;
-}
-
 static inline vec power(vec d, float beta) {
     if (beta == 0.75f) {
         vec half = root(d);

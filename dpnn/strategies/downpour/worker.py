@@ -78,7 +78,6 @@ class Worker:
         """Where parameters arrive. Only those that aren't waited for at once need a place of their own."""
         self._answers = [record(ANSWER) for _ in range(servers)]
         self._leased, self._lease_bytes = record(ANSWER)
-        self._lease_coming: MPI.Request | None = None
         self._coming: list[MPI.Request] = []
         self._due = 0
         """The step before which the parameters that are coming are installed."""
@@ -152,11 +151,6 @@ class Worker:
         self._install()
         self._waited = 0.0  # that was no part of a step
 
-    def ask(self) -> None:
-        """Ask for more to do, which `lease` will take."""
-        self._lease_coming = self._comm.Irecv(self._lease_bytes, self._shards[0][0], Tag.LEASED)
-        self._send(Kind.LEASE, self._shards[:1])
-
     def lease(self) -> Run | None:
         """More to do, or None: there is no more. RankError where others don't go on that this one has to wait for."""
         answer = self._ask_until(lambda answer: bool(answer["lease"] != Lease.WAIT))
@@ -201,11 +195,9 @@ class Worker:
         """The first answer that is enough. RankError where the run doesn't go on meanwhile."""
         steps, since = -1, monotonic()
         while True:
-            if self._lease_coming is None:
-                self.ask()
-            if self._lease_coming is not None:
-                wait(self._lease_coming.Test, "the first server to answer", self._limit_s)
-            self._lease_coming = None
+            coming = self._comm.Irecv(self._lease_bytes, self._shards[0][0], Tag.LEASED)
+            self._send(Kind.LEASE, self._shards[:1])
+            wait(coming.Test, "the first server to answer", self._limit_s)
             answer: np.void = self._leased[0]
             if enough(answer):
                 return answer
