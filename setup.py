@@ -40,7 +40,7 @@ here = Path(__file__).parent
 FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wno-psabi"]
 VARIANTS: dict[str, list[str]] = {"baseline": []}
 if platform.machine() == "x86_64":
-    VARIANTS |= {"avx2": ["-mavx2", "-mfma"], "avx512": ["-march=x86-64-v4"]}
+    VARIANTS |= {"avx2": ["-mavx2", "-mfma", "-mprfchw"], "avx512": ["-march=x86-64-v4", "-mprfchw"]}
 KERNELS = [
     Extension(
         f"dpnn.kernels._cpu_{name}",
