@@ -48,11 +48,26 @@ def tested(test: Callable[[], object], whom: str) -> bool:
     try:
         return bool(test())
     except RuntimeError as error:
-        from mpi4py import MPI
-
-        if isinstance(error, MPI.Exception):
-            raise RankError(f"while waiting for {whom}, MPI reported: {error.Get_error_string()}") from error
+        _raise_named(error, f"waiting for {whom}")
         raise
+
+
+@contextmanager
+def reported(doing: str) -> Iterator[None]:
+    """An error that MPI reports in the block becomes a RankError; `doing` completes "while ..."."""
+    try:
+        yield
+    except RuntimeError as error:
+        _raise_named(error, doing)
+        raise
+
+
+def _raise_named(error: RuntimeError, doing: str) -> None:
+    """RankError where it is one of MPI's."""
+    from mpi4py import MPI
+
+    if isinstance(error, MPI.Exception):
+        raise RankError(f"while {doing}, MPI reported: {error.Get_error_string()}") from error
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from dpnn.comm.faults import deadline, exit_code, message, wait
+from dpnn.comm.faults import deadline, exit_code, message, reported, wait
 from dpnn.errors import DataError, NotFiniteError, RankError, Stopped
 
 
@@ -27,6 +27,11 @@ def test_an_error_that_mpi_reports_is_a_rank_error():
 
     with pytest.raises(RankError, match=r"while waiting for rank 1, MPI reported: .*trunc"):
         wait(test, "rank 1", 60)
+    with (
+        pytest.raises(RankError, match=r"while serving the workers, MPI reported: .*trunc"),
+        reported("serving the workers"),
+    ):
+        test()
 
 
 def test_another_error_stays_what_it_is():
@@ -35,6 +40,8 @@ def test_another_error_stays_what_it_is():
 
     with pytest.raises(RuntimeError, match="not MPI's"):
         wait(test, "rank 1", 60)
+    with pytest.raises(RuntimeError, match="not MPI's"), reported("serving the workers"):
+        test()
 
 
 def test_a_block_that_misses_its_deadline_fails():
