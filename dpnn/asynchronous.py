@@ -191,8 +191,7 @@ class Replica:
             self.together = Evaluator(crew.comm, *place)
         self.journal = Journal(folder, course.shift + course.total, first=mesh.replica == 0)
         self.folder, self.code = folder, 0
-        self.seen = self.worker.known.copy()
-        self.seen["steps"] = course.leases["steps"]
+        self.seen = self.worker.known._replace(steps=course.leases["steps"])
         self.evaluated = course.leases["steps"] // course.epoch
 
     def run(self) -> int:
@@ -210,7 +209,7 @@ class Replica:
             more = self._lease(held, leases)
             if held:
                 worker.join()
-                self.seen = worker.known.copy()
+                self.seen = worker.known
                 more = more and self._lease(held, leases)
                 self._train(loader, leases, held, more)
         finally:
@@ -224,18 +223,18 @@ class Replica:
     def _last_words(self, seconds: float) -> None:
         """All replicas are done: look at what came out, end the servers and the run. Collective over the workers."""
         worker, course = self.worker, self.course
-        known, stopped = worker.known, worker.stop and worker.known["steps"] < course.total
-        if known["steps"] != self.seen["steps"]:
+        known, stopped = worker.known, worker.stop and worker.known.steps < course.total
+        if known.steps != self.seen.steps:
             self._tell_step(Took(seconds, 0.0, seconds, 0.0))
         if self.together is not None and not stopped:
             scores = self.together.run(worker.tick)
-            self.journal.scores(str(scores), -(-int(known["steps"]) // course.epoch), self._steps(), **asdict(scores))
+            self.journal.scores(str(scores), -(-known.steps // course.epoch), self._steps(), **asdict(scores))
         self.mesh.crew.meet()  # nobody asks a server any more
         if self.mesh.replica == 0:
             worker.close()
         worker.see_off()
         self.code = Stopped.exit_code if stopped else 0
-        self.journal.end(self._steps(), int(known["samples"]), seconds, self.code)
+        self.journal.end(self._steps(), known.samples, seconds, self.code)
 
     def _lease(self, held: deque[Run], leases: Leases) -> bool:
         """One more run of steps to do; whether there was one."""
@@ -254,7 +253,7 @@ class Replica:
             batch = loader.next()
             read = perf_counter()
             worker.asked, worker.samples = self.request.asked, batch.rows
-            worker.rate = float(worker.known["rate"])
+            worker.rate = worker.known.rate
             cuts = [batch.rows * i // micro for i in range(micro + 1)]
             counts = [(hi - lo, hi - lo) for lo, hi in pairwise(cuts)]
             try:
@@ -276,28 +275,28 @@ class Replica:
                 took.step + end - begin, took.read + read - begin,
                 took.wait + worker.wait_s + end - computed, took.update + worker.update_s,
             )  # fmt: skip
-            if worker.known["steps"] != self.seen["steps"]:
+            if worker.known.steps != self.seen.steps:
                 self._tell_step(took)
                 took = Took(0.0, 0.0, 0.0, 0.0)
 
     def _steps(self) -> int:
         """Of all replicas since the start of the run, as far as this one knows."""
-        steps: int = self.course.shift + int(self.worker.known["steps"])
+        steps: int = self.course.shift + self.worker.known.steps
         return steps
 
     def _tell_step(self, took: Took) -> None:
         """Pass on what the servers have said; on the first replica, evaluate after so many epochs of all."""
         known, seen, course = self.worker.known, self.seen, self.course
-        samples = int(known["samples"] - seen["samples"])
-        loss = float(known["loss"] - seen["loss"]) / max(samples, 1)
-        epoch = int(known["steps"]) // course.epoch
+        samples = known.samples - seen.samples
+        loss = (known.loss - seen.loss) / max(samples, 1)
+        epoch = known.steps // course.epoch
         self.journal.step(
-            -(-int(known["steps"]) // course.epoch), self._steps(), loss, float(known["rate"]), samples, took,
-            staleness=int(known["staleness"]), discarded=int(known["discarded"]),
+            -(-known.steps // course.epoch), self._steps(), loss, known.rate, samples, took,
+            staleness=known.staleness, discarded=known.discarded,
         )  # fmt: skip
-        self.seen = known.copy()
+        self.seen = known
         every = self.job.train.eval_every
-        due = epoch // every > self.evaluated // every and known["steps"] < course.total if every else False
+        due = epoch // every > self.evaluated // every and known.steps < course.total if every else False
         if self.alone is not None and due and not self.worker.stop:
             self.worker.join()
             scores = self.alone.run(self.worker.tick)

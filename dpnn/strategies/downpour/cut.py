@@ -150,7 +150,7 @@ class Cut:
                 gradients = self._server.gradients(client)
                 self._optimizers[client.staged] = self._server.make(self._params, gradients, self._kept)
             self._optimizers[client.staged].apply(0, self._params.size, rate, scale)
-        steps = int(client.request["steps"][0])
+        steps = client.request.steps
         self._pushes[client.replica] = client.pushes
         self._steps += steps
         if self._ledger is not None:

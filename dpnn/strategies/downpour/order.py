@@ -34,6 +34,10 @@ class Order:
         """Which of the replicas that are ready is served next, taken out; None: nobody yet. `kind`: what it wants."""
         return ready.popleft() if ready else None
 
+    def follows(self, replica: int, kind: int) -> bool:
+        """Whether this may be served right after what was picked last, which is being served."""
+        return True
+
     def stops(self, asked: bool) -> bool:
         """Whether the run stops now."""
         if asked:
@@ -86,6 +90,10 @@ class Replay(Order):
                 ready.remove(replica)
                 return replica
         return None
+
+    def follows(self, replica: int, kind: int) -> bool:
+        """Whether it was."""
+        return len(self._wanted) > 1 and self._wanted[1] == replica * 8 + kind
 
     def stops(self, asked: bool) -> bool:
         """Where the earlier run stopped, and nowhere else."""

@@ -1,18 +1,21 @@
 """What passes between workers and servers: fixed records, never pickled, and slices of flat arrays.
 
-A worker sends a server requests, each a REQUEST, in an order that the server keeps; a push is followed by the numbers
-of the server's shard. The server takes a worker's next request when it has served the last one. So who fetches after a
-push finds it applied. A fetch is answered by an ANSWER and the shard, a request for work by an ANSWER.
+A worker sends a server requests in an order that the server keeps; with a push come the numbers of the server's shard.
+So who fetches with or after a push finds it applied. A fetch is answered by the shard, in pieces, and an Answer; a
+request for work by an Answer.
 """
 
 from enum import IntEnum
 from itertools import pairwise
-from typing import Any
+from struct import Struct
+from typing import Any, Generic, NamedTuple, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+
+_PIECES, _LEAST_PIECE = 8, 1 << 16
+"""Of the numbers of a shard."""
 
 
 class Kind(IntEnum):
@@ -38,39 +41,6 @@ class Tag(IntEnum):
     REQUEST, GRADIENTS, ANSWER, PARAMS, LEASED, CUT = range(1, 7)
 
 
-REQUEST = np.dtype(
-    [
-        ("kind", "i8"),
-        ("push", "i8"),  # the number of a push, from 1
-        ("steps", "i8"),  # steps whose gradients are in the push
-        ("samples", "i8"),  # of those steps
-        ("base", "i8"),  # the version of the shard that the first of them was computed from
-        ("stop", "i8"),  # whether this rank was asked to stop
-        ("loss", "f8"),  # sum over the samples
-    ]
-)
-
-ANSWER = np.dtype(
-    [
-        ("version", "i8"),  # of the shard: updates that it has seen
-        ("steps", "i8"),  # of all replicas, that have arrived
-        ("samples", "i8"),  # likewise
-        ("loss", "f8"),  # likewise, sum over the samples
-        ("rate", "f8"),  # the learning rate at that step
-        ("stop", "i8"),  # whether the run stops
-        ("left", "i8"),  # replicas that have not left
-        ("alive", "i8"),  # how often one has said that it is busy
-        ("staleness", "i8"),  # of the last push of this worker
-        ("discarded", "i8"),  # pushes, of all replicas
-        ("lease", "i8"),  # a Lease
-        ("epoch", "i8"),
-        ("lane", "i8"),
-        ("first", "i8"),
-        ("last", "i8"),
-    ]
-)
-
-
 class Lease(IntEnum):
     """What an answer says of work."""
 
@@ -82,10 +52,81 @@ class Lease(IntEnum):
     """Steps `first` to `last` of `lane` in `epoch`."""
 
 
-def record(dtype: np.dtype[Any]) -> tuple[Array, Array]:
-    """One record of a kind, and its bytes, which MPI sends and receives."""
-    made = np.zeros(1, dtype)
-    return made, made.view(np.uint8)
+class Request(NamedTuple):
+    """What a worker asks for."""
+
+    kind: int
+    steps: int = 0
+    """Of a push: steps whose gradients are in it."""
+    samples: int = 0
+    """Of those steps."""
+    fetch: int = 0
+    """Whether a push is a fetch too, of what comes of it."""
+    base: int = 0
+    """The version of the shard that the first of them was computed from."""
+    stop: int = 0
+    """Whether this rank was asked to stop."""
+    loss: float = 0.0
+    """Sum over the samples."""
+
+
+class Answer(NamedTuple):
+    """What a server says of its shard and of the run."""
+
+    version: int = 0
+    """Of the shard: updates that it has seen."""
+    steps: int = 0
+    """Of all replicas, that have arrived; samples and loss likewise."""
+    samples: int = 0
+    loss: float = 0.0
+    """Sum over the samples."""
+    rate: float = 0.0
+    """The learning rate at that step."""
+    stop: int = 0
+    """Whether the run stops."""
+    left: int = 0
+    """Replicas that have not left."""
+    alive: int = 0
+    """How often one has said that it is busy."""
+    staleness: int = 0
+    """Of the last push of this worker."""
+    discarded: int = 0
+    """Pushes, of all replicas."""
+    lease: int = Lease.NONE
+    epoch: int = 0
+    """Of the lease; so are `lane`, `first` and `last`."""
+    lane: int = 0
+    first: int = 0
+    last: int = 0
+
+
+Record = TypeVar("Record", bound=Request | Answer)
+
+
+class Letter(Generic[Record]):
+    """A place for one record: its bytes, which MPI sends and receives."""
+
+    def __init__(self, kind: type[Record]) -> None:
+        self._kind: type[Record] = kind
+        self._layout = Struct("=" + "".join("d" if type is float else "q" for type in kind.__annotations__.values()))
+        self.bytes = bytearray(self._layout.size)
+
+    def write(self, record: Record) -> None:
+        """Put a record there."""
+        self._layout.pack_into(self.bytes, 0, *record)
+
+    def read(self) -> Record:
+        """The record that is there."""
+        return self._kind(*self._layout.unpack(self.bytes))
+
+
+def pieces(n: int) -> list[tuple[int, int]]:
+    """The slices [lo, hi) in which a server sends its n numbers: a few, each worth a message.
+
+    Where a worker fetches with its push, the first are on their way while the server updates the last.
+    """
+    length = max(_LEAST_PIECE, -(-n // _PIECES))
+    return [(lo, min(lo + length, n)) for lo in range(0, n, length)]
 
 
 def shards(n: int, servers: int) -> list[tuple[int, int]]:

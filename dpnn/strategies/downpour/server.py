@@ -2,7 +2,7 @@
 
 One loop, which never blocks: hear requests, receive announced gradients into a few buffers, serve who is ready, one
 after the other, each worker's requests in its order. Workers whose messages take long hold up nobody but themselves.
-An update never changes numbers that are being sent: it writes another copy then, so everyone gets one version, whole.
+Where a worker fetches with its push, it gets the new version piece by piece, while the next piece is updated.
 """
 
 import os
@@ -14,20 +14,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dpnn import config
-from dpnn.comm.faults import wait
-from dpnn.comm.reduce import blocks
+from dpnn.comm.faults import reported, wait
 from dpnn.errors import RankError
 from dpnn.optim import Optimizer
+from dpnn.strategies.downpour.copies import Copies, Copy
 from dpnn.strategies.downpour.ledger import Ledger
 from dpnn.strategies.downpour.order import Order
-from dpnn.strategies.downpour.protocol import ANSWER, REQUEST, Array, Kind, Lease, Tag, record
+from dpnn.strategies.downpour.protocol import Answer, Array, Kind, Lease, Letter, Request, Tag
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_STAGED, _VERSIONS = 4, 3
-"""Buffers for gradients that are on their way, and copies of the parameters: one is the newest, others may be being
-sent."""
+_STAGED = 4
+"""Buffers for gradients that are on their way."""
 _EAGER_S, _NAP_SHARE, _LONGEST_NAP_S = 1e-3, 0.1, 5e-4
 """How long an idle server only gives way to other processes; then it sleeps between two looks, for a share of the time
 that it has been idle."""
@@ -40,10 +39,14 @@ class Client:
 
     def __init__(self, replica: int) -> None:
         self.replica = replica
-        self.request, self.heard = record(REQUEST)
-        self.answers = {tag: record(ANSWER) for tag in (Tag.ANSWER, Tag.LEASED)}
+        self.letter = Letter(Request)
+        self.request = Request(Kind.ALIVE)
+        """What it wants now."""
+        self.answers = {tag: Letter(Answer) for tag in (Tag.ANSWER, Tag.LEASED)}
         self.staged = -1
         """The buffer that its gradients are in."""
+        self.announced = self.arrived = False
+        """Whether it has said so; whether they are."""
         self.pushes = self.staleness = self.lead = 0
         """Pushes that were applied; the staleness of the last one; steps, as far as `parallel.lead` counts them."""
         self.joined = self.left = False
@@ -77,26 +80,29 @@ class Server:
         self._mpi, self._comm, self._options, self._order = MPI, comm, options, order
         self.ledger, self._asked, self._rate, self.make = ledger, asked, rate, make
         self._parting, self.limit_s = parting, limit_s
+        self._policy, self._bound = options.staleness.policy, options.staleness.bound
         self.state = state
-        self._versions = [params]
-        self._readers = [0]
-        self._at = 0
-        """Which copy is the newest."""
+        self._copies = Copies(params)
         n = workers if order.replays else min(workers, _STAGED)
         self._staged = [np.empty_like(params) for _ in range(n)]
         self._free = list(range(n))
-        self._optimizers: dict[tuple[int, int], Optimizer] = {}
         self.clients = [Client(replica) for replica in range(workers)]
         self.left = workers
         """Workers that may still push."""
-        self._requests: list[MPI.Request] = [MPI.REQUEST_NULL] * workers
+        self._listens = [comm.Recv_init(client.letter.bytes, client.replica, Tag.REQUEST) for client in self.clients]
+        self._requests: list[MPI.Request] = [*self._listens, *[MPI.REQUEST_NULL] * n]
+        """The next request of every worker, then the gradients for every buffer."""
+        self._holders = [-1] * n
+        """Whose gradients a buffer is for."""
+        self._keeps = n == workers
+        """Whether there is a buffer for every worker: then gradients are received before they are announced."""
         self._announced: deque[int] = deque()
         """Who has gradients for which there is no buffer yet."""
         self._ready: deque[int] = deque()
         self._too_far: list[int] = []
         """Who is too far ahead of the slowest to be answered."""
-        self._sends: list[tuple[MPI.Request, int]] = []
-        """What is being sent, and of which copy; -1: of none."""
+        self._sends: list[tuple[list[MPI.Request], Copy | None]] = []
+        """What is being sent, and of which copy."""
         self.version = self.steps = self.samples = self.discarded = self.alive = 0
         self.loss = 0.0
         self.stop = self.closing = self.closed = self.frozen = False
@@ -105,23 +111,28 @@ class Server:
         """Pushes by staleness: updates of this shard since the parameters that they were computed from."""
         self.watch: Callable[[Client, float, float], None] = lambda client, rate, scale: None
         """Told of every push, with the rate and the scale that it was applied at (0: not at all)."""
-        for client in self.clients:
-            self._listen(client)
+        for client, listen in zip(self.clients, self._listens, strict=True):
+            listen.Start()
+            if self._keeps:
+                self._grant(client)
 
     @property
     def params(self) -> Array:
         """The newest."""
-        return self._versions[self._at]
+        return self._copies.newest.params
 
     def run(self, also: Callable[[], bool]) -> None:
         """Serve until `closed`. `also` is done in every turn too; it returns whether it has moved anything.
 
-        RankError where no worker is heard of for `limit_s` seconds.
+        RankError where no worker is heard of for `limit_s` seconds, or MPI reports an error.
         """
+        with reported("serving the workers"):
+            self._run(also)
+
+    def _run(self, also: Callable[[], bool]) -> None:
         busy, limit_s = time.monotonic(), self.limit_s
         while not self.closed:
-            moved = self._hear() | self._serve() | self._sent()
-            if also() or moved:
+            if self._hear() | self._sent() | self._serve() | also():
                 busy = time.monotonic()
                 continue
             idle = time.monotonic() - busy
@@ -143,7 +154,7 @@ class Server:
         """The run is over, and all is written: say so, see off what is being sent, and hear no more."""
         self._order.flush()
         self._parting(self)
-        self._answer(self.clients[0], Tag.LEASED, Lease.NONE)
+        self._answer(self.clients[0], Tag.LEASED)
         self.closed = True
 
         def sent() -> bool:
@@ -155,49 +166,75 @@ class Server:
             if request != self._mpi.REQUEST_NULL:
                 request.Cancel()
                 request.Wait()
-
-    def _listen(self, client: Client) -> None:
-        self._requests[client.replica] = self._comm.Irecv(client.heard, client.replica, Tag.REQUEST)
+        for listen in self._listens:
+            listen.Free()
 
     def _hear(self) -> bool:
         """Take what has arrived; give buffers to gradients that were announced."""
         if self._order.stops(not self.stop and self._asked()):
             self.stop = True
-        arrived = self._mpi.Request.Testsome(self._requests) or []
-        for replica in arrived:
-            client = self.clients[replica]
-            kind = self._kind(replica)
-            if client.request["stop"][0] and not self.stop and self._order.stops(True):
+        self._comm.Iprobe()  # MPI moves; a Testsome that finds something doesn't look for more
+        arrived = self._mpi.Request.Testsome(self._requests) or ()
+        for place in arrived:
+            if place >= len(self.clients):
+                client = self.clients[self._holders[place - len(self.clients)]]
+                client.arrived = True
+                if client.announced:
+                    self._ready.append(client.replica)
+                continue
+            client = self.clients[place]
+            client.request = client.letter.read()
+            if client.request.stop and not self.stop and self._order.stops(True):
                 self.stop = True
-            if kind == Kind.PUSH and client.staged < 0:
-                self._announced.append(replica)
-            elif kind == Kind.FETCH and self._is_too_far(client):
-                self._too_far.append(replica)
-            elif kind in (Kind.LEAVE, Kind.CLOSE):
-                self._leaves(client, kind)
-            elif kind == Kind.ALIVE:
-                self.alive += 1
-                self._listen(client)
-            elif kind == Kind.LEASE and client.left:  # it asks whether the others have left: no part of the order
-                self._answer(client, Tag.LEASED, Lease.NONE)
-                self._listen(client)
-            else:
-                self._ready.append(replica)
+            self._look_at(client)
         while self._announced and self._free:
-            client = self.clients[self._announced.popleft()]
-            client.staged = self._free.pop()
-            self._requests[client.replica] = self._comm.Irecv(
-                self._staged[client.staged], client.replica, Tag.GRADIENTS
-            )
+            self._grant(self.clients[self._announced.popleft()])
         return bool(arrived)
+
+    def _grant(self, client: Client) -> None:
+        """Receive its next gradients."""
+        client.staged = buffer = self._free.pop()
+        self._holders[buffer] = client.replica
+        arrival = self._comm.Irecv(self._staged[buffer], client.replica, Tag.GRADIENTS)
+        self._requests[len(self.clients) + buffer] = arrival
+
+    def _look_at(self, client: Client) -> None:
+        """See what a client wants: it is ready to be served, has to wait, or needs no place in the order."""
+        kind, replica = client.request.kind, client.replica
+        if kind == Kind.PUSH:
+            client.announced = True
+            if client.arrived:
+                self._ready.append(replica)
+            elif client.staged < 0:
+                self._announced.append(replica)
+        elif kind == Kind.FETCH and self._is_too_far(client):
+            self._too_far.append(replica)
+        elif kind == Kind.FETCH or (kind == Kind.LEASE and not client.left):
+            self._ready.append(replica)
+        else:
+            self._note(client, kind)
+            self._listens[replica].Start()
+
+    def _note(self, client: Client, kind: int) -> None:
+        if kind == Kind.ALIVE:
+            self.alive += 1
+        elif kind == Kind.LEASE:  # it asks whether the others have left
+            self._answer(client, Tag.LEASED)
+        elif kind == Kind.CLOSE:
+            self.closing = True
+        else:
+            client.left = True
+            self.left -= 1
+            self._let_go()
 
     def _serve(self) -> bool:
         """Serve one who is ready, if there is one."""
-        if self.frozen:
-            return False
         ready = self._ready
-        updates = any(self._kind(replica) == Kind.PUSH for replica in ready)
-        copy = self._copy_to_write() if updates else self._at
+        if self.frozen or not ready:
+            return False
+        copy: Copy | None = self._copies.newest
+        if self._copies.newest.readers and any(self._kind(replica) == Kind.PUSH for replica in ready):
+            copy = self._copies.to_write()
         if copy is None:  # whatever isn't an update goes on
             ready = deque(replica for replica in ready if self._kind(replica) != Kind.PUSH)
         replica = self._order.pick(ready, self._kind)
@@ -205,136 +242,124 @@ class Server:
             return False
         if copy is None:
             self._ready.remove(replica)
-        client, kind, served = self.clients[replica], self._kind(replica), True
+        client, kind = self.clients[replica], self._kind(replica)
         if kind == Kind.PUSH and copy is not None:
             self._apply(client, copy)
-        elif kind == Kind.FETCH:
-            self._send(client)
-        else:
-            served = self._lease(client)
-        if served:
+            return True
+        if kind == Kind.FETCH:
+            self._send(self._copies.newest, client)
+            self._fetched(client)
+        elif self._lease(client):
             self._order.served(replica, kind)
-        self._listen(client)
+        self._listens[replica].Start()
         return True
 
     def _kind(self, replica: int) -> int:
-        return int(self.clients[replica].request["kind"][0])
+        return self.clients[replica].request.kind
 
-    def _copy_to_write(self) -> int | None:
-        """The copy that the next update goes into: the newest where nobody reads it. None: all are being sent."""
-        if not self._readers[self._at]:
-            return self._at
-        for copy, readers in enumerate(self._readers):
-            if not readers:
-                return copy
-        if len(self._versions) < _VERSIONS:
-            self._versions.append(np.empty_like(self.params))
-            self._readers.append(0)
-            return len(self._versions) - 1
-        return None
-
-    def _apply(self, client: Client, copy: int) -> None:
-        """Update by a push, unless it is too stale."""
-        push = client.request[0]
-        client.staleness = int(self.version - push["base"])
-        self.histogram[min(client.staleness, _BINS - 1)] += 1
-        policy, bound = self._options.staleness.policy, self._options.staleness.bound
+    def _apply(self, client: Client, copy: Copy) -> None:
+        """Update by a push, unless it is too stale; send what comes of it to who wants it, if that is its turn."""
+        push = client.request
+        policy, bound = self._policy, self._bound
+        client.staleness = self.version - push.base
         scale = 1.0 / client.staleness if policy == "scale" and client.staleness > 1 else 1.0
         rate = self._rate(self.steps)
         client.pushes += 1
-        client.lead += int(push["steps"])
+        client.lead += push.steps
+        fetches = bool(push.fetch) and not self._is_too_far(client)
+        to = client if fetches and self._order.follows(client.replica, Kind.FETCH) else None
         if policy == "discard" and client.staleness > bound:
             self.discarded += 1
             scale = 0.0
+            if to:
+                self._send(self._copies.newest, to)
         else:
-            self._update(client, copy, rate, scale)
-        self.steps += int(push["steps"])
-        self.samples += int(push["samples"])
-        self.loss += float(push["loss"])
+            self._update(client, copy, rate, scale, to)
+        self.histogram[min(client.staleness, _BINS - 1)] += 1
+        self.steps += push.steps
+        self.samples += push.samples
+        self.loss += push.loss
         if self.ledger is not None:
-            self.ledger.arrived(client.replica, int(push["steps"]))
+            self.ledger.arrived(client.replica, push.steps)
         self.watch(client, rate, scale)
         self._free.append(client.staged)
-        client.staged = -1
+        client.staged, client.announced, client.arrived = -1, False, False
+        if self._keeps:
+            self._grant(client)
         self._let_go()
+        self._order.served(client.replica, Kind.PUSH)
+        if to:
+            self._fetched(client)
+        elif push.fetch:
+            client.request = Request(Kind.FETCH)
+            self._look_at(client)
+            return
+        self._listens[client.replica].Start()
 
-    def _update(self, client: Client, copy: int, rate: float, scale: float) -> None:
-        optimizer = self._optimizer(copy, client.staged)
-        if copy == self._at:
-            optimizer.apply(0, self.params.size, rate, scale)
+    def _update(self, client: Client, copy: Copy, rate: float, scale: float, to: Client | None) -> None:
+        """Write the next version into a copy, and send it piece by piece."""
+        optimizer = copy.optimizers.get(client.staged)
+        if optimizer is None:
+            optimizer = self.make(copy.params, self.gradients(client), self.state)
+            copy.optimizers[client.staged] = optimizer
+        old = self._copies.newest
+        if to is None:
+            copy.update(0, copy.params.size, old, optimizer, rate, scale)
         else:
-            old, new = self.params, self._versions[copy]
-            for lo, hi in blocks(0, old.size):
-                np.copyto(new[lo:hi], old[lo:hi])
-                optimizer.apply(lo, hi, rate, scale)
-            self._at = copy
+            self._send(copy, to, lambda lo, hi: copy.update(lo, hi, old, optimizer, rate, scale))
+        self._copies.newest = copy
         self.version += 1
 
-    def _optimizer(self, copy: int, staged: int) -> Optimizer:
-        if (copy, staged) not in self._optimizers:
-            self._optimizers[copy, staged] = self.make(self._versions[copy], self._staged[staged], self.state)
-        return self._optimizers[copy, staged]
+    def _send(self, copy: Copy, to: Client, before: Callable[[int, int], None] = lambda lo, hi: None) -> None:
+        """Send a copy, which isn't written before it has been sent. `before` is called before each slice leaves."""
+        sends = []
+        for lo, hi, piece in copy.pieces:
+            before(lo, hi)
+            sends.append(self._comm.Isend(piece, to.replica, Tag.PARAMS))
+        copy.readers += 1
+        self._sends.append((sends, copy))
 
-    def _send(self, client: Client) -> None:
-        """Answer a fetch: the newest version, which isn't written before it has been sent."""
-        self._answer(client, Tag.ANSWER, Lease.NONE)
-        request = self._comm.Isend(self.params, client.replica, Tag.PARAMS)
-        self._readers[self._at] += 1
-        self._sends.append((request, self._at))
+    def _fetched(self, client: Client) -> None:
+        """Say what the numbers are that a client was sent."""
+        self._answer(client, Tag.ANSWER)
+        self._order.served(client.replica, Kind.FETCH)
 
     def _sent(self) -> bool:
         """Forget what has been sent."""
-        done = [place for place, (request, _) in enumerate(self._sends) if request.Test()]
-        for place in reversed(done):
-            _, copy = self._sends.pop(place)
-            if copy >= 0:
-                self._readers[copy] -= 1
-        return bool(done)
+        sends, self._sends = self._sends, []
+        for requests, copy in sends:
+            if not self._mpi.Request.Testall(requests):
+                self._sends.append((requests, copy))
+            elif copy:
+                copy.readers -= 1
+        return len(self._sends) < len(sends)
 
     def _lease(self, client: Client) -> bool:
         """Answer who asks for work; whether the answer stands: it may have to ask again."""
         others_wait = self.steps < self._options.warmup_steps and not self.clients[0].left
         if self.ledger is None or self.stop:
-            self._answer(client, Tag.LEASED, Lease.NONE)
+            self._answer(client, Tag.LEASED)
             return True
         if client.replica and others_wait and not self._order.replays:
             self._answer(client, Tag.LEASED, Lease.WAIT)
             return False
         run = self.ledger.lease(client.replica)
         if run is None:
-            self._answer(client, Tag.LEASED, Lease.NONE)
+            self._answer(client, Tag.LEASED)
             return True
         if not client.joined:
             client.joined = True
             client.lead = self._slowest(client)
-        answer, _ = client.answers[Tag.LEASED]
-        answer["epoch"], answer["lane"], answer["first"], answer["last"] = (
-            run.epoch,
-            run.lanes.start,
-            run.first,
-            run.last,
-        )
-        self._answer(client, Tag.LEASED, Lease.LANE)
+        self._answer(client, Tag.LEASED, Lease.LANE, (run.epoch, run.lanes.start, run.first, run.last))
         return True
 
-    def _answer(self, client: Client, tag: Tag, lease: Lease) -> None:
-        answer, told = client.answers[tag]
-        answer["version"], answer["steps"], answer["samples"], answer["loss"] = (
-            self.version, self.steps, self.samples, self.loss,
-        )  # fmt: skip
-        answer["rate"], answer["stop"], answer["left"] = self._rate(self.steps), self.stop, self.left
-        answer["alive"] = self.alive
-        answer["staleness"], answer["discarded"], answer["lease"] = client.staleness, self.discarded, lease
-        self._sends.append((self._comm.Isend(told, client.replica, tag), -1))
-
-    def _leaves(self, client: Client, kind: int) -> None:
-        if kind == Kind.CLOSE:
-            self.closing = True
-            return
-        client.left = True
-        self.left -= 1
-        self._listen(client)
-        self._let_go()
+    def _answer(
+        self, client: Client, tag: Tag, lease: Lease = Lease.NONE, lane: tuple[int, int, int, int] = (0, 0, 0, 0)
+    ) -> None:
+        letter = client.answers[tag]
+        known = (self.version, self.steps, self.samples, self.loss, self._rate(self.steps))
+        letter.write(Answer(*known, self.stop, self.left, self.alive, client.staleness, self.discarded, lease, *lane))
+        self._sends.append(([self._comm.Isend(letter.bytes, client.replica, tag)], None))
 
     def _slowest(self, but: Client) -> int:
         """The least that any other replica has done, of those that have joined and not left."""

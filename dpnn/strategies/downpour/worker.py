@@ -7,6 +7,7 @@ parameters that aren't there when they are due, and for a push that hasn't left 
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import monotonic, perf_counter, sleep
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from dpnn.comm.faults import wait
 from dpnn.data import Run
 from dpnn.errors import NotFiniteError, RankError
 from dpnn.optim import Optimizer
-from dpnn.strategies.downpour.protocol import ANSWER, REQUEST, Array, Kind, Lease, Tag, record, shards
+from dpnn.strategies.downpour.protocol import Answer, Array, Kind, Lease, Letter, Request, Tag, pieces, shards
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -30,10 +31,13 @@ _TICK_S = 1.0
 class _Push:
     """One of two sets of what is being sent: gradients, and for each server a request."""
 
-    def __init__(self, gradients: Array, servers: int) -> None:
+    def __init__(self, comm: "MPI.Comm", gradients: Array, to: Sequence[tuple[int, int, int]]) -> None:
         self.gradients = gradients
-        self.requests = [record(REQUEST) for _ in range(servers)]
-        self.sent: list[MPI.Request] = []
+        self.requests = [Letter(Request) for _ in to]
+        self.sends: list[MPI.Prequest] = []
+        for request, (server, lo, hi) in zip(self.requests, to, strict=True):
+            self.sends.append(comm.Send_init(request.bytes, server, Tag.REQUEST))
+            self.sends.append(comm.Send_init(gradients[lo:hi], server, Tag.GRADIENTS))
 
 
 class Worker:
@@ -63,26 +67,31 @@ class Worker:
         self.wait_s = self.update_s = 0.0
         self.asked = self.stop = False
         """Whether this rank was asked to stop; whether the servers say that the run stops."""
-        self.known: np.void = np.zeros(1, ANSWER)[0]
+        self.known = Answer()
         """The last answer of the first server to a fetch: what is known of the run as a whole."""
         servers = comm.size - workers
         self._shards = [(workers + s, lo, hi) for s, (lo, hi) in enumerate(shards(params.size, servers))]
         options = self._options
         self._in_step = options.n_push == options.n_fetch == 1 and options.fetch_ahead == 0
         """Whether every step waits for parameters that have its last push in them: then nothing has to be copied."""
-        self._sets = [_Push(grads if self._in_step else np.zeros_like(grads), servers) for _ in range(2)]
-        self._asks = {kind: [record(REQUEST) for _ in range(servers)] for kind in Kind}
+        self._sets = [_Push(comm, grads if self._in_step else np.zeros_like(grads), self._shards) for _ in range(2)]
+        self._asks = {kind: [Letter(Request) for _ in range(servers)] for kind in Kind}
         self._sent: dict[tuple[Kind, int], MPI.Request] = {}
         """The last request of a kind to a server."""
         self._fetched = np.empty_like(params) if options.fetch_ahead else params
         """Where parameters arrive. Only those that aren't waited for at once need a place of their own."""
-        self._answers = [record(ANSWER) for _ in range(servers)]
-        self._leased, self._lease_bytes = record(ANSWER)
-        self._coming: list[MPI.Request] = []
-        self._due = 0
-        """The step before which the parameters that are coming are installed."""
-        self._versions = np.zeros(servers, np.int64)
-        self._base = np.zeros(servers, np.int64)
+        self._answers = [Letter(Answer) for _ in range(servers)]
+        self._leased = Letter(Answer)
+        self._arrivals: list[MPI.Prequest] = []
+        for answer, (server, lo, hi) in zip(self._answers, self._shards, strict=True):
+            shard = self._fetched[lo:hi]
+            self._arrivals.append(comm.Recv_init(answer.bytes, server, Tag.ANSWER))
+            self._arrivals += [comm.Recv_init(shard[a:b], server, Tag.PARAMS) for a, b in pieces(hi - lo)]
+        self._coming = False
+        """Whether parameters were asked for and have not been installed."""
+        self._asked, self._due = -1, 0
+        """The steps before which parameters were last asked for, and are installed."""
+        self._versions = self._base = [0] * servers
         """Versions of the parameters now, and when the first step of the next push was computed."""
         self._step = self._pushes = 0
         self._steps, self._samples, self._loss = 0, 0, 0.0
@@ -93,16 +102,15 @@ class Worker:
 
     def begin(self) -> None:
         """Install the parameters that are due, and ask for the next ones."""
-        options = self._options
         if self._coming and self._step == self._due:
             self._install()
-        if self._step % options.n_fetch == 0:
-            self._fetch()
-            self._due = self._step + options.fetch_ahead
-            if options.fetch_ahead == 0:
+        if self._fetches():
+            self._expect()
+            self._send(Kind.FETCH, self._shards)
+            if self._step == self._due:
                 self._install()
         if self._steps == 0:
-            np.copyto(self._base, self._versions)
+            self._base = self._versions
 
     def open(self, lo: int, hi: int) -> None:
         """Return when nobody reads the gradients of the last step any more."""
@@ -147,18 +155,19 @@ class Worker:
         """Take the newest parameters, waiting for them: before the first step, and before they are looked at."""
         if self._coming:
             self._install()
-        self._fetch()
+        self._expect()
+        self._send(Kind.FETCH, self._shards)
         self._install()
+        self._asked = -1  # the next step asks for newer ones
         self._waited = 0.0  # that was no part of a step
 
     def lease(self) -> Run | None:
         """More to do, or None: there is no more. RankError where others don't go on that this one has to wait for."""
-        answer = self._ask_until(lambda answer: bool(answer["lease"] != Lease.WAIT))
-        self.stop = self.stop or bool(answer["stop"])
-        if answer["lease"] == Lease.NONE:
+        answer = self._ask_until(lambda answer: answer.lease != Lease.WAIT)
+        self.stop = self.stop or bool(answer.stop)
+        if answer.lease == Lease.NONE:
             return None
-        lane = int(answer["lane"])
-        return Run(int(answer["epoch"]), range(lane, lane + 1), int(answer["first"]), int(answer["last"]))
+        return Run(answer.epoch, range(answer.lane, answer.lane + 1), answer.first, answer.last)
 
     def leave(self) -> None:
         """Push what is left; no more will come."""
@@ -169,7 +178,7 @@ class Worker:
 
     def await_others(self) -> None:
         """Return when all replicas have left. RankError where the others don't go on."""
-        self._ask_until(lambda answer: bool(answer["left"] == 0))
+        self._ask_until(lambda answer: answer.left == 0)
 
     def tick(self) -> None:
         """This replica is alive, though it asks for nothing: to be called now and then while it is."""
@@ -181,7 +190,7 @@ class Worker:
         """End the servers, once all have left and the last checkpoint is written. On the first replica."""
         self._send(Kind.CLOSE, self._shards)
         for server, _, _ in self._shards:
-            answer = self._comm.Irecv(self._lease_bytes, server, Tag.LEASED)
+            answer = self._comm.Irecv(self._leased.bytes, server, Tag.LEASED)
             wait(answer.Test, "a server to write its part of the last checkpoint", self._limit_s)
 
     def see_off(self) -> None:
@@ -191,18 +200,18 @@ class Worker:
         for request in self._sent.values():
             wait(request.Test, "the servers to hear of this replica", self._limit_s)
 
-    def _ask_until(self, enough: Callable[[np.void], bool]) -> np.void:
+    def _ask_until(self, enough: Callable[[Answer], bool]) -> Answer:
         """The first answer that is enough. RankError where the run doesn't go on meanwhile."""
         steps, since = -1, monotonic()
         while True:
-            coming = self._comm.Irecv(self._lease_bytes, self._shards[0][0], Tag.LEASED)
+            coming = self._comm.Irecv(self._leased.bytes, self._shards[0][0], Tag.LEASED)
             self._send(Kind.LEASE, self._shards[:1])
             wait(coming.Test, "the first server to answer", self._limit_s)
-            answer: np.void = self._leased[0]
+            answer = self._leased.read()
             if enough(answer):
                 return answer
-            if answer["steps"] + answer["alive"] != steps:
-                steps, since = int(answer["steps"] + answer["alive"]), monotonic()
+            if answer.steps + answer.alive != steps:
+                steps, since = answer.steps + answer.alive, monotonic()
             elif monotonic() - since > self._limit_s:
                 raise RankError(
                     f"no replica has pushed anything for {self._limit_s:g} s, and this one waits for them: a rank has "
@@ -214,7 +223,7 @@ class Worker:
         """Whether the next step begins with other parameters, so that a step of one's own would be lost."""
         options, step = self._options, self._step + 1
         fetches = options.fetch_ahead == 0 and step % options.n_fetch == 0
-        return fetches or (bool(self._coming) and self._due == step)
+        return fetches or (self._coming and self._due == step)
 
     def _add(self, sums: Array, scale: float) -> None:
         """Gradients, clipped, onto those of the next push; running statistics as they are."""
@@ -235,44 +244,46 @@ class Worker:
         self._pushes += 1
         if self._steps > 1:
             push.gradients[self._n_trained :] /= push.gradients.dtype.type(self._steps)  # the mean, of statistics
-        for number, ((request, sent), (server, lo, hi)) in enumerate(zip(push.requests, self._shards, strict=True)):
-            request[0] = (
-                Kind.PUSH, self._pushes, self._steps, self._samples, self._base[number], self.asked, self._loss,
-            )  # fmt: skip
-            push.sent.append(self._comm.Isend(sent, server, Tag.REQUEST))
-            push.sent.append(self._comm.Isend(push.gradients[lo:hi], server, Tag.GRADIENTS))
+        fetches = self._fetches()
+        for request, base in zip(push.requests, self._base, strict=True):
+            request.write(Request(Kind.PUSH, self._steps, self._samples, fetches, base, self.asked, self._loss))
+        self._mpi.Prequest.Startall(push.sends)
+        if fetches:
+            self._expect()
         self._steps, self._samples, self._loss = 0, 0, 0.0
 
     def _see_off(self, push: _Push) -> None:
         """Return when a push has left, so that it can be written again."""
-        if push.sent:
-            begin = perf_counter()
-            wait(lambda: self._mpi.Request.Testall(push.sent), "a server to take a push", self._limit_s)
-            push.sent.clear()
-            self._waited += perf_counter() - begin
+        begin = perf_counter()
+        wait(partial(self._mpi.Request.Testall, push.sends), "a server to take a push", self._limit_s)
+        self._waited += perf_counter() - begin
 
-    def _fetch(self) -> None:
-        for (server, lo, hi), (_, answer) in zip(self._shards, self._answers, strict=True):
-            self._coming.append(self._comm.Irecv(answer, server, Tag.ANSWER))
-            self._coming.append(self._comm.Irecv(self._fetched[lo:hi], server, Tag.PARAMS))
-        self._send(Kind.FETCH, self._shards)
+    def _fetches(self) -> bool:
+        """Whether parameters are asked for before this step, and have not been. The last ones have to be in."""
+        return self._step % self._options.n_fetch == 0 and self._asked != self._step and not self._coming
+
+    def _expect(self) -> None:
+        """Receive the parameters that are being asked for."""
+        for arrival in self._arrivals:  # one by one: pieces of a shard are told apart by their order alone
+            arrival.Start()
+        self._coming, self._asked, self._due = True, self._step, self._step + self._options.fetch_ahead
 
     def _install(self) -> None:
         begin = perf_counter()
-        wait(lambda: self._mpi.Request.Testall(self._coming), "the parameters from the servers", self._limit_s)
+        wait(partial(self._mpi.Request.Testall, self._arrivals), "the parameters from the servers", self._limit_s)
         self._waited += perf_counter() - begin
-        self._coming.clear()
+        self._coming = False
         if self._fetched is not self._params:
             np.copyto(self._params, self._fetched)
-        for number, (answer, _) in enumerate(self._answers):
-            self._versions[number] = answer["version"][0]
-            self.stop = self.stop or bool(answer["stop"][0])
-        self.known = self._answers[0][0][0].copy()
+        answers = [answer.read() for answer in self._answers]
+        self._versions = [answer.version for answer in answers]
+        self.stop = self.stop or any(answer.stop for answer in answers)
+        self.known = answers[0]
 
     def _send(self, kind: Kind, to: Sequence[tuple[int, int, int]]) -> None:
         """A request without numbers behind it."""
-        for (request, sent), (server, _, _) in zip(self._asks[kind], to, strict=False):
+        for letter, (server, _, _) in zip(self._asks[kind], to, strict=False):
             if (kind, server) in self._sent:  # it was answered: it has long been sent
                 wait(self._sent[kind, server].Test, "the servers to hear of this replica", self._limit_s)
-            request["kind"], request["stop"] = kind, self.asked
-            self._sent[kind, server] = self._comm.Isend(sent, server, Tag.REQUEST)
+            letter.write(Request(kind, stop=self.asked))
+            self._sent[kind, server] = self._comm.Isend(letter.bytes, server, Tag.REQUEST)

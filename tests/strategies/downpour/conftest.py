@@ -144,7 +144,7 @@ def take(run: Run, me: Me, grads: np.ndarray, gradient) -> list[tuple[int, int, 
     taken, worker = [], me.worker
     for step in range(run.first, run.last + 1):
         me.at = (run.epoch, run.lanes.start, step)
-        worker.samples, worker.rate = 1, float(worker.known["rate"])
+        worker.samples, worker.rate = 1, worker.known.rate
         worker.begin()
         grads[:] = gradient(me)
         worker.tell(1.0)

@@ -72,6 +72,16 @@ def test_it_is_replayed_whatever_arrives_first(recorded):
     assert not ready
 
 
+def test_a_fetch_follows_at_once_where_nothing_else_came_next(recorded):
+    replay = Replay(recorded)
+    assert Order().follows(2, Kind.FETCH)
+    assert replay.follows(2, Kind.FETCH)
+    assert not replay.follows(0, Kind.FETCH)
+    for entry in SERVED[:3]:
+        replay.served(*entry)
+    assert not replay.follows(1, Kind.FETCH)  # the run was stopped in between
+
+
 def test_who_asks_for_something_else_waits(recorded):
     ready = deque([0])
     assert Replay(recorded).pick(ready, lambda replica: Kind.PUSH) is None

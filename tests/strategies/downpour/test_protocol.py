@@ -1,11 +1,10 @@
 """The slices of the flat arrays that the servers hold."""
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpnn.strategies.downpour.protocol import ANSWER, REQUEST, record, shards
+from dpnn.strategies.downpour.protocol import Answer, Letter, Request, pieces, shards
 
 
 @given(n=st.integers(0, 10**9), servers=st.integers(1, 64))
@@ -28,10 +27,19 @@ def test_with_fewer_numbers_than_cache_lines_some_servers_hold_none(n, servers):
     assert sum(hi - lo for lo, hi in found) == n
 
 
-@pytest.mark.parametrize("dtype", [REQUEST, ANSWER])
-def test_a_record_and_its_bytes_are_one(dtype):
-    one, sent = record(dtype)
-    other, received = record(dtype)
-    one[0] = tuple(range(1, len(dtype.names) + 1))
-    received[:] = sent
-    np.testing.assert_array_equal(one, other)
+@given(n=st.integers(0, 10**9))
+def test_pieces_cover_a_shard_in_order_and_are_few_and_long(n):
+    found = pieces(n)
+    assert [lo for lo, _ in found] == [0, *(hi for _, hi in found[:-1])][: len(found)]
+    assert sum(hi - lo for lo, hi in found) == n
+    assert len(found) <= 8
+    assert all(hi - lo >= 1 << 16 for lo, hi in found[:-1])
+
+
+@pytest.mark.parametrize("kind", [Request, Answer])
+def test_a_record_is_read_as_it_was_written(kind):
+    record = kind(*range(1, len(kind._fields) + 1))
+    sent, received = Letter(kind), Letter(kind)
+    sent.write(record)
+    received.bytes[:] = sent.bytes
+    assert received.read() == record

@@ -7,6 +7,8 @@ from itertools import count, pairwise
 import numpy as np
 import pytest
 
+from dpnn.strategies.downpour import server
+
 N = 100
 
 
@@ -32,10 +34,15 @@ def arrived(ledger: dict, lanes) -> list[tuple[int, int, int]]:
 @pytest.mark.parametrize("servers", [1, 2])
 @pytest.mark.parametrize("n_push", [1, 3])
 @pytest.mark.parametrize("fetch_ahead", [0, 1])
-def test_nothing_is_lost_or_applied_twice(world, downpour, servers, n_push, fetch_ahead):
-    """Also in the checkpoints that are made meanwhile, of several servers: each has whole pushes, the same of all."""
+@pytest.mark.parametrize("buffers", [1, 4])
+def test_nothing_is_lost_or_applied_twice(world, downpour, monkeypatch, servers, n_push, fetch_ahead, buffers):
+    """Also in the checkpoints that are made meanwhile, of several servers: each has whole pushes, the same of all.
+
+    Workers have buffers of their own on a server, or wait for one.
+    """
     if world.size <= servers:
         pytest.skip("needs a worker")
+    monkeypatch.setattr(server, "_STAGED", buffers)
     lanes, rng = (4, 7, 1, 5, 6) * 2, np.random.default_rng([world.rank, n_push])
 
     def gradient(me):
@@ -49,9 +56,9 @@ def test_nothing_is_lost_or_applied_twice(world, downpour, servers, n_push, fetc
     np.testing.assert_array_equal(run.params, updates(taken))
     for worker in run.workers:  # at the end all look at the same network
         np.testing.assert_array_equal(worker.params, run.params)
-    for server in run.servers:
-        assert (server.steps, server.samples, server.loss, server.version) == (60, 60, 60.0, sum(server.pushes))
-        assert sum(server.histogram) == server.version
+    for one in run.servers:
+        assert (one.steps, one.samples, one.loss, one.version) == (60, 60, 60.0, sum(one.pushes))
+        assert sum(one.histogram) == one.version
     assert list(run.ledgers) == list(run.checkpoints)
     assert list(run.checkpoints)[-1] == 60
     assert len(run.checkpoints) >= 3
@@ -74,7 +81,7 @@ def test_what_is_fetched_is_one_version(world, downpour, servers, fetch_ahead):
     def gradient(me):
         for lo, hi in pairwise(bounds):
             assert me.params[lo:hi].min() == me.params[lo:hi].max()
-        assert me.params[0] == me.worker.known["version"]
+        assert me.params[0] == me.worker.known.version
         me.log.append(me.params[0])
         time.sleep(rng.exponential(0.003))
         return -1.0
@@ -133,7 +140,7 @@ def test_nobody_gets_further_ahead_than_lead(downpour, fetch_ahead):
 @pytest.mark.parallel([3, 4])
 def test_in_the_warm_up_only_the_first_worker_trains(downpour):
     def gradient(me):
-        me.log.append((time.monotonic(), int(me.worker.known["steps"])))
+        me.log.append((time.monotonic(), me.worker.known.steps))
         return 0.0
 
     run = downpour(gradient, "parallel.warmup_steps=10", "parallel.fetch_ahead=0", lanes=(4,) * 50)
@@ -158,7 +165,7 @@ def test_staleness_is_the_number_of_updates_in_between(downpour, policy):
             else:
                 assert me.others.recv(source=1) == "fetched"
         elif me.number == 1 and second:
-            me.log.append((int(me.worker.known["staleness"]), int(me.worker.known["discarded"])))
+            me.log.append((me.worker.known.staleness, me.worker.known.discarded))
             me.others.send("pushed", dest=0)
         elif me.number == 3 and first:  # what was fetched has three pushes
             me.others.send("go", dest=1)
@@ -171,13 +178,13 @@ def test_staleness_is_the_number_of_updates_in_between(downpour, policy):
     discarded = int(policy == "discard")
     assert run.workers[1].log[0] == (3, discarded)
     assert (run.workers[0].log[0] == -3).all()
-    server = run.servers[0]
+    (told,) = run.servers
     # After that script the workers run freely: on a busy machine others may be as late.
-    assert server.histogram[3] >= 1
-    assert server.discarded >= discarded
-    assert (server.steps, server.version) == (12, 12 - server.discarded)  # their samples count as taken
+    assert told.histogram[3] >= 1
+    assert told.discarded >= discarded
+    assert (told.steps, told.version) == (12, 12 - told.discarded)  # their samples count as taken
     pushed = Counter(worker == 0 for worker, one in enumerate(run.workers) for _ in one.taken)
-    dropped = [(firsts, server.discarded - firsts) for firsts in range(server.discarded - discarded + 1)]
+    dropped = [(firsts, told.discarded - firsts) for firsts in range(told.discarded - discarded + 1)]
     possible = [-(pushed[True] - firsts) - 100 * (pushed[False] - seconds) for firsts, seconds in dropped]
     assert any((run.params == value).all() for value in possible)
 
