@@ -16,7 +16,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from dpnn import checkpoint, models
-from dpnn.checkpoint import Checkpoint, Slice
+from dpnn.checkpoint import Checkpoint
 from dpnn.cluster.signals import StopRequest
 from dpnn.comm import library
 from dpnn.comm.faults import deadline, wait
@@ -31,8 +31,9 @@ from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
 from dpnn.observe.metrics import Metrics
 from dpnn.optim import STATES, Optimizer, cut, schedule
-from dpnn.plan import Piece, Placement, clip, lay
+from dpnn.plan import Placed, clip, lay
 from dpnn.prepare import Start
+from dpnn.state import sliced
 from dpnn.strategies.downpour.cut import Cut
 from dpnn.strategies.downpour.ledger import Ledger
 from dpnn.strategies.downpour.order import Order, Replay
@@ -78,8 +79,7 @@ def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Star
     """Be a server until the run is over; the exit code."""
     job, number = start.job, mesh.server or 0
     course, folder, limit_s = Course(start), RunFolder(start.folder), job.parallel.timeout_s
-    graph = models.graph(job, start.network, start.train.network_shape)
-    whole = lay(Placement.whole(graph).nodes(graph, 0))
+    whole = lay(models.graph(job, start.network, start.train.network_shape).nodes)
     lo, hi = shards(whole[-1].end, mesh.servers)[number]
     pieces, segments = clip(whole, lo, hi), cut(segments_of(whole), lo, hi)
     team = Team(job.backend.threads or world.threads())
@@ -139,11 +139,6 @@ def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Star
     return Stopped.exit_code if server.steps < course.total else 0
 
 
-def sliced(pieces: tuple[Piece, ...], flat: Array) -> list[Slice]:
-    """A flat array of a shard, as a checkpoint takes it."""
-    return [Slice(piece.name, piece.lo, piece.spec.shape, flat[piece.offset : piece.end]) for piece in pieces]
-
-
 class Replica:
     """A replica of the network on this rank."""
 
@@ -158,7 +153,8 @@ class Replica:
         for path, manifest in ((options.train, start.train), (options.test, start.test)):
             if manifest:
                 crew.check(partial(check_shards, path, manifest, mesh.replica, mesh.replicas))
-        self.model = model = Model(job, start.network, start.train.network_shape, mesh.part, world.threads())
+        placed = Placed.whole(models.graph(job, start.network, start.train.network_shape))
+        self.model = model = Model(job, placed, mesh.part, world.threads())
         folder = RunFolder(start.folder)
         kept = RunFolder(start.replay) if start.replay else folder
         model.choices.update(crew.first(kept.read_choices))
@@ -179,7 +175,7 @@ class Replica:
         rows = course.sampler.max_micro_rows(lanes, pieces)
         evaluates = start.test is not None and job.train.eval_every > 0
         training, held_out = model.lay_out(
-            crew.first, lambda: (model.training(rows, pieces), model.evaluation(rows) if evaluates else None)
+            crew, lambda: (model.training(rows, pieces), model.evaluation(rows) if evaluates else None)
         )
         self.executor = model.executor(training, strategy=self.worker, eager=True)
         self.alone = self.together = None

@@ -20,16 +20,18 @@ from dpnn.backends.base import Backend
 from dpnn.backends.onednn import OneDNN, Unavailable
 from dpnn.backends.reference import Reference
 from dpnn.checkpoint import Checkpoint
+from dpnn.comm.edges import Edges
 from dpnn.comm.mesh import Mesh
+from dpnn.comm.ranks import Ranks
 from dpnn.comm.reduce import BucketReducer
 from dpnn.comm.share import share
 from dpnn.comm.world import World
-from dpnn.data import Loader, Manifest, Sampler
+from dpnn.data import Loader, Manifest, Sampler, no_samples
 from dpnn.errors import DataError, JobError
 from dpnn.native import Kernels
-from dpnn.nn import Network, Shape
+from dpnn.nn import Network
 from dpnn.optim import Segment, merge
-from dpnn.plan import Arena, Executor, Layout, Piece, Placement, Plan, Store, Strategy, Sum, compile_plan
+from dpnn.plan import Arena, Executor, Layout, Piece, Placed, Plan, Store, Strategy, Sum, compile_plan
 from dpnn.team import Team
 
 Array = NDArray[Any]
@@ -57,38 +59,40 @@ class Scores:
 class Model:
     """A network on this rank: its graph, the parameters of my nodes, and the memory that its plans share."""
 
-    def __init__(self, job: config.Job, network: Network, shape: Shape, part: int, threads: int) -> None:
-        self.graph = models.graph(job, network, shape)
+    def __init__(self, job: config.Job, placed: Placed, part: int, threads: int) -> None:
+        self.placed, self.part, self.graph = placed, part, placed.graph
         self.team = Team(job.backend.threads or threads)
         self.backends, self.note = choose_backends(job.backend, self.team)
         self.kernels = kernels_of(self.backends)
         self.dtype = self.backends[0].dtype
-        self.nodes = Placement.whole(self.graph).nodes(self.graph, part)
-        self.store = Store(self.nodes, self.dtype)
+        self.store = Store(placed.nodes(part), self.dtype)
         self.arena = Arena()
-        self._seed = job.seed
+        self._job = job
 
     def training(self, rows: int, microbatches: int = 1, bucket_nbytes: int = 0, grains: bool = False) -> Layout:
         """The plan of a training step with at most `rows` samples in a micro-batch, laid out."""
-        compiled = partial(compile_plan, self.graph, self.nodes, self.backends, "train")
-        return self._layout(compiled(rows, microbatches, self.store.pieces, bucket_nbytes, grains))
+        pieces, pipeline = self.store.pieces, self._job.parallel.pipeline
+        place = (self.placed, self.part, self.backends)
+        return self._layout(compile_plan(*place, "train", rows, microbatches, pieces, bucket_nbytes, grains, pipeline))
 
     def evaluation(self, rows: int) -> Layout:
         """The plan of a forward pass over at most `rows` samples, laid out."""
-        return self._layout(compile_plan(self.graph, self.nodes, self.backends, "eval", min(rows, MOST_ROWS)))
+        return self._layout(compile_plan(self.placed, self.part, self.backends, "eval", min(rows, MOST_ROWS)))
 
-    def lay_out(self, first: Callable[[Callable[[], dict[str, str]]], dict[str, str]], make: Callable[[], L]) -> L:
-        """What `make` lays out. Collective: `first` runs something on rank 0 and gives its result to all ranks.
+    def lay_out(self, ranks: Ranks, make: Callable[[], L]) -> L:
+        """What `make` lays out. Collective over `ranks`, of which the first are the parts of the first replica.
 
-        What backends choose by timing is timed on rank 0; like ranks take it over, so that they compute alike.
+        What backends choose by timing is timed there, one part after the other; all other ranks take it over, so that
+        like ranks compute alike.
         """
         made: list[L] = []
 
-        def on_first() -> dict[str, str]:
+        def on_turn() -> dict[str, str]:
             made.append(make())
             return self.choices
 
-        self.choices.update(first(on_first))
+        for part in range(self.placed.parts):
+            self.choices.update(ranks.first(on_turn, part))
         return made[0] if made else make()
 
     @property
@@ -102,9 +106,14 @@ class Model:
         sum_over: Callable[[Array], Sum] | None = None,
         strategy: Strategy | None = None,
         eager: bool = False,
+        mesh: Mesh | None = None,
     ) -> Executor:
-        """The plan of a layout, bound to its memory."""
-        return Executor(layout, self.store, self.arena, self._seed, sum_over, strategy, eager)
+        """The plan of a layout, bound to its memory; `mesh`, and then collective, where it has several parts."""
+        edges = None
+        if mesh is not None and self.placed.parts > 1:
+            crews = dict.fromkeys(message.crew for message in layout.plan.messages if message.crew)
+            edges = Edges(mesh.model, list(crews), self._job.parallel.timeout_s)
+        return Executor(layout, self.store, self.arena, self._job.seed, sum_over, strategy, eager, edges)
 
     def _layout(self, plan: Plan) -> Layout:
         """Where the buffers of a plan lie; its room is asked for. All layouts are made before the first executor."""
@@ -145,7 +154,7 @@ class Evaluator:
 
     def __init__(
         self,
-        comm: Any,
+        ranks: Any,
         executor: Executor,
         folder: str,
         test: Manifest,
@@ -153,41 +162,54 @@ class Evaluator:
         std: Sequence[float],
         limit_s: float,
     ) -> None:
-        """Collective over `comm`, an MPI communicator: each of its ranks takes its part of the samples.
+        """Collective over `ranks`, an MPI communicator: each replica of the network takes its part of the samples.
 
-        `mean` and `std`, a number for each channel, are those of the data that the network was trained on.
+        Its ranks are those of whole replicas, part by part. `mean` and `std`, a number for each channel, are those of
+        the data that the network was trained on.
         """
-        rows, replicas = executor.plan.rows, comm.size
-        self._executor = executor
+        plan = executor.plan
+        rows, parts = plan.rows, plan.placed.parts
+        replica, replicas = ranks.rank // parts, ranks.size // parts
+        self._executor, self._replica, self._replicas = executor, replica, replicas
         self._sampler = Sampler(test.counts, test.block, replicas, rows * replicas, window=rows, seed=0, shuffle=False)
-        place = (folder, test, self._sampler, comm.rank, replicas)
+        place = (folder, test, self._sampler, replica, replicas)
         last = (0, self._sampler.steps - 1)
         self._open = partial(Loader, *place, mean=mean, std=std, dtype=executor.dtype, last=last, limit_s=limit_s)
+        self._reads = plan.part == plan.placed.reader
         self._sums = np.zeros(4)  # samples, not the first, not among the first five, loss
-        self._reducer = BucketReducer(comm, self._sums, limit_s, "scores")
+        self._reducer = BucketReducer(ranks, self._sums, limit_s, "scores")
 
     def run(self, tick: Callable[[], object] = lambda: None) -> Scores:
-        """Collective over `comm`: the scores over all samples, the same on each of its ranks.
+        """Collective over the communicator: the scores over all samples, the same on each of its ranks.
 
         `tick` is called after every batch.
         """
         self._sums[:] = 0.0
-        executor, loader = self._executor, self._open()
+        loader = self._open() if self._reads else None
         try:
-            for _ in range(self._sampler.steps):
-                batch = loader.next()
-                rows = batch.rows
-                executor.run(batch, [(rows, rows)], total=1)
-                loader.release(batch)
-                better = n_better(executor.scores[:rows], executor.labels[:rows])
-                self._sums += (rows, (better >= 1).sum(), (better >= 5).sum(), executor.loss)
+            for step in range(self._sampler.steps):
+                self._take(step, loader)
                 tick()
         finally:
-            loader.close()
+            if loader is not None:
+                loader.close()
         self._reducer.start(0, self._sums.size)
         self._reducer.finish()
         samples, first, five, loss = self._sums
         return Scores(int(samples), first / samples, five / samples, loss / samples)
+
+    def _take(self, step: int, loader: Loader | None) -> None:
+        executor = self._executor
+        counts = self._sampler.micro(step, self._replica, self._replicas, 1)
+        rows = counts[0][0]
+        batch = loader.next() if loader is not None else no_samples(0, step)
+        executor.run(batch, [(rows, rows)], total=1)
+        if loader is not None:
+            loader.release(batch)
+        if executor.scores is not None and executor.labels is not None:
+            better = n_better(executor.scores[:rows], executor.labels[:rows])
+            self._sums += (rows, (better >= 1).sum(), (better >= 5).sum(), 0.0)
+        self._sums[3] += executor.loss
 
 
 @dataclass(frozen=True)
@@ -213,13 +235,14 @@ def evaluate(world: World, path: str, overrides: Sequence[str]) -> int:
     source = world.first(first)
     job, limit_s = source.job, source.job.parallel.timeout_s
     mesh = Mesh(world)
-    model = Model(job, source.network, source.test.network_shape, mesh.part, world.threads())
+    placed = Placed.whole(models.graph(job, source.network, source.test.network_shape))
+    model = Model(job, placed, mesh.part, world.threads())
     if found is not None:
         model.store.fill(model.store.params, found.params, path)
     share(mesh.data, model.store.params, limit_s)
     if world.rank == 0 and model.note:
         print(model.note, file=sys.stderr)
-    executor = model.executor(model.lay_out(world.first, lambda: model.evaluation(MOST_ROWS)))
+    executor = model.executor(model.lay_out(world, lambda: model.evaluation(MOST_ROWS)))
     evaluator = Evaluator(mesh.data, executor, job.data.test, source.test, source.mean, source.std, limit_s)
     scores = evaluator.run()
     if world.rank == 0:

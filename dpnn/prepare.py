@@ -24,6 +24,7 @@ from dpnn.nn import Network
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.metrics import read as read_metrics
 from dpnn.optim import STATES
+from dpnn.plan import Costs, Placement, place
 from dpnn.team import Team
 
 BUILT_IN = "digits"
@@ -45,6 +46,7 @@ class Start:
     test: Manifest | None
     global_batch: int
     lanes: int
+    placement: Placement
     epoch: int = 0
     step: int = 0
     """The next step of the epoch."""
@@ -147,6 +149,9 @@ def resolve(job: config.Job, folder: Path, ranks: int) -> Start:
             f"model.classes = {classes}, but {job.data.train} has {train.num_classes} classes; leave the key out"
         )
     check_loss(job, train)
+    network = models.build(job.model.name, classes, train.network_shape, job.model.options)
+    graph = models.graph(job, network, train.network_shape)
+    placement = place(graph, job.parallel.parts, job.parallel.placement, Costs())
     replicas = replicas_of(job, ranks)
     if job.parallel.strategy == "downpour":
         lanes = job.data.lanes or leased_lanes(train.samples, job.train.replica_batch, replicas)
@@ -156,18 +161,25 @@ def resolve(job: config.Job, folder: Path, ranks: int) -> Start:
         lanes = job.data.lanes or default_lanes(global_batch, replicas)
     grains = default_grains(lanes) if job.train.reproducible and not job.train.grains else job.train.grains
     job = replace(job, model=replace(job.model, classes=classes), train=replace(job.train, grains=grains))
-    network = models.build(job.model.name, classes, train.network_shape, job.model.options)
-    return Start(job, folder, network, train, test, global_batch, lanes)
+    return Start(job, folder, network, train, test, global_batch, lanes, placement)
 
 
 def replicas_of(job: config.Job, ranks: int) -> int:
-    """The ranks that train. JobError where all are servers."""
-    if job.parallel.servers >= ranks:
+    """The copies of the network that train. JobError where there is none, or ranks are left over."""
+    parts, servers = job.parallel.parts, job.parallel.servers
+    workers = ranks - servers
+    if workers < 1:
         raise JobError(
-            f"parallel.servers = {job.parallel.servers} of {ranks} ranks: at least one has to be left to train; "
+            f"parallel.servers = {servers} of {ranks} ranks: at least one has to be left to train; "
             "start more ranks, or set fewer servers"
         )
-    return ranks - job.parallel.servers
+    if workers % parts:
+        fits = ", ".join(str(n) for n in range(1, workers + 1) if workers % n == 0)
+        raise JobError(
+            f"parallel.parts = {parts}: {workers} ranks can't be divided into replicas of so many parts; "
+            f"use {fits}, or a number of ranks that {parts} divides"
+        )
+    return workers // parts
 
 
 def leased_lanes(samples: int, batch: int, replicas: int) -> int:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from functools import partial
 from time import perf_counter
 
-from dpnn import asynchronous, checkpoint
+from dpnn import asynchronous, models
 from dpnn.balance import deal, speeds
 from dpnn.checkpoint import Checkpoint
 from dpnn.cluster.signals import StopRequest
@@ -19,15 +19,18 @@ from dpnn.comm import library
 from dpnn.comm.grains import stack_places
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
+from dpnn.comm.ranks import Ranks
 from dpnn.comm.reduce import BucketReducer, measured_bucket
 from dpnn.comm.world import World
-from dpnn.data import Loader, Sampler, check_shards
-from dpnn.errors import NotFiniteError, Stopped
+from dpnn.data import Loader, Sampler, check_shards, no_samples
+from dpnn.errors import JobError, NotFiniteError, Stopped
 from dpnn.evaluate import Evaluator, Model, segments_of
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
 from dpnn.optim import STATES, Optimizer, schedule
+from dpnn.plan import spread
 from dpnn.prepare import Start, prepare
+from dpnn.state import hand_out, save
 from dpnn.strategies.allreduce import Allreduce
 from dpnn.strategies.average import Average
 from dpnn.strategies.base import Strategy
@@ -69,6 +72,20 @@ def train(
         training.journal.close()
 
 
+def check_alike(mesh: Mesh, model: Model, limit_s: float) -> None:
+    """JobError, on all parts of a replica, where they don't compute on one backend: arrays cross as they lie."""
+    if mesh.parts == 1:
+        return
+    ranks, mine = Ranks(mesh.model, limit_s), model.backends[0]
+    kind = f"{mine.name} in {mine.dtype}"
+    first = ranks.first(lambda: kind)
+    ranks.agree(
+        JobError(f"computes on {kind}, the first part on {first}; set backend.name to one that all have")
+        if kind != first
+        else None
+    )
+
+
 class Training:
     """One run on this rank. The constructor builds everything; `run` takes the steps."""
 
@@ -76,7 +93,10 @@ class Training:
         """Collective. `found`: on rank 0, the checkpoint to go on from."""
         job, limit_s = start.job, start.job.parallel.timeout_s
         self.world, self.start, self.job = world, start, job
-        self.mesh = mesh = Mesh(world)
+        self.mesh = mesh = Mesh(world, job.parallel.parts)
+
+        self.placed = placed = spread(models.graph(job, start.network, start.train.network_shape), start.placement)
+        self.reads = mesh.part == placed.reader
 
         # Data: the order of samples, and which of them this replica takes.
         options = job.data
@@ -87,7 +107,8 @@ class Training:
         sampler.check(mesh.replicas)
         for folder, manifest in ((options.train, start.train), (options.test, start.test)):
             if manifest:
-                world.check(partial(check_shards, folder, manifest, mesh.replica, mesh.replicas))
+                check = partial(check_shards, folder, manifest, mesh.replica, mesh.replicas)
+                world.check(check if self.reads else lambda: None)
 
         # Where the run stands: `at` counts steps of today's size from the first epoch on, until `end`.
         self.epoch, self.step, self.steps = start.epoch, start.step, start.steps
@@ -96,7 +117,8 @@ class Training:
         self.total_steps = start.steps + max(0, self.end - self.at)
 
         # The network, and its parameters, drawn or those of the checkpoint: the first replica's, on all.
-        self.model = model = Model(job, start.network, start.train.network_shape, mesh.part, world.threads())
+        self.model = model = Model(job, placed, mesh.part, world.threads())
+        check_alike(mesh, model, limit_s)
         self.folder = RunFolder(start.folder)
         model.choices.update(world.first(self.folder.read_choices))
         segments = segments_of(model.store.pieces)
@@ -111,10 +133,8 @@ class Training:
             job.optimizer, segments, node.params, gradient, model.team, model.kernels, node.state
         )
         self.rate = schedule(job.schedule, job.optimizer.lr, sampler.steps, self.end)
-        if found is not None:
-            model.store.fill(model.store.params, found.params, "the checkpoint")
-            for name, flat in self.optimizer.state.items():
-                model.store.fill(flat, found.optimizer.get(name, {}), "the checkpoint")
+        if start.steps:
+            hand_out(mesh, model.store.pieces, {"": node.params, **self.optimizer.state}, found, limit_s)
         elif mesh.replica == 0:
             model.store.draw(job.seed)
         for flat in (node.params, *(node.state.values() if start.steps else ())):
@@ -130,19 +150,19 @@ class Training:
         evaluates = start.test and job.train.eval_every
         bucket_nbytes = self._bucket_nbytes()
         training, held_out = model.lay_out(
-            world.first,
+            world,
             lambda: (
                 model.training(rows, self.microbatches, bucket_nbytes, job.train.reproducible),
                 model.evaluation(rows) if evaluates else None,
             ),
         )
         sum_over = partial(BucketReducer, mesh.data, limit_s=limit_s, what="BatchNorm statistics")
-        self.executor = model.executor(training, sum_over, self.strategy)
+        self.executor = model.executor(training, sum_over, self.strategy, mesh=mesh)
         self.evaluator = None
         if held_out and start.test:
             mean, std = start.train.mean, start.train.std
-            evaluation = model.executor(held_out)
-            self.evaluator = Evaluator(mesh.data, evaluation, job.data.test, start.test, mean, std, limit_s)
+            evaluation = model.executor(held_out, mesh=mesh)
+            self.evaluator = Evaluator(mesh.crew.comm, evaluation, job.data.test, start.test, mean, std, limit_s)
 
         # What the run tells.
         self.journal = Journal(self.folder, self.total_steps, first=world.rank == 0)
@@ -160,13 +180,13 @@ class Training:
 
     def _balance(self) -> None:
         """Deal the lanes by the replicas' speeds: as the run began, else measured."""
-        mesh, job, start, choices = self.mesh, self.job, self.start, self.model.choices
+        mesh, job, choices = self.mesh, self.job, self.model.choices
         question = f"lanes {mesh.replicas}x{mesh.parts}"
         if question not in choices:
             rows = self.sampler.max_micro_rows(mesh.replicas, job.parallel.microbatches)
-            trial = Model(job, start.network, start.train.network_shape, mesh.part, self.world.threads())
+            trial = Model(job, self.placed, mesh.part, self.world.threads())
             cuts = deal(speeds(mesh, trial, rows, job.parallel.timeout_s), self.sampler.lanes)
-            choices[question] = " ".join(map(str, cuts))
+            choices[question] = self.world.first(lambda: " ".join(map(str, cuts)))
         self.sampler.deal([int(cut) for cut in choices[question].split()])
 
     def run(self, request: StopRequest) -> int:
@@ -175,12 +195,14 @@ class Training:
         self._tell_start()
         begin, samples = perf_counter(), 0
         every = max(1, round(job.output.checkpoint_every * sampler.steps))
-        loader = Loader(
-            job.data.train, self.start.train, sampler, mesh.replica, mesh.replicas,
-            augment=job.data.augment, dtype=self.model.dtype, window_mb=job.data.window_mb,
-            start=(self.epoch, self.step), last=divmod(self.end - 1, sampler.steps), limit_s=job.parallel.timeout_s,
-        )  # fmt: skip
-        if not loader.pooled:
+        loader = None
+        if self.reads:
+            loader = Loader(
+                job.data.train, self.start.train, sampler, mesh.replica, mesh.replicas,
+                augment=job.data.augment, dtype=self.model.dtype, window_mb=job.data.window_mb,
+                start=(self.epoch, self.step), last=divmod(self.end - 1, sampler.steps), limit_s=job.parallel.timeout_s,
+            )  # fmt: skip
+        if loader is not None and not loader.pooled:
             self.journal.event(
                 "single_samples",
                 f"windows of {loader.window_mb:,.0f} MB are more than data.window_mb = {job.data.window_mb:g}: "
@@ -203,26 +225,29 @@ class Training:
                 if saves or evaluates:
                     self.strategy.release()
         finally:
-            loader.close()
+            if loader is not None:
+                loader.close()
         self.strategy.close()
         code = 0 if self.at >= self.end else Stopped.exit_code
         self.journal.end(self.steps, samples, perf_counter() - begin, code)
         return code
 
-    def _take_step(self, loader: Loader, request: StopRequest) -> int:
+    def _take_step(self, loader: Loader | None, request: StopRequest) -> int:
         """One step; its number of samples on all replicas."""
         strategy, sampler, mesh = self.strategy, self.sampler, self.mesh
         begin = perf_counter()
-        batch = loader.next()
+        batch = loader.next() if loader is not None else no_samples(self.epoch, self.step)
         read = perf_counter()
-        strategy.rate, strategy.stop, strategy.samples = self.rate(self.at), request.asked, batch.rows
         total = sampler.total(self.step)
         counts = sampler.micro(self.step, mesh.replica, mesh.replicas, self.microbatches)
+        rows = sum(mine for mine, _ in counts)
+        strategy.rate, strategy.stop, strategy.samples = self.rate(self.at), request.asked, rows
         try:
-            self.executor.run(batch, counts, total if strategy.together else batch.rows)
+            self.executor.run(batch, counts, total if strategy.together else rows)
         except NotFiniteError as error:
             self._explain(error)
-        loader.release(batch)
+        if loader is not None:
+            loader.release(batch)
         self.steps += 1
         took = Took(perf_counter() - begin, read - begin, strategy.wait_s, strategy.update_s)
         self.journal.step(self.epoch + 1, self.steps, strategy.loss, strategy.rate, total, took)
@@ -248,12 +273,13 @@ class Training:
         self.world.agree(NotFiniteError(f"{where}, though all layers' outputs are finite; {way_out}"))
 
     def _save(self) -> None:
-        """Write a checkpoint, on the first rank."""
+        """Write a checkpoint, on the first replica."""
+        job, place = self.job, (self.epoch, self.step, self.steps)
+        path = save(
+            self.folder.checkpoints, self.mesh, self.model.store, self.optimizer.state, place, self.start.info(),
+            job.output.keep, job.parallel.timeout_s,
+        )  # fmt: skip
         if self.world.rank == 0:
-            store = self.model.store
-            state = {name: store.split(flat) for name, flat in self.optimizer.state.items()}
-            found = Checkpoint(store.split(store.params), state, self.epoch, self.step, self.steps, self.start.info())
-            path = checkpoint.write(self.folder.checkpoints, found, self.job.output.keep)
             self.journal.event("checkpoint", step=self.steps, path=str(path))
 
     def _tell_start(self) -> None:

@@ -25,19 +25,19 @@ class Ranks:
     def __init__(self, comm: "MPI.Comm", timeout_s: float) -> None:
         self.comm, self.rank, self.size, self.timeout_s = comm, comm.rank, comm.size, timeout_s
 
-    def first(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, on every rank (pickled: for set-up only). Collective.
+    def first(self, make: Callable[[], T], first: int = 0) -> T:
+        """What `make` returns on rank `first`, on every rank (pickled: for set-up only). Collective.
 
         Where `make` raises a DpnnError, every rank raises it.
         """
         value: T | None = None
         refused: DpnnError | None = None
-        if self.rank == 0:
+        if self.rank == first:
             try:
                 value = make()
             except DpnnError as error:
                 refused = error
-        value, refused = self._broadcast((value, refused), 0)
+        value, refused = self._broadcast((value, refused), first)
         if refused is not None:
             raise _agreed(refused)
         return value

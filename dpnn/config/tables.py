@@ -21,6 +21,14 @@ Share = Annotated[float, Meta(ge=0, lt=1, description="a number from 0 to less t
 Text = Annotated[str, Meta(description="text in quotes")]
 Name = Annotated[str, Meta(min_length=1, description="text in quotes, not empty,")]
 Switch = Annotated[bool, Meta(description="true or false")]
+PLACEMENTS = ("auto", "branches", "depth", "filters")
+Placing = Annotated[
+    str | dict[str, int | tuple[int, ...]],
+    Meta(
+        description=f"{', '.join(map(toml, PLACEMENTS))}, or a table of parts by patterns of names, "
+        'as in {"conv*" = 0, "dense1" = [0, 1]},'
+    ),
+]
 Epochs = Annotated[tuple[Positive, ...], Meta(description="a list of numbers above 0")]
 
 
@@ -105,6 +113,14 @@ class Parallel(Table, frozen=True, kw_only=True):
     """[parallel]: how the work is shared among ranks."""
 
     strategy: Literal["allreduce", "average", "downpour"] = "allreduce"
+    parts: Count = 1
+    """Ranks that one replica of the network is spread over."""
+    placement: Placing = "auto"
+    """Which layers lie on which part; a table gives parts by patterns of names."""
+    pipeline: Literal["1f1b", "gpipe"] = "1f1b"
+    """In which order parts go through the micro-batches."""
+    memory_gb: PositiveOr0 = 0.0
+    """Of `placement = "auto"`: the most memory of a rank for the network, in GB; 0: any."""
     servers: CountOr0 = 0
     """Of `downpour`: ranks that hold the parameters."""
     n_push: Count = 1

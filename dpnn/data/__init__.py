@@ -6,7 +6,7 @@ them, `pack/` writes folders of shards.
 """
 
 from dpnn.data.augment import AUGMENTATIONS
-from dpnn.data.loader import Batch, Loader
+from dpnn.data.loader import Batch, Loader, no_samples
 from dpnn.data.manifest import Manifest
 from dpnn.data.reader import ShardReader, check_shards
 from dpnn.data.runs import Leases, Run
@@ -24,4 +24,5 @@ __all__ = [
     "check_shards",
     "default_grains",
     "default_lanes",
+    "no_samples",
 ]

@@ -57,6 +57,14 @@ class Batch(NamedTuple):
     """Where the samples come from; empty: not from a sampler's lanes."""
 
 
+_NOTHING = np.empty(0)
+
+
+def no_samples(epoch: int, step: int) -> Batch:
+    """What a rank that computes, but doesn't read, has of a step."""
+    return Batch(_NOTHING, _NOTHING, _NOTHING, 0, epoch, step, None)
+
+
 @dataclass(frozen=True)
 class _Loaded:
     """A window that was read: its order, and what its slots hold."""

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from dpnn.errors import JobError
@@ -17,11 +17,17 @@ Loss = SoftmaxCrossEntropy | SigmoidCrossEntropy
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter of a node: its full name (`conv1.weight`), its role in the layer (`weight`), what it is."""
+    """A parameter of a node: its full name (`conv1.weight`), its role in the layer (`weight`), what it is.
+
+    A node that has only some of a layer's filters holds the numbers from `lo` on of the flattened array of shape
+    `whole`; `spec.shape` is that of its own.
+    """
 
     name: str
     role: str
     spec: ParamSpec
+    lo: int
+    whole: Shape
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,18 @@ class Node:
     training_only: bool
 
 
+@dataclass(frozen=True)
+class Block:
+    """Branches as they were flattened: `branches` are runs [lo, hi) of nodes, `join` the node that collates them.
+
+    None for Heads, which have no join; their first branch is the network going on.
+    """
+
+    name: str
+    branches: tuple[tuple[int, int], ...]
+    join: int | None
+
+
 class Graph:
     """A network, its input and its losses as one list of nodes.
 
@@ -50,10 +68,14 @@ class Graph:
     gradient back, because a Fork stands wherever there would be several.
     """
 
+    blocks: tuple[Block, ...]
+    """All Branches of the network, inner ones before those that hold them."""
+
     def __init__(self, network: Network, shape: Shape, loss: Loss, labels: Shape = ()) -> None:
         self._nodes: list[Node] = []
         self._heads: list[tuple[int, float, bool]] = []
         self._counts: Counter[tuple[str, str]] = Counter()
+        self._blocks: list[Block] = []
         self.images = self._add(Input(shape=shape), "images", ())
         self.labels = self._add(Input(shape=labels, holds="uint8" if labels else "int32"), "labels", ())
         self.ids = self._add(Input(shape=(), holds="uint64"), "ids", ())
@@ -67,6 +89,11 @@ class Graph:
             self._add(replace(loss, weight=weight), f"{self._nodes[head].name}.loss", (head, self.labels), aside)
             for head, weight, aside in self._heads
         )
+        self.blocks = tuple(self._blocks)
+        self._close()
+
+    def _close(self) -> None:
+        """All nodes are there: check their names, and find their readers."""
         self.nodes: tuple[Node, ...] = tuple(self._nodes)
         names = [node.name for node in self.nodes]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -76,6 +103,18 @@ class Graph:
         for node in self.nodes:
             for position, source in enumerate(node.inputs):
                 self._readers[source].append((node, position))
+
+    @classmethod
+    def rewritten(cls, nodes: Sequence[Node], old: "Graph", now: Sequence[int]) -> "Graph":
+        """The same network in other nodes; now[i] is the one that does what old.nodes[i] did. It has no `blocks`."""
+        graph = cls.__new__(cls)
+        graph._nodes, graph.blocks = list(nodes), ()
+        graph.images, graph.labels, graph.ids, graph.output = (
+            now[i] for i in (old.images, old.labels, old.ids, old.output)
+        )
+        graph.losses = tuple(now[i] for i in old.losses)
+        graph._close()
+        return graph
 
     def readers(self, node: Node) -> list[tuple[Node, int]]:
         """The edges that leave `node`: (reader, position of the input)."""
@@ -114,8 +153,9 @@ class Graph:
             raise JobError(f"{name}: {len(part.branches)} branches, but Heads gives {len(heads.weights)} weights")
         if self._nodes[source].needs_grad and len(part.branches) > 1:
             source = self._add(Fork(readers=len(part.branches)), f"{name}.fork", (source,), training_only)
-        ends = []
+        ends, runs = [], []
         for i, child in enumerate(part.branches):
+            first = len(self._nodes)
             own = checked_name(child) or f"branch{i + 1}"
             path = _join(name, own)
             if heads is not None and i == 0:
@@ -125,15 +165,18 @@ class Graph:
             scale = heads.weights[i] if heads else 1.0
             aside = training_only or (heads is not None and i > 0)
             end = self._flatten(child, path, source, weight * scale, aside)
+            runs.append((first, len(self._nodes)))
             if heads is None and end is None:
                 raise JobError(f"{name}: branch {own} ends in Heads, but the branches are joined")
             if heads is not None and end is not None:
                 self._heads.append((end, weight * scale, aside))
             elif end is not None:
                 ends.append(end)
-        if isinstance(part.join, Heads):
-            return None
-        return self._add(part.join, f"{name}.{part.join.name or 'join'}", tuple(ends), training_only)
+        join = None
+        if not isinstance(part.join, Heads):
+            join = self._add(part.join, f"{name}.{part.join.name or 'join'}", tuple(ends), training_only)
+        self._blocks.append(Block(name, tuple(runs), join))
+        return join
 
     def _own_name(self, part: Network, scope: str) -> str:
         """A name for a part of a chain: its own, or its kind and a counter (`conv1`, `conv2`, `relu1`)."""
@@ -152,23 +195,37 @@ class Graph:
         return self._add(layer, name, inputs, training_only)
 
     def _add(self, layer: Layer, name: str, inputs: tuple[int, ...], training_only: bool = False) -> int:
-        shapes = tuple(self._nodes[i].shape for i in inputs)
-        layer = replace(layer, name=name)
-        shape = layer.infer(*shapes)
-        params = tuple(Param(f"{name}.{role}", role, spec) for role, spec in layer.params(*shapes).items())
-        node = Node(
-            index=len(self._nodes),
-            name=name,
-            layer=layer,
-            inputs=inputs,
-            input_shapes=shapes,
-            shape=shape,
-            params=params,
-            needs_grad=any(p.spec.statistic == 0 for p in params) or any(self._nodes[i].needs_grad for i in inputs),
-            training_only=training_only or layer.in_training_only,
-        )
+        node = make_node(self._nodes, layer, name, inputs, training_only)
         self._nodes.append(node)
         return node.index
+
+
+def make_node(
+    nodes: Sequence[Node],
+    layer: Layer,
+    name: str,
+    inputs: tuple[int, ...],
+    training_only: bool = False,
+    params: tuple[Param, ...] | None = None,
+) -> Node:
+    """The node that comes behind `nodes`; `params` where they aren't the layer's own whole ones."""
+    shapes = tuple(nodes[i].shape for i in inputs)
+    layer = replace(layer, name=name)
+    shape = layer.infer(*shapes)
+    if params is None:
+        specs = layer.params(*shapes)
+        params = tuple(Param(f"{name}.{role}", role, spec, 0, spec.shape) for role, spec in specs.items())
+    return Node(
+        index=len(nodes),
+        name=name,
+        layer=layer,
+        inputs=inputs,
+        input_shapes=shapes,
+        shape=shape,
+        params=params,
+        needs_grad=any(p.spec.statistic == 0 for p in params) or any(nodes[i].needs_grad for i in inputs),
+        training_only=training_only or layer.in_training_only,
+    )
 
 
 def checked_name(part: Network) -> str:

@@ -1,16 +1,22 @@
 """Who computes what, and when: placement, instructions, parameters, memory, and the loop that walks the list."""
 
-from dpnn.plan.executor import Executor, Strategy, Sum
+from dpnn.plan.auto import place
+from dpnn.plan.costs import Costs
+from dpnn.plan.executor import Edges, Executor, Strategy, Sum
 from dpnn.plan.memory import Arena, Layout
 from dpnn.plan.placement import Placement
 from dpnn.plan.schedule import Plan, compile_plan
-from dpnn.plan.store import Piece, Store, clip, lay
+from dpnn.plan.spread import Placed, spread
+from dpnn.plan.store import Piece, Store, clip, fill, lay
 
 __all__ = [
     "Arena",
+    "Costs",
+    "Edges",
     "Executor",
     "Layout",
     "Piece",
+    "Placed",
     "Placement",
     "Plan",
     "Store",
@@ -18,5 +24,8 @@ __all__ = [
     "Sum",
     "clip",
     "compile_plan",
+    "fill",
     "lay",
+    "place",
+    "spread",
 ]

@@ -16,7 +16,23 @@ from dpnn.backends.base import Op, Step
 from dpnn.data import Batch
 from dpnn.native import denormals_flushed
 from dpnn.plan.memory import Arena, Buffers, Key, Layout
-from dpnn.plan.schedule import Backward, Collect, Collected, Finish, Forward, Load, Loss, Open, Plan, Ready
+from dpnn.plan.messages import Message
+from dpnn.plan.schedule import (
+    Backward,
+    Collect,
+    Collected,
+    Finish,
+    Forward,
+    Load,
+    Loss,
+    Open,
+    Plan,
+    PostRecv,
+    Ready,
+    Recv,
+    Send,
+    Sent,
+)
 from dpnn.plan.store import Store
 
 Array = NDArray[Any]
@@ -60,11 +76,26 @@ class Sum(Protocol):
     def finish(self) -> None: ...
 
 
+Call = Callable[[], object]
+
+
+class Edges(Protocol):
+    """Messages to and from the other parts of the replica (dpnn/comm/edges.py).
+
+    `send` and `receive` give two calls: to start, and to wait until the buffer is free, or full.
+    """
+
+    def send(self, crew: tuple[int, ...], part: int, tag: int, buffer: Array, what: str) -> tuple[Call, Call]: ...
+    def receive(self, crew: tuple[int, ...], part: int, tag: int, buffer: Array, what: str) -> tuple[Call, Call]: ...
+    def poke(self) -> None: ...
+
+
 class Executor:
     """One plan, bound to its memory: `run` takes one batch through it.
 
     `sum_over` makes a `Sum` of an array over the replicas. `strategy` may be missing in evaluation only;
-    `eager`: it has something under way from the first instruction on, not only once gradients are ready.
+    `eager`: it has something under way from the first instruction on, not only once gradients are ready. `edges` may
+    be missing where the network lies on one part.
     """
 
     def __init__(
@@ -76,6 +107,7 @@ class Executor:
         sum_over: Callable[[Array], Sum] | None = None,
         strategy: Strategy | None = None,
         eager: bool = False,
+        edges: Edges | None = None,
     ) -> None:
         self.plan = plan = layout.plan
         self.dtype = layout.dtype
@@ -83,31 +115,47 @@ class Executor:
         """Number of the instruction that is being executed: what a post-mortem reads."""
         self.loss = 0.0
         """This rank's share of the loss of the last step."""
-        self._step = Step(seed=seed)
-        self._strategy, self._eager = strategy, eager
+        self._steps = [Step(seed=seed) for _ in range(plan.slots)]
+        self._strategy, self._eager, self._edges = strategy, eager, edges
         self._batch: Batch | None = None
         self._counts: Sequence[tuple[int, int]] = ()
-        self._sums: dict[Key, tuple[int, int]] = {}
+        self._sums: dict[tuple[Key, int], tuple[int, int]] = {}
         self._summed, collected = self._collected_arrays(plan)
         self._sum = sum_over(self._summed) if sum_over and self._sums else None
-        buffers = Buffers(layout, arena, store, collected, self._step)
-        graph = plan.graph
-        self.inputs = tuple(buffers.output(graph.nodes[i]) for i in (graph.images, graph.labels, graph.ids))
-        """Where images, labels and ids of a micro-batch lie."""
-        losses = [graph.nodes[i] for i in graph.losses if plan.mode == "train" or not graph.nodes[i].training_only]
-        self._losses = [buffers.output(node) for node in losses]
-        self._ops: list[Op] = [group.backend.build(group, buffers, plan.mode) for group in plan.groups]
-        self._outputs = [buffers.output(group.nodes[-1]) for group in plan.groups]
-        self.scores = buffers.output(graph.nodes[graph.output])
-        """The network's output, (rows, classes)."""
-        self.labels = self.inputs[1]
+        self._slots = [
+            Buffers(layout, slot, arena, store, collected[slot], step) for slot, step in enumerate(self._steps)
+        ]
+        self._calls_of: dict[object, Call] = self._message_calls()
+        graph, part, part_of = plan.graph, plan.part, plan.placed.part_of
+        self.inputs: list[tuple[Array, ...]] = []
+        """Where images, labels and ids of a micro-batch lie, for each slot; empty on a part that doesn't read."""
+        if part == plan.placed.reader:
+            nodes = [graph.nodes[i] for i in (graph.images, graph.labels, graph.ids)]
+            self.inputs = [tuple(map(slot.output, nodes)) for slot in self._slots]
+        losses = [graph.nodes[i] for i in graph.losses if part_of[i] == part]
+        losses = [node for node in losses if plan.mode == "train" or not node.training_only]
+        self._losses = [[slot.output(node) for node in losses] for slot in self._slots]
+        self._ops: list[list[Op]] = [
+            [group.backend.build(group, slot, plan.mode) for group in plan.groups] for slot in self._slots
+        ]
+        self._outputs = [[slot.output(group.nodes[-1]) for group in plan.groups] for slot in self._slots]
+        self.scores: Array | None = None
+        """The network's output, (rows, classes), and the labels to it; None on a part that doesn't have them."""
+        self.labels: Array | None = None
+        if part == plan.placed.writer:
+            self.scores = self._slots[0].output(graph.nodes[graph.output])
+            self.labels = self._slots[0].output(graph.nodes[layout.labels])
         self._calls = list(self._bind())
 
     @_QUIET
     def run(self, batch: Batch, counts: Sequence[tuple[int, int]], total: int) -> None:
-        """One step over `batch`; `counts`: for each micro-batch (my rows, all replicas' rows); `total`: their sum."""
+        """One step over `batch`, of which a part that doesn't read wants the epoch only.
+
+        `counts`: for each micro-batch (my rows, all replicas' rows); `total`: the sum that losses are divided by.
+        """
         self._batch, self._counts = batch, counts
-        self._step.epoch, self._step.total = batch.epoch, total
+        for step in self._steps:
+            step.epoch, step.total = batch.epoch, total
         self.loss = 0.0
         if self._strategy is not None:
             self._strategy.begin()
@@ -118,41 +166,54 @@ class Executor:
 
     @_QUIET
     def not_finite(self) -> str | None:
-        """Go through the last batch again; the name of the first node whose output isn't finite through this rank.
+        """Go forward through the last batch again; the first node whose output isn't finite through this rank.
 
-        Collective where outputs are summed over the replicas, so it always goes to the end. None also where what isn't
-        finite came with such a sum: a rank that it came from names the node.
+        Collective where outputs cross to other parts or are summed over the replicas, so it always goes to the end.
+        None also where what isn't finite came from there: a rank that it came from names the node.
         """
         name, foreign = None, False
-        for load in [call for step, call in self._bound if isinstance(step, Load)]:
-            load()
-            for step, call in self._bound:
-                if isinstance(step, Forward | Collect | Collected) and not getattr(step, "gradient", False):
+        for step, call in self._bound:
+            match step:
+                case Load():
                     call()
-                if isinstance(step, Forward) and name is None and not foreign:
-                    nodes = self.plan.groups[step.group].nodes
-                    output = self._outputs[step.group]
-                    if not np.isfinite(output[: self._step.rows] if nodes[-1].layer.batched else output).all():
+                case PostRecv(number, _) | Send(number, _) | Sent(number, _):
+                    if not self.plan.messages[number].gradient:
+                        call()
+                case Recv(number, slot):
+                    message = self.plan.messages[number]
+                    if not message.gradient:
+                        call()
+                        received = self._slots[slot].output(self.plan.graph.nodes[message.node])
+                        foreign = foreign or not self._finite(received, slot)
+                case Collect(_, _, False):
+                    call()
+                case Collected(_, slot, False):
+                    call()
+                    lo, hi = self._sums[self._sum_key(step), slot]
+                    foreign = foreign or not np.isfinite(self._summed[lo:hi]).all()
+                case Forward(group, slot):
+                    call()
+                    nodes, output = self.plan.groups[group].nodes, self._outputs[slot][group]
+                    rows = None if nodes[-1].layer.batched else len(output) if output.ndim else None
+                    if name is None and not foreign and not self._finite(output, slot, rows):
                         name = nodes[0].name
-                elif isinstance(step, Collected) and not step.gradient:
-                    foreign = foreign or not np.isfinite(self._summed[slice(*self._sums[self._sum_key(step)])]).all()
         return name
 
-    def _collected_arrays(self, plan: Plan) -> tuple[Array, dict[Key, Array]]:
-        """One flat array for all outputs and gradients that are summed over the replicas, and views of it."""
-        wanted: list[tuple[Key, tuple[int, ...]]] = []
-        for instruction in plan.instructions:
-            if isinstance(instruction, Collect):
-                node = plan.graph.nodes[instruction.node]
-                key = self._sum_key(instruction)
-                if key not in dict(wanted):
-                    wanted.append((key, node.shape))
-        flat = np.zeros(sum(math.prod(shape) for _, shape in wanted), np.float64)
-        offset, views = 0, {}
-        for key, shape in wanted:
+    def _finite(self, array: Array, slot: int, rows: int | None = None) -> bool:
+        """Whether what the last micro-batch in a slot wrote into an array is finite."""
+        written = array[: self._steps[slot].rows if rows is None else rows] if array.ndim else array
+        return array.dtype.kind != "f" or bool(np.isfinite(written).all())
+
+    def _collected_arrays(self, plan: Plan) -> tuple[Array, list[dict[Key, Array]]]:
+        """One flat array for all outputs and gradients that are summed over the replicas, and views of it by slot."""
+        collects = dict.fromkeys(step for step in plan.instructions if isinstance(step, Collect))
+        shapes = [(self._sum_key(step), step.slot, plan.graph.nodes[step.node].shape) for step in collects]
+        flat = np.zeros(sum(math.prod(shape) for _, _, shape in shapes), np.float64)
+        offset, views = 0, [dict[Key, Array]() for _ in range(plan.slots)]
+        for key, slot, shape in shapes:
             end = offset + math.prod(shape)
-            self._sums[key] = (offset, end)
-            views[key] = flat[offset:end].reshape(shape)
+            self._sums[key, slot] = (offset, end)
+            views[slot][key] = flat[offset:end].reshape(shape)
             offset = end
         return flat, views
 
@@ -162,9 +223,34 @@ class Executor:
         reader, position = self.plan.graph.readers(self.plan.graph.nodes[instruction.node])[0]
         return reader.index, position
 
-    def _bind(self) -> list[Callable[[], None]]:
-        self._bound: list[tuple[object, Callable[[], None]]] = []
-        calls: list[Callable[[], None]] = []
+    def _message_calls(self) -> dict[object, Call]:
+        """What each instruction about a message does."""
+        plan, calls = self.plan, dict[object, Call]()
+        mine = [message for message in plan.messages if plan.part in (message.source, message.target)]
+        edges = self._edges
+        if edges is None:
+            if mine:
+                raise TypeError("a part of a network needs edges to the other parts")
+            return calls
+        for message in mine:
+            for slot, buffers in enumerate(self._slots):
+                # Slots are taken in turn on both parts, and MPI keeps the order: the number alone is the tag.
+                number, buffer, what = message.number, buffers.message(message), self._what(message)
+                if message.source == plan.part:
+                    start, end = edges.send(message.crew, message.target, number, buffer, what)
+                    calls |= {Send(number, slot): start, Sent(number, slot): end}
+                else:
+                    start, end = edges.receive(message.crew, message.source, number, buffer, what)
+                    calls |= {PostRecv(number, slot): start, Recv(number, slot): end}
+        return calls
+
+    def _what(self, message: Message) -> str:
+        name = self.plan.graph.nodes[message.node].name
+        return f"the gradient by {name}" if message.gradient else f"the output of {name}"
+
+    def _bind(self) -> list[Call]:
+        self._bound: list[tuple[object, Call]] = []
+        calls: list[Call] = []
         under_way = self._eager
         for step in self.plan.instructions:
             call = self._call(step)
@@ -173,21 +259,25 @@ class Executor:
             under_way = under_way or isinstance(step, Ready | Collect)
             if under_way and isinstance(step, Forward | Backward) and self._strategy is not None:
                 calls.append(self._strategy.poke)
+            if self._calls_of and self._edges is not None and isinstance(step, Forward | Backward):
+                calls.append(self._edges.poke)
         return calls
 
-    def _call(self, step: object) -> Callable[[], None]:
+    def _call(self, step: object) -> Call:
         strategy = self._strategy
         match step:
-            case Load(micro, _):
-                return partial(self._load, micro)
-            case Forward(group, _):
-                return self._ops[group].forward
-            case Backward(group, _):
-                return self._ops[group].backward
-            case Loss(_, last):
-                return partial(self._add_losses, last)
-            case Collect() if self._sum is not None:
-                return partial(self._sum.start, *self._sums[self._sum_key(step)])
+            case Load(micro, slot):
+                return partial(self._load, micro, slot)
+            case Forward(group, slot):
+                return self._ops[slot][group].forward
+            case Backward(group, slot):
+                return self._ops[slot][group].backward
+            case PostRecv() | Recv() | Send() | Sent():
+                return self._calls_of[step]
+            case Loss(slot, last):
+                return partial(self._add_losses, slot, last)
+            case Collect(_, slot, _) if self._sum is not None:
+                return partial(self._sum.start, *self._sums[self._sum_key(step), slot])
             case Collected() if self._sum is not None:
                 return self._sum.finish
             case Open(lo, hi) if strategy is not None:
@@ -198,21 +288,21 @@ class Executor:
                 return strategy.finish
         raise TypeError(f"{step} needs a strategy and a sum over the replicas")
 
-    def _load(self, micro: int) -> None:
-        batch, step = self._batch, self._step
-        if batch is None:
-            return
+    def _load(self, micro: int, slot: int) -> None:
+        batch, step = self._batch, self._steps[slot]
         step.rows, step.batch = self._counts[micro]
         step.first = micro == 0 or self.plan.grains
+        if batch is None or not self.inputs:
+            return
         lo = sum(rows for rows, _ in self._counts[:micro])
         hi = lo + step.rows
-        images, labels, ids = self.inputs
+        images, labels, ids = self.inputs[slot]
         images[: step.rows] = batch.x[lo:hi]
         labels[: step.rows] = batch.labels[lo:hi]
         ids[: step.rows] = batch.ids[lo:hi]
 
-    def _add_losses(self, last: bool) -> None:
-        for loss in self._losses:
+    def _add_losses(self, slot: int, last: bool) -> None:
+        for loss in self._losses[slot]:
             self.loss += float(loss)
         if last and self._strategy is not None:
             self._strategy.tell(self.loss)

@@ -1,20 +1,24 @@
 """Where every activation and every gradient of one lies: laid out once by lifetime, in one block of memory.
 
 A buffer lives from the first to the last instruction of a micro-batch that touches it; two whose lives don't meet may
-share their place. Training and evaluation are never in flight at once, so they use the same arena.
+share their place. Where several micro-batches are in flight, each slot has what lasts from forward to backward, and all
+messages, for itself; what lives within one phase is common to all slots, since phases don't interleave. Training and
+evaluation are never in flight at once, so they use the same arena.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpnn.backends.base import Group, Step
 from dpnn.nn.graph import Node
+from dpnn.nn.join import Fork
 from dpnn.nn.layer import Input
-from dpnn.plan.schedule import Backward, Forward, Load, Loss, Plan
+from dpnn.plan.messages import Message
+from dpnn.plan.schedule import Backward, Forward, Load, Loss, Plan, PostRecv, Recv, Send, Sent
 from dpnn.plan.store import Store
 
 Array = NDArray[Any]
@@ -73,7 +77,7 @@ class Layout:
             if group.in_place is not None and self.graph.readers(node):
                 self._same[group.in_place] = self._gradient(node)
         self.rooms = {group.nodes[-1].index: group.backend.room(group, plan.rows, plan.mode) for group in plan.groups}
-        self.offsets, self.nbytes = pack(self._lives(plan))
+        self.offsets, self.nbytes = pack(self._lives_in_slots(plan))
 
     def shape(self, node: Node) -> tuple[int, ...]:
         """The shape of a node's output, with room for the largest micro-batch."""
@@ -81,6 +85,8 @@ class Layout:
 
     def type(self, node: Node) -> np.dtype[Any]:
         """The type of a node's output."""
+        while isinstance(node.layer, Fork):
+            node = self.graph.nodes[node.inputs[0]]
         name = node.layer.holds if isinstance(node.layer, Input) else node.layer.dtype
         return self.dtype if name == "float" else np.dtype(name)
 
@@ -95,33 +101,59 @@ class Layout:
         reader, position = self.graph.readers(node)[0]
         return reader.index, position
 
-    def _lives(self, plan: Plan) -> dict[Key, Life]:
+    def offset(self, key: Key, slot: int) -> int | None:
+        """Where a buffer of a slot begins in the arena; None for what doesn't lie there."""
+        root = self.root(key)
+        return self.offsets.get((root, slot), self.offsets.get((root, 0)))
+
+    def _lives_in_slots(self, plan: Plan) -> dict[tuple[Key, int], Life]:
+        """The lives of all buffers, those that are common to all slots under slot 0."""
+        lives, turn, end = self._lives(plan)
+        if plan.slots == 1:
+            return {(key, 0): life for key, life in lives.items()}
+        own = {self.root(m.key) for m in plan.messages if plan.part in (m.source, m.target)}
+        own |= {key for key, life in lives.items() if life.first <= turn < life.last}
+        whole = {key: Life(lives[key].nbytes, 0, end) for key in own}
+        common = {(key, 0): life for key, life in lives.items() if key not in own}
+        return common | {(key, slot): life for key, life in whole.items() for slot in range(plan.slots)}
+
+    def _lives(self, plan: Plan) -> tuple[dict[Key, Life], int, int]:
+        """The lives in a micro-batch, the place where it turns from forward to backward, and the last place of all."""
         lives: dict[Key, Life] = {}
-        end = len(plan.instructions)
+        losses = [self.graph.nodes[i] for i in self.graph.losses if plan.placed.part_of[i] == plan.part]
+        turn = end = len(plan.instructions)
         for at, instruction in enumerate(plan.instructions):
+            if getattr(instruction, "slot", 0) != 0:
+                continue
+            touched: set[Key] = set()
             match instruction:
-                case Load(micro, _):
-                    if micro > 0:  # the micro-batches of a slot are alike: the first one's lives are all lives
-                        break
+                case Load(micro, _) if micro > 0:  # the micro-batches of a slot are alike: these are all lives
+                    break
+                case Load() if plan.part == plan.placed.reader:
                     touched = {(index, -1) for index in (self.graph.images, self.graph.labels, self.graph.ids)}
                 case Forward(group, _):
                     touched = self._touched(plan.groups[group], FORWARD)
                 case Backward(group, _):
                     touched = self._touched(plan.groups[group], BACKWARD)
                 case Loss():
-                    nodes = [self.graph.nodes[index] for index in self.graph.losses]
-                    touched = {(n.index, -1) for n in nodes if plan.mode == "train" or not n.training_only}
-                case _:
-                    touched = set()
+                    touched = {(n.index, -1) for n in losses if plan.mode == "train" or not n.training_only}
+                    turn = at
+                case PostRecv(number, _) | Recv(number, _) | Send(number, _) | Sent(number, _):
+                    touched = {plan.messages[number].key}
             self._touch(lives, touched, at)
-        if plan.mode == "eval":  # the scores and labels are read after the last instruction
-            self._touch(lives, {(self.graph.output, -1), (self.graph.labels, -1)}, end)
-        return lives
+        if plan.mode == "eval" and plan.part == plan.placed.writer:  # they are read after the last instruction
+            self._touch(lives, {(self.graph.output, -1), (self.labels, -1)}, end)
+        return lives, turn, end
+
+    @property
+    def labels(self) -> int:
+        """The node whose output the loss reads as labels."""
+        return self.graph.nodes[self.graph.losses[0]].inputs[1]
 
     def _touched(self, group: Group, direction: int) -> set[Key]:
         """The buffers that the op of a group reads or writes, forward or backward."""
         last = group.nodes[-1]
-        keys = {(last.index, -1), (last.index, KEPT), (last.index, direction)}
+        keys: set[Key] = {(last.index, -1), (last.index, KEPT), (last.index, direction)}
         for node, position in group.inputs:
             source = self.graph.nodes[node.inputs[position]]
             keys.add((source.index, -1))
@@ -152,12 +184,15 @@ class Layout:
         return math.prod(self.shape(source)) * self.type(source).itemsize
 
 
-def pack(lives: dict[Key, Life]) -> tuple[dict[Key, int], int]:
+K = TypeVar("K")
+
+
+def pack(lives: dict[K, Life]) -> tuple[dict[K, int], int]:
     """Offsets of buffers such that no two whose lives meet overlap, and the bytes needed in all.
 
     Greedy by size, each at the lowest gap that takes it (Pisarchyk and Lee 2020, section 5.2).
     """
-    offsets: dict[Key, int] = {}
+    offsets: dict[K, int] = {}
     placed: list[tuple[int, int, Life]] = []
     total = 0
     for key, life in sorted(lives.items(), key=lambda item: (-item[1].nbytes, item[0])):
@@ -179,9 +214,11 @@ def pack(lives: dict[Key, Life]) -> tuple[dict[Key, int], int]:
 class Buffers:
     """The arrays of one slot, by node: what a backend sees while it builds an op (`backends.base.Slot`)."""
 
-    def __init__(self, layout: Layout, arena: Arena, store: Store, collected: dict[Key, Array], step: Step) -> None:
+    def __init__(
+        self, layout: Layout, slot: int, arena: Arena, store: Store, collected: dict[Key, Array], step: Step
+    ) -> None:
         self.step = step
-        self._layout, self._arena, self._store, self._collected = layout, arena, store, collected
+        self._layout, self._slot, self._arena, self._store, self._collected = layout, slot, arena, store, collected
 
     def input(self, node: Node, position: int = 0) -> Array:
         """What `node` reads as its input number `position`."""
@@ -208,26 +245,39 @@ class Buffers:
     def room(self, group: Group) -> tuple[Array, Array, Array]:
         """The bytes that the group's backend asked for."""
         index = group.nodes[-1].index
-        room, offsets = self._layout.rooms[index], self._layout.offsets
+        room, layout = self._layout.rooms[index], self._layout
         kept, forward, backward = (
-            self._arena.take(offsets.get((index, key), 0), (nbytes,), np.dtype(np.uint8))
+            self._arena.take(layout.offset((index, key), self._slot) or 0, (nbytes,), np.dtype(np.uint8))
             for key, nbytes in ((KEPT, room.kept), (FORWARD, room.forward), (BACKWARD, room.backward))
         )
         return kept, forward, backward
 
     def param(self, node: Node, role: str) -> Array:
         """A parameter, as a view of the flat array."""
-        return self._store.param(f"{node.name}.{role}")
+        param = next(param for param in node.params if param.role == role)
+        return self._store.param(param.name, param.lo)
 
     def d_param(self, node: Node, role: str) -> Array:
         """Its gradient, likewise."""
-        return self._store.grad(f"{node.name}.{role}")
+        param = next(param for param in node.params if param.role == role)
+        return self._store.grad(param.name, param.lo)
+
+    def message(self, message: Message) -> Array:
+        """All bytes of a message's buffer, flat: rows that a smaller batch doesn't fill cross with it."""
+        layout = self._layout
+        node = layout.graph.nodes[message.node]
+        if node.layer.collected:
+            raise RuntimeError(f"{node.name} is summed over the replicas, and can't cross to another part")
+        nbytes = math.prod(layout.shape(node)) * layout.type(node).itemsize
+        return self._arena.take(layout.offset(message.key, self._slot) or 0, (nbytes,), np.dtype(np.uint8))
 
     def _array(self, key: Key, node: Node) -> Array:
         if node.layer.collected:
             return self._collected[key]
         layout = self._layout
-        offset, shape, kind = layout.offsets[layout.root(key)], layout.shape(node), layout.type(node)
+        offset, shape, kind = layout.offset(key, self._slot), layout.shape(node), layout.type(node)
+        if offset is None:
+            raise KeyError(f"part {layout.plan.part} has no buffer for {key} of {node.name}")
         if layout.plan.channels_last and len(shape) == 4:
             n, c, h, w = shape
             return self._arena.take(offset, (n, h, w, c), kind).transpose(0, 3, 1, 2)

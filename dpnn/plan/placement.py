@@ -1,22 +1,184 @@
-"""Which part of a replica owns which node of the network."""
+"""Which part of a replica computes which node of the network: the placements that a job file can name."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
-from dpnn.nn.graph import Graph, Node
+import numpy as np
+
+from dpnn.errors import JobError
+from dpnn.nn.conv import Conv
+from dpnn.nn.dense import Dense
+from dpnn.nn.graph import Block, Graph, Node
+from dpnn.nn.layer import Input
+from dpnn.nn.norm import BatchNormalize, BatchSums
+from dpnn.plan.costs import Costs
+
+Pattern = int | tuple[int, ...]
+_LARGE = 0.05
+"""Of all parameters or all work: a layer with a larger share is worth to be shared out by its filters."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """`part_of[node.index]` is the part that computes the node and holds its parameters."""
+    """`part_of[node.index]` is the part that computes the node and holds its parameters.
+
+    `shards[node.index]` are the parts that share out the node's filters; its outputs come together on its own part.
+    """
 
     parts: int
     part_of: tuple[int, ...]
+    shards: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
-    @classmethod
-    def whole(cls, graph: Graph) -> "Placement":
-        """The whole network on one part."""
-        return cls(parts=1, part_of=(0,) * len(graph.nodes))
 
-    def nodes(self, graph: Graph, part: int) -> list[Node]:
-        """The nodes of one part, in topological order."""
-        return [node for node in graph.nodes if self.part_of[node.index] == part]
+def settled(graph: Graph, parts: int, part_of: Sequence[int], shards: Mapping[int, tuple[int, ...]]) -> Placement:
+    """The placement with what has to lie together put together: data with their first reader, a loss with its scores,
+    both halves of a synchronous BatchNorm with what they read."""
+    settled = list(part_of)
+    for node in graph.nodes:
+        if isinstance(node.layer, BatchSums | BatchNormalize) or node.index in graph.losses:
+            settled[node.index] = settled[node.inputs[0]]
+    readers = graph.readers(graph.nodes[graph.images])
+    home = settled[readers[0][0].index]
+    for index in (graph.images, graph.labels, graph.ids):
+        settled[index] = home
+    return Placement(parts, tuple(settled), dict(shards))
+
+
+def by_depth(graph: Graph, parts: int, costs: Costs) -> Placement:
+    """Stages: the nodes in their order, cut where the slowest stage, and what crosses to it, is cheapest."""
+    nodes = [node for node in graph.nodes if not isinstance(node.layer, Input)]
+    if parts > len(nodes):
+        raise JobError(f"parallel.parts = {parts}: the network has {len(nodes)} layers; use at most so many")
+    work = np.concatenate([[0.0], np.cumsum([costs.seconds(node) for node in nodes])])
+    crossing = _crossings(graph, nodes, costs)
+    n = len(nodes)
+    best, choice = work + 0.0, []
+    best[0] = np.inf
+    for part in range(1, parts):
+        new, cuts = np.full(n + 1, np.inf), np.zeros(n + 1, int)
+        for end in range(part + 1, n + 1):
+            starts = np.arange(part, end)
+            slowest = np.maximum(best[starts], work[end] - work[starts] + crossing[starts])
+            at = int(np.argmin(slowest))
+            new[end], cuts[end] = slowest[at], starts[at]
+        best = new
+        choice.append(cuts)
+    part_of, end = [0] * len(graph.nodes), n
+    for part in range(parts - 1, 0, -1):
+        start = int(choice[part - 1][end])
+        for node in nodes[start:end]:
+            part_of[node.index] = part
+        end = start
+    return settled(graph, parts, part_of, {})
+
+
+def _crossings(graph: Graph, nodes: Sequence[Node], costs: Costs) -> np.ndarray:
+    """Seconds that a cut before each of `nodes` costs: what is written before it and read behind it."""
+    place = {node.index: i for i, node in enumerate(nodes)}
+    crossing = np.zeros(len(nodes) + 1)
+    for node in nodes:
+        last = max((place[reader.index] for reader, _ in graph.readers(node)), default=place[node.index])
+        crossing[place[node.index] + 1 : last + 1] += costs.crossing(node)
+    return crossing
+
+
+def by_branches(graph: Graph, parts: int, costs: Costs) -> Placement:
+    """Every Branches spread over the parts, longest branch first to who has least; all else on the first part."""
+    part_of, widest = [0] * len(graph.nodes), ("", 0)
+    for block in outer_blocks(graph):
+        runs = [run for run in block.branches if run[0] < run[1]]
+        widest = max(widest, (block.name, len(runs)), key=lambda item: item[1])
+        spread_branches(graph, block, range(parts), costs, part_of)
+    if widest[1] < parts:
+        what = f"the widest, {widest[0]}, has {widest[1]} branches" if widest[1] else "the network has none"
+        raise JobError(
+            f'parallel.placement = "branches" with parallel.parts = {parts}: {what}; '
+            f'use parallel.parts = {max(widest[1], 1)} or parallel.placement = "auto"'
+        )
+    return settled(graph, parts, part_of, {})
+
+
+def outer_blocks(graph: Graph) -> list[Block]:
+    """The Branches that aren't inside a branch of another one; the first branch of Heads is no inside."""
+    inside: set[int] = set()
+    for block in graph.blocks:
+        for lo, hi in block.branches[block.join is None :]:
+            inside.update(range(lo, hi))
+    return [
+        block
+        for block in graph.blocks
+        if not any(lo in inside for lo, hi in block.branches if lo < hi) and (block.join not in inside)
+    ]
+
+
+def spread_branches(graph: Graph, block: Block, parts: Sequence[int], costs: Costs, part_of: list[int]) -> None:
+    """Write into `part_of` where the branches of a block go: the longest first, the first one to parts[0]."""
+    load = dict.fromkeys(parts, 0.0)
+    runs = [(sum(costs.seconds(graph.nodes[i]) for i in range(lo, hi)), lo, hi) for lo, hi in block.branches if lo < hi]
+    for seconds, lo, hi in sorted(runs, key=lambda run: -run[0]):
+        part = min(load, key=lambda part: load[part])
+        load[part] += seconds
+        if block.join is None and lo == block.branches[0][0]:
+            continue  # the network going on
+        part_of[lo:hi] = [part] * (hi - lo)
+
+
+def by_filters(graph: Graph, parts: int, costs: Costs) -> Placement:
+    """The large Conv and Dense layers shared out by their filters; all else on the first part."""
+    layers = shardable(graph, parts)
+    if not layers:
+        raise JobError(
+            f'parallel.placement = "filters" with parallel.parts = {parts}: no Conv (in one group) or Dense layer has '
+            'so many filters; use fewer parts, or parallel.placement = "auto"'
+        )
+    work = sum(costs.seconds(node) for node in graph.nodes)
+    params = graph.n_params
+    large = [n for n in layers if costs.params(n) > _LARGE * params or costs.seconds(n) > _LARGE * work]
+    large = large or [max(layers, key=costs.params)]
+    shards = {node.index: tuple(range(parts)) for node in large}
+    return settled(graph, parts, [0] * len(graph.nodes), shards)
+
+
+def shardable(graph: Graph, parts: int) -> list[Node]:
+    """The layers that have at least `parts` filters to share out."""
+    return [node for node in graph.nodes if _filters(node) >= max(parts, 2)]
+
+
+def _filters(node: Node) -> int:
+    layer = node.layer
+    if isinstance(layer, Conv):
+        return layer.filters if layer.groups == 1 else 0
+    return layer.units if isinstance(layer, Dense) else 0
+
+
+def by_names(graph: Graph, parts: int, patterns: Mapping[str, Pattern]) -> Placement:
+    """Nodes by patterns of their names, the first that fits; what no pattern fits goes where its first input is."""
+    for pattern, wanted in patterns.items():
+        for part in (wanted,) if isinstance(wanted, int) else wanted:
+            if not 0 <= part < parts:
+                raise JobError(
+                    f"parallel.placement: {pattern!r} is to lie on part {part}, but parallel.parts = {parts}; "
+                    f"use 0 to {parts - 1}"
+                )
+    part_of, shards, used = [0] * len(graph.nodes), dict[int, tuple[int, ...]](), set[str]()
+    for node in graph.nodes:
+        fitting = [pattern for pattern in patterns if fnmatchcase(node.name, pattern)]
+        used.update(fitting)
+        wanted = patterns[fitting[0]] if fitting else part_of[node.inputs[0]] if node.inputs else 0
+        if isinstance(wanted, int):
+            part_of[node.index] = wanted
+            continue
+        part_of[node.index] = wanted[0]
+        if _filters(node) >= len(wanted) > 1:
+            shards[node.index] = tuple(wanted)
+        elif node.params and len(wanted) > 1:
+            raise JobError(
+                f"parallel.placement: {node.name} ({type(node.layer).__name__}) can't be shared out over parts "
+                f"{list(wanted)}: that takes a Conv in one group or a Dense layer with so many filters"
+            )
+    unused = [pattern for pattern in patterns if pattern not in used]
+    if unused:
+        names = ", ".join(node.name for node in graph.nodes if node.params)
+        raise JobError(f"parallel.placement: no layer has a name like {unused[0]!r}; there are {names}")
+    return settled(graph, parts, part_of, shards)

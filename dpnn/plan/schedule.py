@@ -1,14 +1,18 @@
 """The instructions of one step, as data: printable, and checked without MPI.
 
-A list is made in two passes. First what is computed, a micro-batch after the other: `Load`, `Forward` through the
-groups, `Loss`, `Backward` through them again. Then what is exchanged, put in around it by one rule each:
+A part's list is put together of phases: forward through a micro-batch, backward through it. Which phase comes when says
+the pipeline (`plan/pipeline.py`); within a phase all parts go through the nodes in one global order, so nothing can
+deadlock. Around what is computed stands what is exchanged, put in by one rule each:
 
-- a bucket of gradients is opened before the first instruction of the step that writes into it, and ready after the
-  last one (so in the last micro-batch only; where micro-batches are grains, in each);
+- a message from another part is received right before the first group that reads it, and sent off right after the
+  group that wrote it. Its buffer is there early: receives are posted when the step begins, and when a slot is taken
+  anew; before that what the slot sent must have left it.
 - an output that is summed over all replicas (`collected`) is sent off right after it was written, and waited for
   right before it is read; its gradient likewise.
+- a bucket of gradients is opened before the first instruction of the step that writes into it, and ready after the
+  last one (so in the last micro-batch only; where micro-batches are grains, in each);
 
-Every rank of one part has the same list, so nothing is negotiated and nothing can deadlock.
+Every rank of one part has the same list, so nothing is negotiated.
 """
 
 from collections.abc import Sequence
@@ -18,14 +22,49 @@ from dpnn.backends.base import Backend, Group, Mode
 from dpnn.errors import JobError
 from dpnn.nn.graph import Graph, Node
 from dpnn.nn.layer import Input
+from dpnn.plan.messages import Message, messages_of
+from dpnn.plan.pipeline import Pipeline, phases, stages_of
+from dpnn.plan.spread import Placed
 from dpnn.plan.store import Piece
 
 
 @dataclass(frozen=True)
 class Load:
-    """Copy the rows of micro-batch `micro` into the inputs of `slot`."""
+    """Go on to micro-batch `micro` in `slot`; on the part that reads, copy its rows into the inputs."""
 
     micro: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class PostRecv:
+    """Message number `message` may come from now on."""
+
+    message: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class Recv:
+    """Wait until the message is there."""
+
+    message: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class Send:
+    """The message is written: start to send it."""
+
+    message: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Wait until its buffer may be written again."""
+
+    message: int
     slot: int
 
 
@@ -92,41 +131,59 @@ class Finish:
     """Every gradient is ready: complete the exchange and update the parameters."""
 
 
-Instruction = Load | Forward | Loss | Backward | Collect | Collected | Open | Ready | Finish
+Instruction = (
+    Load | PostRecv | Recv | Forward | Send | Sent | Loss | Backward | Collect | Collected | Open | Ready | Finish
+)
 
 
 @dataclass(frozen=True)
 class Plan:
     """What one rank does in a step: groups of nodes, and the instructions over them."""
 
-    graph: Graph
+    placed: Placed
+    part: int
     mode: Mode
     groups: tuple[Group, ...]
+    messages: tuple[Message, ...]
+    """Those of all parts, by number."""
     instructions: tuple[Instruction, ...]
     rows: int
     """The most samples that a micro-batch of this rank can have."""
+    slots: int = 1
+    """Micro-batches that are in flight at once."""
     grains: bool = False
     """Whether each micro-batch is a grain: it assigns the gradients, and they are ready after each."""
     channels_last: bool = False
     """Whether images lie as NHWC in memory."""
 
+    @property
+    def graph(self) -> Graph:
+        """The network as it is placed."""
+        return self.placed.graph
+
     def __str__(self) -> str:
         names = [" + ".join(node.name for node in group.nodes) for group in self.groups]
+        nodes = self.graph.nodes
         lines = []
         for instruction in self.instructions:
             match instruction:
                 case Forward(group, _) | Backward(group, _):
                     lines.append(f"{instruction}  {names[group]}")
                 case Collect(node, _, _) | Collected(node, _, _):
-                    lines.append(f"{instruction}  {self.graph.nodes[node].name}")
+                    lines.append(f"{instruction}  {nodes[node].name}")
+                case PostRecv(number, _) | Recv(number, _) | Send(number, _) | Sent(number, _):
+                    message = self.messages[number]
+                    what = "gradient by " if message.gradient else ""
+                    other = message.source if message.target == self.part else message.target
+                    lines.append(f"{instruction}  {what}{nodes[message.node].name}, part {other}")
                 case _:
                     lines.append(str(instruction))
         return "\n".join(lines)
 
 
 def compile_plan(
-    graph: Graph,
-    nodes: Sequence[Node],
+    placed: Placed,
+    part: int,
     backends: Sequence[Backend],
     mode: Mode,
     rows: int,
@@ -134,25 +191,30 @@ def compile_plan(
     pieces: Sequence[Piece] = (),
     bucket_nbytes: int = 0,
     grains: bool = False,
+    pipeline: Pipeline = "1f1b",
 ) -> Plan:
-    """The plan of a rank that owns `nodes` of `graph`.
+    """The plan of a rank that computes one part of a placed network.
 
     `rows`: the most samples of a micro-batch. `pieces`: what its store holds (training only). `bucket_nbytes`: a
     bucket is closed when it is at least so large. `grains`: buckets are exchanged after every micro-batch.
     """
     wanted = [
-        node for node in nodes if not isinstance(node.layer, Input) and not (mode == "eval" and node.training_only)
+        node
+        for node in placed.nodes(part)
+        if not isinstance(node.layer, Input) and not (mode == "eval" and node.training_only)
     ]
     groups = choose_groups(wanted, backends, mode)
-    passes = [_one_micro_batch(groups, mode, micro, micro == microbatches - 1) for micro in range(microbatches)]
-    if not grains:
-        passes = [[step for steps in passes for step in steps]]
+    messages = messages_of(placed, mode)
+    stages = stages_of(placed.parts, messages)
+    order, slots = phases(stages, part, microbatches, mode == "train", "sequence" if grains else pipeline)
+    lists = _Lists(placed, part, groups, messages, mode, microbatches)
+    passes = lists.passes(order, slots, grains)
     if mode == "train":
         buckets = make_buckets(pieces, bucket_nbytes, backends[0].dtype.itemsize)
-        passes = [_with_buckets(groups, _with_collections(graph, groups, steps), buckets, pieces) for steps in passes]
+        passes = [_with_buckets(groups, steps, buckets, pieces) for steps in passes]
         passes.append([Finish()])
     steps = tuple(step for steps in passes for step in steps)
-    return Plan(graph, mode, tuple(groups), steps, rows, grains, backends[0].channels_last)
+    return Plan(placed, part, mode, tuple(groups), messages, steps, rows, slots, grains, backends[0].channels_last)
 
 
 def choose_groups(nodes: Sequence[Node], backends: Sequence[Backend], mode: Mode) -> list[Group]:
@@ -186,51 +248,116 @@ def make_buckets(pieces: Sequence[Piece], bucket_nbytes: int, itemsize: int) -> 
     return buckets
 
 
-def _one_micro_batch(groups: Sequence[Group], mode: Mode, micro: int, last: bool) -> list[Instruction]:
-    steps: list[Instruction] = [Load(micro, 0)]
-    steps += [Forward(i, 0) for i, group in enumerate(groups) if not group.forward_view]
-    steps.append(Loss(0, last))
-    if mode == "train":
-        for i, group in reversed(list(enumerate(groups))):
-            if not group.backward_view and any(node.needs_grad for node in group.nodes):
-                steps.append(Backward(i, 0))
-    return steps
+class _Lists:
+    """Puts together what one part does in forward and backward."""
 
+    def __init__(
+        self,
+        placed: Placed,
+        part: int,
+        groups: Sequence[Group],
+        messages: Sequence[Message],
+        mode: Mode,
+        microbatches: int,
+    ) -> None:
+        self._graph, self._groups, self._last = placed.graph, groups, microbatches - 1
+        self._own_inputs = [node.index for node in placed.nodes(part) if isinstance(node.layer, Input)]
+        self._received = [message.number for message in messages if message.target == part]
+        self._sent = [message.number for message in messages if message.source == part]
+        # By node: its output comes, or goes; the gradients by it come. By edge: the gradient along it goes.
+        self._comes: dict[int, int] = {}
+        self._goes: dict[int, list[int]] = {}
+        self._gradients_come: dict[int, list[int]] = {}
+        self._gradient_goes: dict[tuple[int, int], int] = {}
+        for message in messages:
+            if message.source == part and message.gradient:
+                self._gradient_goes[message.edge] = message.number
+            elif message.source == part:
+                self._goes.setdefault(message.node, []).append(message.number)
+            elif message.target == part and message.gradient:
+                self._gradients_come.setdefault(message.node, []).append(message.number)
+            elif message.target == part:
+                self._comes[message.node] = message.number
+        self._collected = {
+            node.index: self._graph.readers(node)[0][0].index
+            for group in groups
+            for node in group.nodes
+            if node.layer.collected and mode == "train"
+        }
 
-def _with_collections(graph: Graph, groups: Sequence[Group], steps: list[Instruction]) -> list[Instruction]:
-    """Put Collect and Collected around the groups that write and read a collected output, or its gradient."""
-    group_of = {node.index: i for i, group in enumerate(groups) for node in group.nodes}
-    before: dict[Instruction, list[Instruction]] = {}
-    after: dict[Instruction, list[Instruction]] = {}
-    for group in groups:
-        for node in group.nodes:
-            if not node.layer.collected:
+    def passes(self, order: Sequence[tuple[str, int]], slots: int, grains: bool) -> list[list[Instruction]]:
+        """The phases one after the other, in one list; with `grains` a list for each micro-batch."""
+        passes: list[list[Instruction]] = [[]]
+        passes[0] += [PostRecv(number, slot) for slot in range(slots) for number in self._received]
+        for direction, micro in order:
+            slot, steps = micro % slots, passes[-1]
+            if direction == "backward":
+                steps += self._backward(slot)
                 continue
-            writer = group_of[node.index]
-            reader = group_of[graph.readers(node)[0][0].index]
-            for first, second, gradient in (
-                (Forward(writer, 0), Forward(reader, 0), False),
-                (Backward(reader, 0), Backward(writer, 0), True),
-            ):
-                if not gradient or node.needs_grad:
-                    after.setdefault(first, []).append(Collect(node.index, 0, gradient))
-                    before.setdefault(second, []).append(Collected(node.index, 0, gradient))
-    return [new for step in steps for new in (*before.get(step, ()), step, *after.get(step, ()))]
+            if micro >= slots:
+                if grains:
+                    passes.append(steps := [])
+                steps += [Sent(number, slot) for number in self._sent]
+                steps += [PostRecv(number, slot) for number in self._received]
+            steps += self._forward(micro, slot)
+        passes[-1] += [Sent(number, slot) for slot in range(slots) for number in self._sent]
+        return passes
+
+    def _forward(self, micro: int, slot: int) -> list[Instruction]:
+        steps: list[Instruction] = [Load(micro, slot)]
+        steps += [Send(number, slot) for index in self._own_inputs for number in self._goes.get(index, ())]
+        here: set[int] = set()
+        for i, group in enumerate(self._groups):
+            sources = dict.fromkeys(node.inputs[position] for node, position in group.inputs)
+            for source in sources:
+                if source in self._comes and source not in here:
+                    steps.append(Recv(self._comes[source], slot))
+                    here.add(source)
+            steps += [Collected(source, slot, False) for source in sources if source in self._collected]
+            if not group.forward_view:
+                steps.append(Forward(i, slot))
+            last = group.nodes[-1].index
+            if last in self._collected:
+                steps.append(Collect(last, slot, False))
+            steps += [Send(number, slot) for number in self._goes.get(last, ())]
+        return [*steps, Loss(slot, micro == self._last)]
+
+    def _backward(self, slot: int) -> list[Instruction]:
+        steps: list[Instruction] = []
+        for i, group in reversed(list(enumerate(self._groups))):
+            if not any(node.needs_grad for node in group.nodes):
+                continue
+            last = group.nodes[-1]
+            steps += [Recv(number, slot) for number in self._gradients_come.get(last.index, ())]
+            if last.index in self._collected:
+                steps.append(Collected(last.index, slot, True))
+            if not group.backward_view:
+                steps.append(Backward(i, slot))
+            for node, position in group.inputs:
+                source = self._graph.nodes[node.inputs[position]]
+                if source.index in self._collected and source.needs_grad:
+                    steps.append(Collect(source.index, slot, True))
+                if (node.index, position) in self._gradient_goes:
+                    steps.append(Send(self._gradient_goes[node.index, position], slot))
+        return steps
 
 
 def _with_buckets(
     groups: Sequence[Group], steps: list[Instruction], buckets: Sequence[tuple[int, int]], pieces: Sequence[Piece]
 ) -> list[Instruction]:
     """Put Open before the first instruction that writes into a bucket, Ready after the last one."""
-    group_of = {param.name: i for i, group in enumerate(groups) for node in group.nodes for param in node.params}
-    writers: dict[Instruction, list[int]] = {}
+    group_of = {
+        (param.name, param.lo): i for i, group in enumerate(groups) for node in group.nodes for param in node.params
+    }
+    writers: dict[tuple[type[Forward | Backward], int], list[int]] = {}
     for piece in pieces:
-        group = group_of[piece.name]
-        writer: Instruction = Forward(group, 0) if piece.spec.statistic else Backward(group, 0)
-        writers.setdefault(writer, []).append(piece.offset)
+        kind = Forward if piece.spec.statistic else Backward
+        writers.setdefault((kind, group_of[piece.name, piece.lo]), []).append(piece.offset)
     places: dict[tuple[int, int], list[int]] = {bucket: [] for bucket in buckets}
     for place, step in enumerate(steps):
-        for offset in writers.get(step, ()):
+        if not isinstance(step, Forward | Backward):
+            continue
+        for offset in writers.get((type(step), step.group), ()):
             places[next(bucket for bucket in buckets if bucket[0] <= offset < bucket[1])].append(place)
     opens = {place: [b for b in buckets if places[b] and places[b][0] == place] for place in range(len(steps))}
     readies = {place: [b for b in buckets if places[b] and places[b][-1] == place] for place in range(len(steps))}

@@ -30,6 +30,8 @@ class Piece:
     hi: int
     offset: int
     spec: ParamSpec
+    whole: tuple[int, ...]
+    """The shape of the whole parameter; `spec.shape` is that of what its node holds."""
 
     @property
     def end(self) -> int:
@@ -39,11 +41,11 @@ class Piece:
 
 def lay(nodes: Sequence[Node]) -> tuple[Piece, ...]:
     """Where the parameters of some nodes lie in flat arrays of theirs; running statistics last."""
-    specs = [(param.name, param.spec) for node in nodes for param in node.params]
-    specs.sort(key=lambda item: item[1].statistic != 0)
+    params = sorted((param for node in nodes for param in node.params), key=lambda param: param.spec.statistic != 0)
     pieces, offset = [], 0
-    for name, spec in specs:
-        pieces.append(Piece(name, 0, math.prod(spec.shape), offset, spec))
+    for param in params:
+        hi = param.lo + math.prod(param.spec.shape)
+        pieces.append(Piece(param.name, param.lo, hi, offset, param.spec, param.whole))
         offset = pieces[-1].end
     return tuple(pieces)
 
@@ -55,7 +57,7 @@ def clip(pieces: Sequence[Piece], lo: int, hi: int) -> tuple[Piece, ...]:
         begin, end = max(lo, piece.offset), min(hi, piece.end)
         if begin < end:
             first = piece.lo + begin - piece.offset
-            clipped.append(Piece(piece.name, first, first + end - begin, begin - lo, piece.spec))
+            clipped.append(Piece(piece.name, first, first + end - begin, begin - lo, piece.spec, piece.whole))
     return tuple(clipped)
 
 
@@ -67,7 +69,7 @@ class Store:
         n = self.pieces[-1].end if self.pieces else 0
         self.params: Array = np.zeros(n, dtype)
         self.grads: Array = np.zeros(n, dtype)
-        self._by_name = {piece.name: piece for piece in self.pieces}
+        self._pieces = {(piece.name, piece.lo): piece for piece in self.pieces}
 
     def place(self, params: Array, grads: Array) -> None:
         """Keep them in these arrays from now on; before anything is bound to the old ones. Values aren't moved."""
@@ -78,17 +80,16 @@ class Store:
         """How many of the numbers are trained: they stand first."""
         return sum(piece.hi - piece.lo for piece in self.pieces if piece.spec.statistic == 0)
 
-    def param(self, name: str) -> Array:
-        """The parameter, as a view in its own shape."""
-        return self.view(self.params, name)
+    def param(self, name: str, lo: int = 0) -> Array:
+        """The parameter, or my piece of it from `lo` on, as a view in its own shape."""
+        return self._view(self.params, name, lo)
 
-    def grad(self, name: str) -> Array:
+    def grad(self, name: str, lo: int = 0) -> Array:
         """Its gradient, likewise."""
-        return self.view(self.grads, name)
+        return self._view(self.grads, name, lo)
 
-    def view(self, flat: Array, name: str) -> Array:
-        """Where the parameter `name` lies in a flat array of this store, in its own shape."""
-        piece = self._by_name[name]
+    def _view(self, flat: Array, name: str, lo: int) -> Array:
+        piece = self._pieces[name, lo]
         return flat[piece.offset : piece.end].reshape(piece.spec.shape)
 
     def draw(self, seed: int) -> None:
@@ -98,22 +99,30 @@ class Store:
             flat[...] = draw(seed, piece.name, piece.spec, piece.lo, piece.hi, flat.dtype)
 
     def split(self, flat: Array) -> dict[str, Array]:
-        """A flat array as arrays by parameter name (views)."""
-        return {piece.name: self.view(flat, piece.name) for piece in self.pieces}
+        """A flat array as arrays by parameter name (views); of a store that holds whole parameters."""
+        return {piece.name: self._view(flat, piece.name, piece.lo) for piece in self.pieces}
 
     def fill(self, flat: Array, values: Mapping[str, Array], source: str) -> None:
-        """Copy arrays by parameter name into a flat array; DataError where they aren't those of this network."""
-        for piece in self.pieces:
-            value = values.get(piece.name)
-            if value is None or value.shape != piece.spec.shape:
-                found = "is missing" if value is None else f"has the shape {value.shape}"
-                raise DataError(
-                    f"{source}: {piece.name} {found}, this network's has {piece.spec.shape}; "
-                    "the checkpoint is of another network: use the job file that it was made with"
-                )
-            self.view(flat, piece.name)[...] = value
-        unknown = sorted(set(values) - set(self._by_name))
+        """Copy arrays by parameter name into a flat array; DataError where they aren't those of the whole network."""
+        fill(self.pieces, flat, values, source)
+        unknown = sorted(set(values) - {piece.name for piece in self.pieces})
         if unknown:
             raise DataError(
                 f"{source}: {unknown[0]} is not a parameter of this network; use the job file it was made with"
             )
+
+
+def fill(pieces: Sequence[Piece], flat: Array, values: Mapping[str, Array], source: str) -> None:
+    """Copy whole arrays by parameter name into the flat array of some pieces.
+
+    DataError, naming `source`, where one is missing or has another shape.
+    """
+    for piece in pieces:
+        value = values.get(piece.name)
+        if value is None or value.shape != piece.whole:
+            found = "is missing" if value is None else f"has the shape {value.shape}"
+            raise DataError(
+                f"{source}: {piece.name} {found}, this network's has {piece.whole}; "
+                "the checkpoint is of another network: use the job file that it was made with"
+            )
+        flat[piece.offset : piece.end] = value.reshape(-1)[piece.lo : piece.hi]

@@ -44,7 +44,7 @@ class Allreduce:
             else GradientReducer(node, self._arrived, limit_s, rounds=job.parallel.wire == "bfloat16")
         )
         self._progress = progress(node.data, len(node.groups))
-        self._telling = BucketReducer(mesh.data, self._told, limit_s, "losses")
+        self._telling = BucketReducer(mesh.crew.comm, self._told, limit_s, "losses")
         self._norms = [BucketReducer(comm, self._squares, limit_s, "norms") for comm in (node.comm, mesh.model)]
 
     def begin(self) -> None:

@@ -41,7 +41,10 @@ class Average:
         self._bad = False
         """Whether a loss of this replica wasn't finite since it last told."""
         self._told = np.zeros(2)  # losses that aren't finite, requests to stop
-        self._telling = BucketReducer(mesh.data, self._told, limit_s, "requests to stop")
+        self._telling = BucketReducer(mesh.crew.comm, self._told, limit_s, "requests to stop")
+        self._first = mesh.part == 0
+        self._loss = np.zeros(1)  # of this replica: the sum over its parts
+        self._losses = BucketReducer(mesh.model, self._loss, limit_s, "losses")
         self._norm = np.zeros(1)  # sum of squares of the gradient, over the parts of a replica
         self._norms = BucketReducer(mesh.model, self._norm, limit_s, "norms")
         self._samples = np.zeros(1)
@@ -62,10 +65,12 @@ class Average:
     def poke(self) -> None:
         """Let MPI move."""
         self._telling.poke()
+        self._losses.poke()
 
     def tell(self, loss: float) -> None:
-        """Note the loss of this replica."""
-        self.loss = loss
+        """Start to sum the loss of this replica over its parts."""
+        self._loss[0] = loss
+        self._losses.start(0, 1)
 
     def finish(self) -> None:
         """Update by this replica's own gradient; now and then tell the others, and average.
@@ -73,6 +78,8 @@ class Average:
         NotFiniteError, on all replicas after the same step, where the loss of one isn't finite.
         """
         start = perf_counter()
+        self._losses.finish()
+        self.loss = float(self._loss[0])
         if self.samples and math.isfinite(self.loss):
             self._optimizer.apply(0, self._node.grads.size, self.rate, self._clip_scale())
         updated = perf_counter()
@@ -111,7 +118,7 @@ class Average:
         if bad:
             raise NotFiniteError(f"the loss of {bad:.0f} replicas wasn't finite in the last {2 * _TELL_STEPS} steps")
         self.stop = bool(stop)
-        self._told[:] = self._bad, asked
+        self._told[:] = self._bad and self._first, asked
         self._telling.start(0, 2)
 
     def _clip_scale(self) -> float:

@@ -27,7 +27,7 @@ from dpnn.nn import (
     ReLU,
     SoftmaxCrossEntropy,
 )
-from dpnn.plan import Arena, Executor, Layout, Placement, Plan, Store, compile_plan
+from dpnn.plan import Arena, Executor, Layout, Placed, Plan, Store, compile_plan
 
 CLASSES, SHAPE = 3, (2, 8, 8)
 
@@ -108,9 +108,10 @@ def build() -> Callable[..., Built]:
     ) -> Built:
         graph = Graph(network, SHAPE, SoftmaxCrossEntropy())
         backend = Reference(np.dtype(dtype))
-        nodes = Placement.whole(graph).nodes(graph, 0)
+        placed = Placed.whole(graph)
+        nodes = placed.nodes(0)
         store = store or Store(nodes, backend.dtype)
-        plan = compile_plan(graph, nodes, [backend], mode, rows, microbatches, store.pieces, bucket_nbytes)
+        plan = compile_plan(placed, 0, [backend], mode, rows, microbatches, store.pieces, bucket_nbytes)
         layout, arena, strategy = Layout(plan, backend.dtype), Arena(), Recorder()
         arena.reserve(layout.nbytes)
         executor = Executor(layout, store, arena, 7, Alone, strategy if mode == "train" else None)

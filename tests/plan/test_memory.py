@@ -7,7 +7,7 @@ from dpnn.backends.base import Room, Step
 from dpnn.backends.onednn.fuse import fuse
 from dpnn.backends.reference import Reference
 from dpnn.nn import Add, Graph, SoftmaxCrossEntropy
-from dpnn.plan import Arena, Layout, Placement, Store, compile_plan
+from dpnn.plan import Arena, Layout, Placed, Store, compile_plan
 from dpnn.plan.memory import ALIGNMENT, BACKWARD, FORWARD, KEPT, Buffers, Life, pack
 from dpnn.plan.schedule import Backward, Forward
 
@@ -36,9 +36,10 @@ class Fusing(Reference):
 def layout_of(*backends, mode="train", sync=False):
     """The layout of the wide network, a training plan of two micro-batches or an evaluation plan."""
     graph = Graph(wide(sync=sync), SHAPE, SoftmaxCrossEntropy())
-    nodes = Placement.whole(graph).nodes(graph, 0)
+    placed = Placed.whole(graph)
+    nodes = placed.nodes(0)
     pieces = Store(nodes, F32).pieces
-    return Layout(compile_plan(graph, nodes, backends, mode, ROWS, 2 if mode == "train" else 1, pieces, 400), F32)
+    return Layout(compile_plan(placed, 0, backends, mode, ROWS, 2 if mode == "train" else 1, pieces, 400), F32)
 
 
 def buffers_of(layout):
@@ -50,7 +51,7 @@ def buffers_of(layout):
         if node.layer.collected:
             ((reader, position),) = layout.graph.readers(node)
             collected |= {key: np.zeros(node.shape) for key in ((node.index, -1), (reader.index, position))}
-    return Buffers(layout, arena, store, collected, Step())
+    return Buffers(layout, 0, arena, store, collected, Step())
 
 
 def test_buffers_that_live_at_once_never_overlap():
@@ -94,10 +95,11 @@ def test_what_passes_inside_a_group_has_no_buffer():
     assert len(fused) >= 4
     for group in fused:
         inner = {node.index for node in group.nodes[:-1]}
-        assert not {(index, -1) for index in inner} & layout.offsets.keys()
+        held = {key for key, _ in layout.offsets}
+        assert not {(index, -1) for index in inner} & held
         edges = {(node.index, i) for node in group.nodes for i, source in enumerate(node.inputs) if source in inner}
         assert edges
-        assert not edges & layout.offsets.keys()
+        assert not edges & held
 
 
 @pytest.mark.parametrize("sync", [False, True])
@@ -130,7 +132,7 @@ def test_a_sum_has_a_gradient_in_place_and_copies():
 @pytest.mark.parametrize("sync", [False, True])
 def test_buffers_of_a_fused_plan_never_overlap_while_they_live(mode, sync):
     layout = layout_of(Fusing(Room(kept=700, forward=5000, backward=3000)), Reference(F32), mode=mode, sync=sync)
-    lives = layout._lives(layout.plan)
+    lives = layout._lives_in_slots(layout.plan)
     assert lives.keys() == layout.offsets.keys()
     places = [(layout.offsets[key], layout.offsets[key] + life.nbytes, life) for key, life in lives.items()]
     for i, (lo, hi, life) in enumerate(places):
@@ -141,7 +143,7 @@ def test_buffers_of_a_fused_plan_never_overlap_while_they_live(mode, sync):
 
 def test_what_an_op_keeps_lives_from_its_forward_to_its_backward_and_scratch_for_one_call():
     layout = layout_of(Fusing(Room(kept=700, forward=5000, backward=3000)), Reference(F32))
-    lives, instructions = layout._lives(layout.plan), layout.plan.instructions
+    lives, instructions = layout._lives(layout.plan)[0], layout.plan.instructions
     mine = [(i, group) for i, group in enumerate(layout.plan.groups) if isinstance(group.backend, Fusing)]
     walked = [(i, group) for i, group in mine if not group.forward_view]
     assert len(walked) > 6

@@ -67,7 +67,9 @@ def fuse(nodes: Sequence[Node], mode: Mode, backend: Backend) -> list[Group]:
 
 
 def _fits(node: Node) -> bool:
-    """Whether a pooling's places can be numbered in a byte."""
+    """Whether a pooling's places can be numbered in a byte; and a Fork is of activations, not of labels."""
+    if isinstance(node.layer, Fork):
+        return node.needs_grad
     return not isinstance(node.layer, MaxPool) or math.prod(pair(node.layer.size)) <= 256
 
 

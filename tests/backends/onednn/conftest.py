@@ -22,7 +22,7 @@ from dpnn.backends.reference.pointwise import ReLUOp
 from dpnn.backends.reference.pool import MaxPoolOp
 from dpnn.data import Batch
 from dpnn.nn.graph import Node
-from dpnn.plan import Arena, Executor, Layout, Placement, Store, compile_plan
+from dpnn.plan import Arena, Executor, Layout, Placed, Store, compile_plan
 
 from ..conftest import ONEDNN
 
@@ -143,9 +143,9 @@ class Side:
     """One plan of a graph, bound. Memory is NaN until something is written."""
 
     def __init__(self, graph: nn.Graph, backends: Sequence[Backend], rows: int, microbatches: int, mode: Mode) -> None:
-        nodes, dtype = Placement.whole(graph).nodes(graph, 0), backends[0].dtype
-        self.store = Store(nodes, dtype)
-        plan = compile_plan(graph, nodes, backends, mode, rows, microbatches, self.store.pieces, 1 << 12)
+        placed, dtype = Placed.whole(graph), backends[0].dtype
+        self.store = Store(placed.nodes(0), dtype)
+        plan = compile_plan(placed, 0, backends, mode, rows, microbatches, self.store.pieces, 1 << 12)
         layout, arena = Layout(plan, dtype), Arena()
         arena.reserve(layout.nbytes)
         self.onlooker = Onlooker() if mode == "train" else None

@@ -11,7 +11,7 @@ from dpnn.backends.base import Backend
 from dpnn.backends.reference import Reference
 from dpnn.data import Batch
 from dpnn.optim import Optimizer, Segment
-from dpnn.plan import Arena, Executor, Layout, Placement, Store, compile_plan
+from dpnn.plan import Arena, Executor, Layout, Placed, Store, compile_plan
 from dpnn.team import Team
 
 from ..conftest import ONEDNN
@@ -39,9 +39,9 @@ class Run:
     """Training of a graph by some backends; `losses` of the steps."""
 
     def __init__(self, graph: nn.Graph, backends: list[Backend], rows: int, lr: float) -> None:
-        nodes, dtype = Placement.whole(graph).nodes(graph, 0), np.dtype(np.float32)
-        self.store = Store(nodes, dtype)
-        plan = compile_plan(graph, nodes, backends, "train", rows, 1, self.store.pieces, 1 << 20)
+        placed, dtype = Placed.whole(graph), np.dtype(np.float32)
+        self.store = Store(placed.nodes(0), dtype)
+        plan = compile_plan(placed, 0, backends, "train", rows, 1, self.store.pieces, 1 << 20)
         layout, arena = Layout(plan, dtype), Arena()
         arena.reserve(layout.nbytes)
         self.executor = Executor(layout, self.store, arena, 0, lambda array: Nobody(), Descent(self.store, lr))

@@ -12,7 +12,7 @@ from dpnn import models, nn
 from dpnn.backends.onednn import OneDNN
 from dpnn.backends.reference import Reference
 from dpnn.data import Batch
-from dpnn.plan import Arena, Executor, Layout, Placement, Store, compile_plan
+from dpnn.plan import Arena, Executor, Layout, Placed, Store, compile_plan
 from dpnn.team import Team
 
 WARM_UP, STEPS = 3, 20
@@ -30,10 +30,11 @@ def main() -> None:
     shape = (1 if name == "lenet" else 3, side, side)
     options = {"depth": 18} if name == "resnet" else {}
     graph = nn.Graph(models.build(name, 10, shape, options), shape, nn.SoftmaxCrossEntropy())
-    nodes = Placement.whole(graph).nodes(graph, 0)
+    placed = Placed.whole(graph)
+    nodes = placed.nodes(0)
     store, backends = Store(nodes, np.dtype(np.float32)), [OneDNN(Team(2)), Reference(np.float32)]
     store.draw(0)
-    plan = compile_plan(graph, nodes, backends, "train", rows // microbatches, microbatches, store.pieces)
+    plan = compile_plan(placed, 0, backends, "train", rows // microbatches, microbatches, store.pieces)
     layout, arena = Layout(plan, store.params.dtype), Arena()
     arena.reserve(layout.nbytes)
     executor = Executor(layout, store, arena, 0, lambda array: Alone(), Alone())
