@@ -158,9 +158,10 @@ def _with_trees(graph: Graph, part_of: Sequence[int], parts: int) -> Placed:
     """What a part reads in place of a node of the old graph, by (node, part)."""
     for node in graph.nodes:
         part = part_of[node.index]
-        inputs = [local[source, _read_on(graph, part_of, source, node)] for source in node.inputs]
+        places = [_read_on(graph, part_of, source, node) for source in node.inputs]
+        inputs = [local[source, place] for source, place in zip(node.inputs, places, strict=True)]
         if isinstance(node.layer, Add):
-            inputs = _add_tree(new, node, part, inputs)
+            inputs = _add_tree(new, node, part, inputs, places)
         new.now[node.index] = local[node.index, part] = index = new.copy(node, part, inputs)
         readers = [reader for reader, _ in graph.readers(node)]
         wanted = Counter(_read_on(graph, part_of, node.index, reader) for reader in readers)
@@ -174,9 +175,12 @@ def _with_trees(graph: Graph, part_of: Sequence[int], parts: int) -> Placed:
 
 
 def _read_on(graph: Graph, part_of: Sequence[int], source: int, reader: Node) -> int:
-    """The part on which `reader` reads a node: its own, save that a tree of Adds takes its inputs where they are."""
+    """The part on which `reader` reads a node: its own, save that a tree of Adds takes its inputs where they are.
+
+    What others read too (a residual block's plain shortcut) has a tree of its own.
+    """
     here, there = part_of[source], part_of[reader.index]
-    if isinstance(reader.layer, Add) and here != there:
+    if isinstance(reader.layer, Add) and here != there and not isinstance(graph.nodes[source].layer, Fork):
         others = [part_of[i] for i in reader.inputs]
         if others.count(here) > 1 or len({there, *others}) > 2:
             return here
@@ -200,11 +204,11 @@ def _fork_tree(
         local[node.index, member] = source
 
 
-def _add_tree(new: _Nodes, node: Node, part: int, inputs: Sequence[int]) -> list[int]:
-    """What is left to add on `part`: its own inputs, and sums of the others'."""
+def _add_tree(new: _Nodes, node: Node, part: int, inputs: Sequence[int], places: Sequence[int]) -> list[int]:
+    """What is left to add on `part`: what is read there, and sums of what is read on other parts, `places`."""
     by_part: dict[int, list[int]] = {part: []}
-    for source in inputs:
-        by_part.setdefault(new.part_of[source], []).append(source)
+    for source, place in zip(inputs, places, strict=True):
+        by_part.setdefault(place, []).append(source)
     members = list(by_part)
     for i in range(len(members) - 1, 0, -1):
         summands = by_part[members[i]]

@@ -1,0 +1,118 @@
+"""All parts' lists of a step, gone through together without MPI: do they fit, and how long do they take.
+
+A message needs its receive to be posted before it moves, as large ones do in MPI; so what passes here can't wait for a
+buffer of MPI's own. Whoever waits for what never comes is named.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from dpnn.plan.schedule import Instruction, Plan, PostRecv, Recv, Send, Sent
+
+
+class Unmatched(Exception):
+    """The lists of the parts don't fit together: a mistake of dpnn's, not of a job's."""
+
+
+@dataclass
+class Timing:
+    """What a step is predicted to take on each part, in seconds."""
+
+    step: float = 0.0
+    busy: list[float] = field(default_factory=list)
+    """Computing."""
+    sent: list[int] = field(default_factory=list)
+    """Bytes that each part sends."""
+
+    @property
+    def idle(self) -> float:
+        """The share of all parts' time in which they compute nothing."""
+        return 1 - sum(self.busy) / (self.step * len(self.busy)) if self.step else 0.0
+
+
+@dataclass
+class _Line:
+    """The messages of one number: when they were written and when room for them was made, in order."""
+
+    written: list[float] = field(default_factory=list)
+    posted: list[float] = field(default_factory=list)
+    taken: int = 0
+    """Received so far."""
+    waited: int = 0
+    """Of those written, how many the sender knows to be gone."""
+
+
+def simulate(
+    plans: Sequence[Plan],
+    seconds: Callable[[Plan, Instruction], float] = lambda plan, step: 0.0,
+    crossing: Callable[[int], float] = lambda nbytes: 0.0,
+    nbytes: Callable[[Plan, int], int] = lambda plan, number: 0,
+) -> Timing:
+    """Go through a step of all parts, plans[part]; Unmatched where it doesn't come to an end.
+
+    `seconds` that an instruction computes, `crossing` that a message of so many bytes takes, `nbytes` of a message.
+    """
+    lines = [_Line() for _ in plans[0].messages]
+    clocks, places = [0.0] * len(plans), [0] * len(plans)
+    timing = Timing(busy=[0.0] * len(plans), sent=[0] * len(plans))
+    moved = True
+    while moved:
+        moved = False
+        for part, plan in enumerate(plans):
+            while places[part] < len(plan.instructions):
+                step = plan.instructions[places[part]]
+                if isinstance(step, PostRecv | Recv | Send | Sent):
+                    line, length = lines[step.message], nbytes(plan, step.message)
+                    after = _talk(step, line, clocks[part], crossing(length))
+                    if after is None:
+                        break
+                    clocks[part] = after
+                    timing.sent[part] += length if isinstance(step, Send) else 0
+                else:
+                    took = seconds(plan, step)
+                    clocks[part] += took
+                    timing.busy[part] += took
+                places[part] += 1
+                moved = True
+    timing.step = max(clocks)
+    for part, plan in enumerate(plans):
+        if places[part] < len(plan.instructions):
+            raise Unmatched(f"part {part} waits for ever at instruction {places[part]}: {_named(plan, places[part])}")
+    for number, line in enumerate(lines):
+        counts = {len(line.written), len(line.posted), line.taken, line.waited}
+        if len(counts) > 1:
+            message = plans[0].messages[number]
+            raise Unmatched(
+                f"message {number} ({message}) is sent {len(line.written)} times, posted {len(line.posted)}, "
+                f"received {line.taken}, waited for by its sender {line.waited} times"
+            )
+    return timing
+
+
+def _talk(step: PostRecv | Recv | Send | Sent, line: _Line, now: float, takes: float) -> float | None:
+    """The time after an instruction; None where what it waits for hasn't happened yet."""
+    match step:
+        case PostRecv():
+            line.posted.append(now)
+            return now
+        case Send():
+            line.written.append(now)
+            return now
+        case Recv():
+            arrived = _moved(line, line.taken, takes)
+            line.taken += arrived is not None
+        case Sent():
+            arrived = _moved(line, line.waited, takes)
+            line.waited += arrived is not None
+    return None if arrived is None else max(now, arrived)
+
+
+def _moved(line: _Line, number: int, takes: float) -> float | None:
+    """When the message of this number has come to its place."""
+    if number >= min(len(line.written), len(line.posted)):
+        return None
+    return max(line.written[number], line.posted[number]) + takes
+
+
+def _named(plan: Plan, place: int) -> str:
+    return str(plan).splitlines()[place]
