@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpnn.backends.base import Group, Room, Step
-from dpnn.nn.graph import Node
+from dpnn.nn.graph import Graph, Node
 from dpnn.nn.join import Fork
 from dpnn.nn.layer import Input
 from dpnn.plan.messages import Message
@@ -62,6 +62,14 @@ class Arena:
         return self._block[offset : offset + nbytes].view(dtype).reshape(shape)
 
 
+def type_of(graph: Graph, node: Node, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The type of a node's output, where the backend computes in `dtype`."""
+    while isinstance(node.layer, Fork):
+        node = graph.nodes[node.inputs[0]]
+    name = node.layer.holds if isinstance(node.layer, Input) else node.layer.dtype
+    return dtype if name == "float" else np.dtype(name)
+
+
 class Layout:
     """The offset of every buffer of a plan in the arena, and the views that share another buffer's place."""
 
@@ -89,10 +97,7 @@ class Layout:
 
     def type(self, node: Node) -> np.dtype[Any]:
         """The type of a node's output."""
-        while isinstance(node.layer, Fork):
-            node = self.graph.nodes[node.inputs[0]]
-        name = node.layer.holds if isinstance(node.layer, Input) else node.layer.dtype
-        return self.dtype if name == "float" else np.dtype(name)
+        return type_of(self.graph, node, self.dtype)
 
     def root(self, key: Key) -> Key:
         """The buffer that a view shares the place of; a buffer of its own is its own root."""
