@@ -111,15 +111,11 @@ def by_branches(graph: Graph, parts: int, loads: Loads) -> Placement:
 
 def outer_blocks(graph: Graph) -> list[Block]:
     """The Branches that aren't inside a branch of another one; the first branch of Heads is no inside."""
-    inside: set[int] = set()
-    for block in graph.blocks:
-        for lo, hi in block.branches[block.join is None :]:
-            inside.update(range(lo, hi))
-    return [
-        block
-        for block in graph.blocks
-        if not any(lo in inside for lo, hi in block.branches if lo < hi) and (block.join not in inside)
-    ]
+    def inside(inner: Block, outer: Block) -> bool:
+        runs = outer.branches[outer.join is None :]
+        return inner is not outer and any(lo <= inner.branches[0][0] < hi for lo, hi in runs)
+
+    return [block for block in graph.blocks if not any(inside(block, other) for other in graph.blocks)]
 
 
 def spread_branches(block: Block, parts: Sequence[int], loads: Loads, part_of: list[int]) -> None:
