@@ -8,8 +8,11 @@ be wrong is found while building.
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from dataclasses import replace as changed
 from functools import partial
 from time import perf_counter
+
+from msgspec.structs import replace
 
 from dpnn import asynchronous, models
 from dpnn.balance import deal, speeds
@@ -29,6 +32,7 @@ from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
 from dpnn.optim import STATES, Optimizer, schedule
 from dpnn.plan import spread
+from dpnn.planning import is_open, settle
 from dpnn.prepare import Start, prepare
 from dpnn.state import hand_out, save
 from dpnn.strategies.allreduce import Allreduce
@@ -62,6 +66,7 @@ def train(
     start = world.first(first)
     world.claim = RunFolder(start.folder).claim
     world.timeout_s = start.job.parallel.timeout_s
+    start = placed(world, start)
     if start.job.parallel.strategy == "downpour":
         return asynchronous.run(world, request, start, found)
     training = Training(world, start, found)
@@ -84,6 +89,17 @@ def check_alike(mesh: Mesh, model: Model, limit_s: float) -> None:
         if kind != first
         else None
     )
+
+
+def placed(world: World, start: Start) -> Start:
+    """The start with its layers placed, where measured costs are to decide that. Collective."""
+    if not is_open(start.job):
+        return start
+    graph = models.graph(start.job, start.network, start.train.network_shape)
+    setting, chosen = settle(world, RunFolder(start.folder), start.job, graph, start.rows)
+    parallel = replace(start.job.parallel, microbatches=setting.microbatches)
+    job = replace(start.job, parallel=parallel)
+    return changed(start, job=job, placement=setting.placement, chosen=chosen)
 
 
 class Training:
@@ -120,7 +136,7 @@ class Training:
         self.model = model = Model(job, placed, mesh.part, world.threads())
         check_alike(mesh, model, limit_s)
         self.folder = RunFolder(start.folder)
-        model.choices.update(world.first(self.folder.read_choices))
+        model.choices.update({**world.first(self.folder.read_choices), **start.chosen})
         segments = segments_of(model.store.pieces)
         strategy = STRATEGIES[job.parallel.strategy]
         self.node = node = Node(

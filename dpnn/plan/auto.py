@@ -13,7 +13,6 @@ from itertools import product
 from dpnn.errors import JobError
 from dpnn.nn.dense import Dense
 from dpnn.nn.graph import Graph
-from dpnn.nn.layer import Input
 from dpnn.plan.costs import n_params
 from dpnn.plan.forecast import Forecast, Forecaster, Setting
 from dpnn.plan.placement import (
@@ -109,8 +108,7 @@ class _Search:
         self._limit = memory_gb * GB or float("inf")
         self._found: dict[object, tuple[str, Forecast]] = {}
         self._left = max(50, _LOOKS // len(self._graph.nodes))
-        nodes = [node for node in self._graph.nodes if not isinstance(node.layer, Input)]
-        self._units = forecaster.units(nodes)
+        self._units = forecaster.loads(1).units
 
     def look(self, name: str, setting: Setting) -> Forecast:
         """The forecast of a setting, made once."""

@@ -1,8 +1,9 @@
 """What nodes cost: seconds forward and backward, parameters, bytes that cross between parts."""
 
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from dpnn.backends.base import Group
 from dpnn.nn.conv import Conv
@@ -62,6 +63,17 @@ class Costs:
             return known.of(rows)
         forward, backward = (sum(times) for times in zip(*map(self.phases, group.nodes), strict=True))
         return self.call + rows * forward, self.call + rows * backward
+
+    def dump(self) -> str:
+        """All of it as text, for `Costs.load`."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def load(cls, text: str) -> "Costs":
+        """The costs of a text."""
+        values = json.loads(text)
+        groups = {asked: Time(tuple(t["forward"]), tuple(t["backward"])) for asked, t in values.pop("groups").items()}
+        return cls(**values, groups=groups)
 
     def message(self, nbytes: int) -> float:
         """Seconds of a message."""

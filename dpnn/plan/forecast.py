@@ -4,12 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from dpnn.backends.base import Backend
-from dpnn.nn.graph import Graph, Node
+from dpnn.nn.graph import Graph
 from dpnn.nn.layer import Input
 from dpnn.plan.costs import Costs
 from dpnn.plan.memory import Layout, type_of
@@ -43,6 +42,10 @@ class Forecast:
     nbytes: tuple[int, ...]
     """Of each part: parameters, gradients, what the optimizer keeps, and all arrays between."""
 
+    def message_nbytes(self, number: int) -> int:
+        """Of a message of one micro-batch."""
+        return message_nbytes(self.plans[0], number)
+
 
 class Forecaster:
     """Forecasts for one network on one kind of rank; `rows`: the most samples of a replica's step."""
@@ -58,22 +61,20 @@ class Forecaster:
     ) -> None:
         self.graph, self.rows, self.costs = graph, rows, costs
         self._backends, self._states, self._pipeline = backends, states, pipeline
-
-    def units(self, nodes: Sequence[Node]) -> list[list[int]]:
-        """What moves together: the nodes of each group."""
-        return [[node.index for node in group.nodes] for group in choose_groups(nodes, self._backends, "train")]
+        nodes = [node for node in graph.nodes if not isinstance(node.layer, Input)]
+        self.groups = choose_groups(nodes, backends, "train")
+        """Those of the whole network on one part."""
 
     def loads(self, microbatches: int) -> Loads:
-        """The work of nodes in a micro-batch; a group's counts for its first node."""
+        """The work of nodes in a micro-batch."""
         graph, rows = self.graph, -(-self.rows // microbatches)
         work, crossing = np.zeros(len(graph.nodes)), np.zeros(len(graph.nodes))
-        nodes = [node for node in graph.nodes if not isinstance(node.layer, Input)]
-        for group in choose_groups(nodes, self._backends, "train"):
+        for group in self.groups:
             work[group.nodes[0].index] = sum(self.costs.group(group, rows))
         for node in graph.nodes:
             nbytes = math.prod(node.shape) * self._backends[0].dtype.itemsize * (rows if node.layer.batched else 1)
             crossing[node.index] = self.costs.message(nbytes) * (1 + node.needs_grad)
-        return Loads(work, crossing)
+        return Loads(work, crossing, [[node.index for node in group.nodes] for group in self.groups])
 
     def microbatches(self) -> list[int]:
         """The numbers of micro-batches that are worth a look."""
@@ -102,7 +103,7 @@ class Forecaster:
             return 0.0
 
         dtype = self._backends[0].dtype
-        timing = simulate(plans, seconds, self.costs.message, partial(message_nbytes, dtype=dtype))
+        timing = simulate(plans, seconds, self.costs.message, message_nbytes)
         arrays = (2 + self._states) * dtype.itemsize
         nbytes = tuple(
             Layout(plan, dtype, rooms=False).nbytes + n * arrays for plan, n in zip(plans, params, strict=True)
@@ -110,8 +111,8 @@ class Forecaster:
         return Forecast(setting, placed, plans, timing, params, nbytes)
 
 
-def message_nbytes(plan: Plan, number: int, dtype: np.dtype[Any]) -> int:
+def message_nbytes(plan: Plan, number: int) -> int:
     """Of a message, which always has room for the largest micro-batch."""
     node = plan.graph.nodes[plan.messages[number].node]
     rows = plan.rows if node.layer.batched else 1
-    return rows * math.prod(node.shape) * type_of(plan.graph, node, dtype).itemsize
+    return rows * math.prod(node.shape) * type_of(plan.graph, node, plan.dtype).itemsize

@@ -11,7 +11,6 @@ from dpnn.errors import JobError
 from dpnn.nn.conv import Conv
 from dpnn.nn.dense import Dense
 from dpnn.nn.graph import Block, Graph, Node
-from dpnn.nn.layer import Input
 from dpnn.nn.norm import BatchNormalize, BatchSums
 from dpnn.plan.costs import n_params
 
@@ -23,10 +22,14 @@ _LARGE = 0.05
 
 @dataclass(frozen=True)
 class Loads:
-    """By node index, in seconds: what a micro-batch takes there, and what its output takes to another part and back."""
+    """By node index, in seconds: what a micro-batch takes there, and what its output takes to another part and back.
+
+    `units` are the nodes that one op computes, in topological order; all of a unit's work stands at its first node.
+    """
 
     work: Array
     crossing: Array
+    units: Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,13 @@ def settled(graph: Graph, parts: int, part_of: Sequence[int], shards: Mapping[in
 
 
 def by_depth(graph: Graph, parts: int, loads: Loads) -> Placement:
-    """Stages: the nodes in their order, cut where the slowest stage, and what crosses to it, is cheapest."""
-    nodes = [node for node in graph.nodes if not isinstance(node.layer, Input)]
-    if parts > len(nodes):
-        raise JobError(f"parallel.parts = {parts}: the network has {len(nodes)} layers; use at most so many")
-    work = np.concatenate([[0.0], np.cumsum(loads.work[[node.index for node in nodes]])])
-    crossing = _crossings(graph, nodes, loads)
-    n = len(nodes)
+    """Stages: the units in their order, cut where the slowest stage, and what crosses to it, is cheapest."""
+    units = loads.units
+    if parts > len(units):
+        raise JobError(f"parallel.parts = {parts}: the network is computed in {len(units)} pieces; use at most so many")
+    work = np.concatenate([[0.0], np.cumsum([loads.work[list(unit)].sum() for unit in units])])
+    crossing = _crossings(graph, loads)
+    n = len(units)
     best, choice = work + 0.0, []
     best[0] = np.inf
     for part in range(1, parts):
@@ -77,19 +80,19 @@ def by_depth(graph: Graph, parts: int, loads: Loads) -> Placement:
     part_of, end = [0] * len(graph.nodes), n
     for part in range(parts - 1, 0, -1):
         start = int(choice[part - 1][end])
-        for node in nodes[start:end]:
-            part_of[node.index] = part
+        for index in (index for unit in units[start:end] for index in unit):
+            part_of[index] = part
         end = start
     return settled(graph, parts, part_of, {})
 
 
-def _crossings(graph: Graph, nodes: Sequence[Node], loads: Loads) -> Array:
-    """Seconds that a cut before each of `nodes` costs: what is written before it and read behind it."""
-    place = {node.index: i for i, node in enumerate(nodes)}
-    crossing = np.zeros(len(nodes) + 1)
-    for node in nodes:
-        last = max((place[reader.index] for reader, _ in graph.readers(node)), default=place[node.index])
-        crossing[place[node.index] + 1 : last + 1] += loads.crossing[node.index]
+def _crossings(graph: Graph, loads: Loads) -> Array:
+    """Seconds that a cut before each unit costs: what is written before it and read behind it."""
+    place = {index: i for i, unit in enumerate(loads.units) for index in unit}
+    crossing = np.zeros(len(loads.units) + 1)
+    for index, own in place.items():
+        last = max((place[reader.index] for reader, _ in graph.readers(graph.nodes[index])), default=own)
+        crossing[own + 1 : last + 1] += loads.crossing[index]
     return crossing
 
 
@@ -111,6 +114,7 @@ def by_branches(graph: Graph, parts: int, loads: Loads) -> Placement:
 
 def outer_blocks(graph: Graph) -> list[Block]:
     """The Branches that aren't inside a branch of another one; the first branch of Heads is no inside."""
+
     def inside(inner: Block, outer: Block) -> bool:
         runs = outer.branches[outer.join is None :]
         return inner is not outer and any(lo <= inner.branches[0][0] < hi for lo, hi in runs)

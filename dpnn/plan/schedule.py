@@ -17,6 +17,9 @@ Every rank of one part has the same list, so nothing is negotiated.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from dpnn.backends.base import Backend, Group, Mode
 from dpnn.errors import JobError
@@ -149,6 +152,8 @@ class Plan:
     instructions: tuple[Instruction, ...]
     rows: int
     """The most samples that a micro-batch of this rank can have."""
+    dtype: np.dtype[Any]
+    """What its activations are computed in."""
     levels: tuple[int, ...]
     """Of the groups: those of one level are a task (plan/pipeline.py)."""
     slots: int = 1
@@ -225,6 +230,7 @@ def compile_plan(
         messages,
         steps,
         rows,
+        backends[0].dtype,
         tuple(levels),
         slots[part],
         grains,
