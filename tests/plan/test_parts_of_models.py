@@ -17,7 +17,8 @@ from .test_parts import alone, assert_alike
 
 NETWORKS = {
     "googlenet": (48, lambda shape: models.googlenet(CLASSES, shape, heads=True)),
-    "resnet": (32, lambda shape: models.resnet(CLASSES, shape)),
+    "resnet18": (64, lambda shape: models.resnet(CLASSES, shape, depth=18)),
+    "resnet50": (64, lambda shape: models.resnet(CLASSES, shape)),
     "vgg": (32, lambda shape: models.vgg(CLASSES, shape)),
     "alexnet": (67, lambda shape: models.alexnet(CLASSES, shape)),
 }
@@ -28,7 +29,7 @@ def placements(name: str, graph: Graph, parts: int) -> Iterator[Placement]:
     """By depth and by filters, by branches where there are so many, and at random."""
     yield by_depth(graph, parts, Costs())
     yield by_filters(graph, parts, Costs())
-    if parts <= {"googlenet": 4, "resnet": 2}.get(name, 0):
+    if parts <= {"googlenet": 4, "resnet18": 2, "resnet50": 2}.get(name, 0):
         yield by_branches(graph, parts, Costs())
     yield random_placement(random.Random(parts), graph, parts)
 
@@ -36,7 +37,7 @@ def placements(name: str, graph: Graph, parts: int) -> Iterator[Placement]:
 def course(name: str, **how) -> Course:
     side, network = NETWORKS[name]
     shape = (3, side, side)
-    return Course(network(shape), shape=shape, rows=6, microbatches=2, steps=10, rate=0.01, **how)
+    return Course(network(shape), shape=shape, rows=8, microbatches=2, steps=10, rate=0.001, **how)
 
 
 def once(world, make):

@@ -51,7 +51,7 @@ def alike(last):
         assert arrays.keys() == others.keys()
         for name, array in arrays.items():
             assert array.dtype == others[name].dtype
-            assert others[name] == pytest.approx(array, rel=limit, abs=limit * max(1, np.abs(array).max())), name
+            np.testing.assert_allclose(others[name], array, limit, limit * max(1, np.abs(array).max()), err_msg=name)
         for kind in kinds:
             keys = KEYS[kind]
             mine, theirs = (told(folder, kind) for folder in (one, other))
