@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from dpnn import models
+from dpnn.backends.reference import Reference
 from dpnn.comm.faults import wait
 from dpnn.nn import Graph
 from dpnn.plan import Costs, Placement
+from dpnn.plan.forecast import Forecaster
 from dpnn.plan.placement import by_branches, by_depth, by_filters
 
 from .parts import CLASSES, Course, random_placement, train
@@ -27,17 +29,20 @@ ONEDNN = {"name": "onednn", "threads": 1}
 
 def placements(name: str, graph: Graph, parts: int) -> Iterator[Placement]:
     """By depth and by filters, by branches where there are so many, and at random."""
-    yield by_depth(graph, parts, Costs())
-    yield by_filters(graph, parts, Costs())
+    loads = Forecaster(graph, [Reference(np.dtype(np.float64))], 4, 1, Costs()).loads(1)
+    yield by_depth(graph, parts, loads)
+    yield by_filters(graph, parts, loads)
     if parts <= {"googlenet": 4, "resnet18": 2, "resnet50": 2}.get(name, 0):
-        yield by_branches(graph, parts, Costs())
+        yield by_branches(graph, parts, loads)
     yield random_placement(random.Random(parts), graph, parts)
 
 
 def course(name: str, **how) -> Course:
     side, network = NETWORKS[name]
     shape = (3, side, side)
-    return Course(network(shape), shape=shape, rows=8, microbatches=2, steps=10, rate=0.001, **how)
+    # So deep a network with so few samples to a BatchNorm makes much of every rounding error where it learns fast.
+    rate = 1e-5 if name == "resnet50" else 1e-3
+    return Course(network(shape), shape=shape, rows=8, microbatches=2, steps=10, rate=rate, **how)
 
 
 def once(world, make):

@@ -12,7 +12,7 @@ from dpnn.plan.simulate import Unmatched, simulate
 from .lists import graph_of, placed_by, plans_of, plans_over
 from .parts import random_network, random_placement
 
-STAGES = Chain(Flatten(), Dense(6), Dense(7), Dense(8), Dense(5))
+STAGES = Chain(Flatten(), *(Dense(192) for _ in range(4)))  # of as much work each
 BY_STAGE = {"dense2": 1, "dense3": 2, "dense4": 3, "*": 0}
 WIDE = Chain(Conv(4, 3), Branches(*(Chain(Conv(2, 1), ReLU()) for _ in range(3)), join=Concat()), Flatten(), Dense(5))
 BY_BRANCH = {"*branch2.*": 1, "*branch3.*": 2, "*": 0}
