@@ -11,6 +11,7 @@ from dpnn.evaluate import Scores
 from dpnn.observe import metrics
 
 LIMIT = 1e-9
+SOAK = pytest.mark.soak
 EXACT = ("train.epochs=0", "train.steps=20", "backend.precision=float64")
 DEPTH = ("parallel.parts=2", "parallel.placement=depth")
 FILTERS = ("parallel.parts=2", "parallel.placement=filters")
@@ -71,13 +72,15 @@ def told(folder, kind):
     [
         (2, DEPTH, ()),
         (2, FILTERS, (*PIPED, "parallel.pipeline=gpipe")),
-        (2, BRANCHES, PIPED),
-        (2, DEPTH, (HEADS, *PIPED)),
+        pytest.param(2, BRANCHES, PIPED, marks=SOAK),
+        pytest.param(2, DEPTH, (HEADS, *PIPED), marks=SOAK),
         (1, THREE, PIPED),
-        (1, BY_HAND, ()),
-        (2, IDLE, (PLAIN, *PIPED)),
+        pytest.param(1, BY_HAND, (), marks=SOAK),
+        pytest.param(2, IDLE, (PLAIN, *PIPED), marks=SOAK),
         (2, EMPTY, (PLAIN, *PIPED)),
-        (2, DEPTH, ("train.global_batch=46", "data.window=4")),  # the last batch is a single sample
+        pytest.param(
+            2, DEPTH, ("train.global_batch=46", "data.window=4"), marks=SOAK
+        ),  # the last batch is a single sample
     ],
     ids=["depth", "filters-gpipe", "branches", "heads", "three", "by-hand", "idle", "empty", "last-batch-of-one"],
 )
@@ -86,7 +89,11 @@ def test_parts_make_no_difference_to_synchronous_training(run, alike, replicas, 
     alike(run(replicas, *EXACT, *settings), run(replicas * n, *EXACT, *settings, *parts))
 
 
-@pytest.mark.parametrize(("parts", "every"), [(DEPTH, 1), (FILTERS, 3), (EMPTY, 0)], ids=["depth", "filters", "empty"])
+@pytest.mark.parametrize(
+    ("parts", "every"),
+    [pytest.param(DEPTH, 1, marks=SOAK), (FILTERS, 3), pytest.param(EMPTY, 0, marks=SOAK)],
+    ids=["depth", "filters", "empty"],
+)
 def test_parts_make_no_difference_to_averaging(run, alike, parts, every):
     settings = (*EXACT, PLAIN, "parallel.strategy=average", f"parallel.every={every}", *PIPED)
     alike(run(2, *settings), run(4, *settings, *parts))
@@ -96,7 +103,7 @@ def test_parts_make_no_difference_where_lanes_are_dealt_by_speed(run, alike):
     alike(run(2, *EXACT), run(4, *EXACT, *DEPTH, "train.balance=true"))
 
 
-@pytest.mark.parametrize("parts", [DEPTH, IDLE], ids=["depth", "idle"])
+@pytest.mark.parametrize("parts", [pytest.param(DEPTH, marks=SOAK), IDLE], ids=["depth", "idle"])
 def test_replicas_of_parts_end_with_the_same_bits_where_that_is_asked_for(run, identical, parts):
     chosen = (PLAIN, "train.reproducible=true", "optimizer.clip=0.5", "backend.threads=1")
     identical(run(2, *chosen, *parts), run(4, *chosen, *parts))
@@ -118,7 +125,7 @@ def test_a_checkpoint_of_one_mesh_is_read_at_any_other(mpirun, job, run, alike, 
     alike(run(1, *EXACT), it.out, kinds=("step",))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=SOAK), pytest.param(2, marks=SOAK), 3])
 def test_a_run_of_parts_is_evaluated_on_any_number_of_ranks(run, mpirun, ranks):
     folder = run(4, *EXACT, *DEPTH)
     ended = mpirun(ranks, "eval", folder)

@@ -10,6 +10,7 @@ import pytest
 from dpnn.observe import metrics
 
 LIMIT_S = 10
+SOAK = pytest.mark.soak
 HERE = Path(__file__).parent
 LONG = ("train.epochs=1000", "train.eval_every=0", "output.checkpoint_every=1000", "parallel.parts=2")
 DEPTH = "parallel.placement=depth"
@@ -71,9 +72,9 @@ def check_record(folder: Path, message: str, code: int) -> None:
 @pytest.mark.parametrize(
     ("layer", "rank", "settings"),
     [
-        ("conv1", 0, ("parallel.microbatches=3",)),
+        pytest.param("conv1", 0, ("parallel.microbatches=3",), marks=SOAK),
         ("dense2", 1, ("parallel.microbatches=3",)),
-        ("dense2", 1, ("parallel.pipeline=gpipe",)),
+        pytest.param("dense2", 1, ("parallel.pipeline=gpipe",), marks=SOAK),
         ("dense1", 1, ("parallel.strategy=average", f"model.name={HERE}/networks.py:plain")),
     ],
     ids=["first", "last", "one-micro-batch", "average"],
@@ -111,14 +112,14 @@ def test_an_exception_in_a_step_of_one_part(start, messages, watched):
     check_record(folder, message, 1)
 
 
-@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=SOAK), 3])
 def test_a_part_that_is_killed(signalled, rank):
     code, _, folder, _ = signalled(4, rank, "SIGKILL", DEPTH)
     assert code not in (0, 75)
     assert list((folder / "checkpoints").iterdir()) == []
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=SOAK), 1])
 def test_a_part_that_is_silent_is_named(signalled, rank):
     """Stopped by SIGSTOP: nothing tells the other part but the time that it waits."""
     code, (message,), folder, _ = signalled(
