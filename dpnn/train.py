@@ -6,6 +6,7 @@ walks the plan's instructions over it, the strategy exchanges gradients and upda
 be wrong is found while building.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import replace as changed
@@ -184,14 +185,16 @@ class Training:
         self.journal = Journal(self.folder, self.total_steps, first=world.rank == 0)
 
     def _bucket_nbytes(self) -> int:
-        """The size of a bucket: what the job says, else what the run began with, else measured."""
+        """The size of a bucket: what the job says, else what the run began with, else measured where most lies."""
         if self.job.parallel.bucket_mb:
             return round(self.job.parallel.bucket_mb * 2**20)
         question = f"bucket_nbytes {self.mesh.replicas}x{self.mesh.parts}, {self.node.comm.size} a node"
         choices = self.model.choices
         if question not in choices:
             measured = measured_bucket(self.node, self.job.parallel.timeout_s)
-            choices[question] = self.world.first(lambda: str(measured))
+            nodes = map(self.placed.nodes, range(self.mesh.parts))
+            sizes = [sum(math.prod(param.spec.shape) for node in part for param in node.params) for part in nodes]
+            choices[question] = self.world.first(lambda: str(measured), sizes.index(max(sizes)))
         return int(choices[question])
 
     def _balance(self) -> None:
@@ -301,6 +304,7 @@ class Training:
     def _tell_start(self) -> None:
         job, start, graph, world = self.job, self.start, self.model.graph, self.world
         backends = "+".join(dict.fromkeys(group.backend.name for group in self.executor.plan.groups))
+        backends = backends or self.model.backends[0].name  # a part with nothing to do
         self.journal.start(
             f"{job.model.name}, {graph.n_params:,} parameters, on {world.size} ranks ({backends}); "
             f"{self.sampler.samples:,} samples, {self.total_steps} steps of {start.global_batch}",
