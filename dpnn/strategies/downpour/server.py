@@ -8,7 +8,7 @@ Where a worker fetches with its push, it gets the new version piece by piece, wh
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,8 +37,8 @@ _BINS = 128
 class Client:
     """What a server knows of a worker."""
 
-    def __init__(self, replica: int) -> None:
-        self.replica = replica
+    def __init__(self, replica: int, rank: int) -> None:
+        self.replica, self.rank = replica, rank
         self.letter = Letter(Request)
         self.request = Request(Kind.ALIVE)
         """What it wants now."""
@@ -53,12 +53,12 @@ class Client:
 
 
 class Server:
-    """Serves `workers` ranks of `comm`, the ranks from 0 on, until the first of them says that the run is over."""
+    """Serves some ranks of `comm`, `workers`, one of each replica, until the first says that the run is over."""
 
     def __init__(
         self,
         comm: "MPI.Comm",
-        workers: int,
+        workers: Sequence[int],
         params: Array,
         state: dict[str, Array],
         make: Callable[[Array, Array, dict[str, Array]], Optimizer],
@@ -83,18 +83,18 @@ class Server:
         self._policy, self._bound = options.staleness.policy, options.staleness.bound
         self.state = state
         self._copies = Copies(params)
-        n = workers if order.replays else min(workers, _STAGED)
+        n = len(workers) if order.replays else min(len(workers), _STAGED)
         self._staged = [np.empty_like(params) for _ in range(n)]
         self._free = list(range(n))
-        self.clients = [Client(replica) for replica in range(workers)]
-        self.left = workers
+        self.clients = [Client(replica, rank) for replica, rank in enumerate(workers)]
+        self.left = len(workers)
         """Workers that may still push."""
-        self._listens = [comm.Recv_init(client.letter.bytes, client.replica, Tag.REQUEST) for client in self.clients]
+        self._listens = [comm.Recv_init(client.letter.bytes, client.rank, Tag.REQUEST) for client in self.clients]
         self._requests: list[MPI.Request] = [*self._listens, *[MPI.REQUEST_NULL] * n]
         """The next request of every worker, then the gradients for every buffer."""
         self._holders = [-1] * n
         """Whose gradients a buffer is for."""
-        self._keeps = n == workers
+        self._keeps = n == len(workers)
         """Whether there is a buffer for every worker: then gradients are received before they are announced."""
         self._announced: deque[int] = deque()
         """Who has gradients for which there is no buffer yet."""
@@ -195,7 +195,7 @@ class Server:
         """Receive its next gradients."""
         client.staged = buffer = self._free.pop()
         self._holders[buffer] = client.replica
-        arrival = self._comm.Irecv(self._staged[buffer], client.replica, Tag.GRADIENTS)
+        arrival = self._comm.Irecv(self._staged[buffer], client.rank, Tag.GRADIENTS)
         self._requests[len(self.clients) + buffer] = arrival
 
     def _look_at(self, client: Client) -> None:
@@ -315,7 +315,7 @@ class Server:
         sends = []
         for lo, hi, piece in copy.pieces:
             before(lo, hi)
-            sends.append(self._comm.Isend(piece, to.replica, Tag.PARAMS))
+            sends.append(self._comm.Isend(piece, to.rank, Tag.PARAMS))
         copy.readers += 1
         self._sends.append((sends, copy))
 
@@ -359,7 +359,7 @@ class Server:
         letter = client.answers[tag]
         known = (self.version, self.steps, self.samples, self.loss, self._rate(self.steps))
         letter.write(Answer(*known, self.stop, self.left, self.alive, client.staleness, self.discarded, lease, *lane))
-        self._sends.append(([self._comm.Isend(letter.bytes, client.replica, tag)], None))
+        self._sends.append(([self._comm.Isend(letter.bytes, client.rank, tag)], None))
 
     def _slowest(self, but: Client) -> int:
         """The least that any other replica has done, of those that have joined and not left."""
