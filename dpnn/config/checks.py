@@ -95,8 +95,8 @@ def _check_downpour(job: Job) -> None:
         raise JobError('parallel.servers = 0: parallel.strategy = "downpour" needs 1 or more')
     if parallel.servers < parallel.parts:
         raise JobError(
-            f"parallel.servers = {parallel.servers}: each of the parts of the network has servers of its own; "
-            f"use parallel.parts = {parallel.parts} servers or more"
+            f"parallel.servers = {parallel.servers}: each of parallel.parts = {parallel.parts} has servers of its own; "
+            f"use parallel.servers = {parallel.parts} or more"
         )
     if not job.train.replica_batch:
         raise JobError(
