@@ -9,6 +9,7 @@ and when the last one is done.
 from collections import deque
 from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -81,6 +82,13 @@ class Course:
         sizes = [pieces[-1].end if pieces else 0 for pieces in self.pieces]
         self.shards = deal(sizes, job.parallel.servers, first=placed.reader)
         """What each server holds: the first one, which leases the lanes, serves the part that reads."""
+
+    def counts(self, lane: int, step: int, microbatches: int) -> list[tuple[int, int]]:
+        """For each micro-batch of a lane's step: (samples of this replica, samples that statistics are taken over)."""
+        sampler = self.sampler
+        rows = min(sampler.share, int(sampler.cuts[lane + 1] - sampler.cuts[lane]) - step * sampler.share)
+        cuts = [rows * i // microbatches for i in range(microbatches + 1)]
+        return [(hi - lo, hi - lo) for lo, hi in pairwise(cuts)]
 
 
 def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Start) -> int:
@@ -259,13 +267,13 @@ class Replica:
 
     def _train(self, loader: Loader | None, leases: Leases, held: deque[Run], more: bool) -> None:
         """Go through the leased steps, leasing more in time."""
-        worker, sampler, micro = self.worker, self.course.sampler, self.job.parallel.microbatches
+        worker, course, micro = self.worker, self.course, self.job.parallel.microbatches
         took, step = Took(0.0, 0.0, 0.0, 0.0), held[0].first
         while held and not worker.stop:
             begin, run = perf_counter(), held[0]
             batch = loader.next() if loader is not None else no_samples(run.epoch, step)
             read = perf_counter()
-            counts = [(rows, rows) for rows, _ in sampler.micro(step, run.lanes.start, sampler.lanes, micro)]
+            counts = course.counts(run.lanes.start, step, micro)
             worker.asked, worker.samples = worker.asked or self.request.asked, sum(rows for rows, _ in counts)
             worker.rate = worker.known.rate
             try:
