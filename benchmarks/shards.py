@@ -117,13 +117,13 @@ class Line:
         workers = len(members) - 1
         if comm.rank == workers:
             self.server = Server(
-                comm, range(workers), params, {}, make, lambda steps: RATE, job.parallel, Order(), None, lambda: False,
+                comm, workers, params, {}, make, lambda steps: RATE, job.parallel, Order(), None, lambda: False,
                 lambda server: None, LIMIT_S,
             )  # fmt: skip
         else:
             descent = Optimizer(job.optimizer, segments, params, grads, team, kernels)
             n_trained = sum(segment.hi - segment.lo for segment in segments if not segment.statistic)
-            self.worker = Worker(comm, [(workers, 0, params.size)], params, grads, n_trained, descent, job)
+            self.worker = Worker(comm, workers, params, grads, n_trained, descent, job)
             self.worker.rate, self.worker.samples = RATE, max(job.train.replica_batch, 1)
 
     def turn(self, seconds: float, step: Callable[[Worker], object]) -> Turn | None:

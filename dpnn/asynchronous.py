@@ -25,7 +25,7 @@ from dpnn.comm.mesh import Mesh
 from dpnn.comm.ranks import Ranks
 from dpnn.comm.world import World
 from dpnn.data import Leases, Loader, Run, Sampler, check_shards, no_samples
-from dpnn.errors import NotFiniteError, Stopped
+from dpnn.errors import JobError, NotFiniteError, Stopped
 from dpnn.evaluate import Array, Evaluator, Model, choose_backends, kernels_of, segments_of
 from dpnn.native import denormals_flushed
 from dpnn.nn.init import draw
@@ -130,9 +130,9 @@ def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Star
         metrics.close()
 
     server = Server(
-        link, range(part, mesh.replicas * mesh.parts, mesh.parts), params, state,
+        link, mesh.replicas, params, state,
         lambda params, grads, state: Optimizer(job.optimizer, segments, params, grads, team, kernels, state),
-        course.rate, job.parallel, order, ledger, lambda: request.asked, parting, limit_s,
+        course.rate, job.parallel, order, ledger, lambda: request.asked, parting, limit_s, mesh.parts, part,
     )  # fmt: skip
     server.steps = course.leases["steps"]
 
@@ -155,6 +155,14 @@ def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Star
     return Stopped.exit_code if server.steps < course.total else 0
 
 
+def _check_alike(crew: Ranks, model: Model) -> None:
+    """JobError, on all workers, where they don't compute on one backend: arrays cross between parts as they lie."""
+    kind = f"{model.backends[0].name} in {model.dtype}"
+    first = crew.first(lambda: kind)
+    told = f"computes on {kind}, the first rank on {first}; set backend.name to one that all have"
+    crew.agree(JobError(told) if kind != first else None)
+
+
 class Replica:
     """A replica of the network, or a part of one, on this rank."""
 
@@ -172,6 +180,8 @@ class Replica:
                 check = partial(check_shards, path, manifest, mesh.replica, mesh.replicas)
                 crew.check(check if self.reads else lambda: None)
         self.model = model = Model(job, course.placed, mesh.part, world.threads())
+        if mesh.parts > 1:
+            _check_alike(crew, model)
         folder = RunFolder(start.folder)
         kept = RunFolder(start.replay) if start.replay else folder
         model.choices.update(crew.first(kept.read_choices))
@@ -187,10 +197,9 @@ class Replica:
             model.kernels,
         )
         parts = Parts(mesh.model, course.placed.reader, limit_s) if mesh.parts > 1 else None
-        servers = [
-            (crew.size + number, lo, hi) for number, (part, lo, hi) in enumerate(course.shards) if part == mesh.part
-        ]
-        self.worker = Worker(link, servers, store.params, store.grads, store.n_trained, descent, job, parts)
+        held = {server: (lo, hi) for server, (part, lo, hi) in enumerate(course.shards, crew.size) if part == mesh.part}
+        args = (store.params, store.grads, store.n_trained, descent, job)
+        self.worker = Worker(link, crew.size, *args, parts, held)
 
         lanes, pieces = course.sampler.lanes, job.parallel.microbatches
         rows = course.sampler.max_micro_rows(lanes, pieces)

@@ -8,7 +8,7 @@ Where a worker fetches with its push, it gets the new version piece by piece, wh
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -53,12 +53,15 @@ class Client:
 
 
 class Server:
-    """Serves some ranks of `comm`, `workers`, one of each replica, until the first says that the run is over."""
+    """Serves `workers` replicas, until the first of them says that the run is over.
+
+    They are the ranks of `comm` from 0 on; where each is spread over several `parts`, those with the same `part`.
+    """
 
     def __init__(
         self,
         comm: "MPI.Comm",
-        workers: Sequence[int],
+        workers: int,
         params: Array,
         state: dict[str, Array],
         make: Callable[[Array, Array, dict[str, Array]], Optimizer],
@@ -69,6 +72,8 @@ class Server:
         asked: Callable[[], bool],
         parting: Callable[["Server"], None],
         limit_s: float,
+        parts: int = 1,
+        part: int = 0,
     ) -> None:
         """`params`, `state`: of this shard. `make(params, grads, state)`: an optimizer over such arrays.
 
@@ -83,18 +88,18 @@ class Server:
         self._policy, self._bound = options.staleness.policy, options.staleness.bound
         self.state = state
         self._copies = Copies(params)
-        n = len(workers) if order.replays else min(len(workers), _STAGED)
+        n = workers if order.replays else min(workers, _STAGED)
         self._staged = [np.empty_like(params) for _ in range(n)]
         self._free = list(range(n))
-        self.clients = [Client(replica, rank) for replica, rank in enumerate(workers)]
-        self.left = len(workers)
+        self.clients = [Client(replica, replica * parts + part) for replica in range(workers)]
+        self.left = workers
         """Workers that may still push."""
         self._listens = [comm.Recv_init(client.letter.bytes, client.rank, Tag.REQUEST) for client in self.clients]
         self._requests: list[MPI.Request] = [*self._listens, *[MPI.REQUEST_NULL] * n]
         """The next request of every worker, then the gradients for every buffer."""
         self._holders = [-1] * n
         """Whose gradients a buffer is for."""
-        self._keeps = n == len(workers)
+        self._keeps = n == workers
         """Whether there is a buffer for every worker: then gradients are received before they are announced."""
         self._announced: deque[int] = deque()
         """Who has gradients for which there is no buffer yet."""

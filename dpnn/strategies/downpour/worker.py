@@ -6,7 +6,7 @@ parameters that aren't there when they are due, and for a push that hasn't left 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from time import monotonic, perf_counter, sleep
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from dpnn.data import Run
 from dpnn.errors import NotFiniteError, RankError
 from dpnn.optim import Optimizer
 from dpnn.strategies.downpour.parts import Alone, Note
-from dpnn.strategies.downpour.protocol import Answer, Array, Kind, Lease, Letter, Request, Tag, pieces
+from dpnn.strategies.downpour.protocol import Answer, Array, Kind, Lease, Letter, Request, Tag, pieces, shards
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -42,11 +42,11 @@ class _Push:
 
 
 class Worker:
-    """Fetches and pushes `params` and `grads`, flat arrays, of which servers hold a shard each.
+    """Fetches and pushes `params` and `grads`, flat arrays, of which the servers behind the workers hold a shard each.
 
-    `servers`: for each, its rank in `comm` and the numbers [lo, hi) that it holds; the first one leases the work, of
-    which one of the `parts` of the replica asks it. What is said to be collective is so over the parts. `local` updates
-    `params` by `grads`: plain SGD. `n_trained`: the numbers from there on are running statistics.
+    `local` updates `params` by `grads`: plain SGD. `n_trained`: the numbers from there on are running statistics.
+    Where the replica is spread over several `parts`, `held` says of those servers that hold a shard of this one's
+    arrays which numbers [lo, hi) it is, by their ranks in `comm`; what is collective is so over the parts.
     """
 
     together = False
@@ -54,13 +54,14 @@ class Worker:
     def __init__(
         self,
         comm: "MPI.Comm",
-        servers: Sequence[tuple[int, int, int]],
+        workers: int,
         params: Array,
         grads: Array,
         n_trained: int,
         local: Optimizer,
         job: config.Job,
         parts: Alone | None = None,
+        held: Mapping[int, tuple[int, int]] | None = None,
     ) -> None:
         from mpi4py import MPI
 
@@ -78,17 +79,19 @@ class Worker:
         """The last answer of the first server to a fetch: what is known of the run as a whole."""
         self.steps = 0
         """Of all replicas, as far as the part that asks for work knew them in the last step."""
-        self._shards = list(servers)
+        held = held or dict(enumerate(shards(params.size, comm.size - workers), workers))
+        self._shards = [(server, lo, hi) for server, (lo, hi) in held.items()]
+        servers = len(held)
         options = self._options
         self._in_step = options.n_push == options.n_fetch == 1 and options.fetch_ahead == 0
         """Whether every step waits for parameters that have its last push in them: then nothing has to be copied."""
         self._sets = [_Push(comm, grads if self._in_step else np.zeros_like(grads), self._shards) for _ in range(2)]
-        self._asks = {kind: [Letter(Request) for _ in servers] for kind in Kind}
+        self._asks = {kind: [Letter(Request) for _ in range(servers)] for kind in Kind}
         self._sent: dict[tuple[Kind, int], MPI.Request] = {}
         """The last request of a kind to a server."""
         self._fetched = np.empty_like(params) if options.fetch_ahead else params
         """Where parameters arrive. Only those that aren't waited for at once need a place of their own."""
-        self._answers = [Letter(Answer) for _ in servers]
+        self._answers = [Letter(Answer) for _ in range(servers)]
         self._leased = Letter(Answer)
         self._arrivals: list[MPI.Prequest] = []
         for answer, (server, lo, hi) in zip(self._answers, self._shards, strict=True):
@@ -99,7 +102,7 @@ class Worker:
         """Whether parameters were asked for and have not been installed."""
         self._asked, self._due = -1, 0
         """The steps before which parameters were last asked for, and are installed."""
-        self._versions = self._base = [0] * len(servers)
+        self._versions = self._base = [0] * servers
         """Versions of the parameters now, and when the first step of the next push was computed."""
         self._step = self._pushes = 0
         self._steps, self._samples, self._loss = 0, 0, 0.0

@@ -94,7 +94,7 @@ def serve(job, mesh, link, n, ledger, start, every, order, asked) -> SimpleNames
     segments = cut([Segment(0, n, False, 0.0)], lo, hi)
     written, ledgers, partings = {}, {}, []
     server = Server(
-        link, range(mesh.replicas), params, state,
+        link, mesh.replicas, params, state,
         lambda params, grads, state: Optimizer(job.optimizer, segments, params, grads, Team(1), None, state),
         lambda step: job.optimizer.lr, job.parallel, order, ledger if mesh.server == 0 else None, asked,
         partings.append, job.parallel.timeout_s,
@@ -119,8 +119,7 @@ def work(job, mesh, link, n, gradient, lingers_s) -> SimpleNamespace:
     if job.optimizer.name != "sgd":
         plain = config.Optimizer(name="sgd", lr=job.optimizer.lr)
         local = Optimizer(plain, [Segment(0, n, False, 0.0)], params, grads, Team(1))
-    servers = [(mesh.replicas + server, lo, hi) for server, (lo, hi) in enumerate(shards(n, mesh.servers))]
-    worker = Worker(link, servers, params, grads, n, local, job)
+    worker = Worker(link, mesh.replicas, params, grads, n, local, job)
     me = Me(mesh.replica, mesh.crew.comm, worker, params)
     taken = []
     run = worker.lease()
