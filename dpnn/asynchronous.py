@@ -184,7 +184,7 @@ class Replica:
             _check_alike(crew, model)
         folder = RunFolder(start.folder)
         kept = RunFolder(start.replay) if start.replay else folder
-        model.choices.update(crew.first(kept.read_choices))
+        model.choices.update({**crew.first(kept.read_choices), **start.chosen})
         store = model.store
         if found is not None and start.steps:
             self._hand_out(found, link, limit_s)

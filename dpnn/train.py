@@ -96,7 +96,8 @@ def placed(world: World, start: Start) -> Start:
     if not is_open(start.job):
         return start
     graph = models.graph(start.job, start.network, start.train.network_shape)
-    setting, chosen = settle(world, RunFolder(start.folder), start.job, graph, start.rows)
+    folder = RunFolder(start.replay or start.folder)
+    setting, chosen = settle(world, folder, start.job, graph, start.rows)
     parallel = replace(start.job.parallel, microbatches=setting.microbatches)
     job = replace(start.job, parallel=parallel)
     return changed(start, job=job, placement=setting.placement, chosen=chosen)
