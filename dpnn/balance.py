@@ -31,7 +31,10 @@ class Nobody(Strategy, Sum):
 
 
 def speeds(mesh: Mesh, model: Model, rows: int, limit_s: float) -> Array:
-    """Samples a second of every replica, over `rows` samples a step. Collective; `model` is used up by it."""
+    """Samples a second of every replica, over `rows` samples a step: those of its slowest part.
+
+    Collective; `model` is used up by it.
+    """
     executor = model.executor(model.training(rows), lambda array: Nobody(), Nobody(), mesh=mesh)
     batch = no_samples(0, 0)
     for images, labels, ids in executor.inputs[:1]:
@@ -41,9 +44,12 @@ def speeds(mesh: Mesh, model: Model, rows: int, limit_s: float) -> Array:
         begin = perf_counter()
         executor.run(batch, [(rows, rows)], rows)
         times.append(perf_counter() - begin)
-    found = np.empty(mesh.replicas)
-    wait(mesh.data.Iallgather(np.array([rows / min(times[1:])]), found).Test, "the speeds of all replicas", limit_s)
-    return found
+    from mpi4py import MPI
+
+    slowest, found = np.array([min(times[1:])]), np.empty(mesh.replicas)
+    wait(mesh.model.Iallreduce(MPI.IN_PLACE, slowest, MPI.MAX).Test, "the times of all parts", limit_s)
+    wait(mesh.data.Iallgather(slowest, found).Test, "the times of all replicas", limit_s)
+    return rows / found
 
 
 def deal(found: Array, lanes: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The commands, thin: `dpnn pack | train | eval | launch`. Nothing here imports MPI before a command needs it."""
+"""The commands, thin: `dpnn pack | train | eval | plan | launch`. Nothing here imports MPI before a command needs it."""
 
 import argparse
 import os
@@ -60,6 +60,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("source", metavar="RUN", help="a run folder (its newest checkpoint), or a checkpoint file")
     _add_set(evaluate)
     evaluate.set_defaults(run=_eval)
+
+    plan = commands.add_parser("plan", help="show what the ranks of a job would do", description=_plan.__doc__)
+    plan.add_argument("source", metavar="JOB", help="the job file (TOML), or the folder of a run")
+    plan.add_argument("--ranks", type=int, default=1, metavar="N", help="the number of ranks (default 1)")
+    plan.add_argument("--instructions", action="store_true", help="also print the instructions of each part")
+    _add_set(plan)
+    plan.set_defaults(run=_plan)
 
     launch = commands.add_parser("launch", help="start a command on several ranks", description=_launch.__doc__)
     launch.add_argument("-n", type=int, required=True, metavar="RANKS", help="the number of ranks")
@@ -131,6 +138,17 @@ def _eval(arguments: argparse.Namespace) -> int:
     from dpnn.evaluate import evaluate
 
     return run(lambda world: evaluate(world, arguments.source, arguments.overrides))
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    """Show which layers lie on which rank, with memory, messages and the predicted step. Needs no MPI.
+
+    A job file is planned by assumed figures; of a run's folder, what the run measured and chose is read.
+    """
+    from dpnn.preview import preview
+
+    print(preview(arguments.source, arguments.overrides, arguments.ranks, arguments.instructions))
+    return 0
 
 
 def _launch(arguments: argparse.Namespace) -> int:

@@ -24,7 +24,8 @@ from dpnn.nn import Network
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.metrics import read as read_metrics
 from dpnn.optim import STATES
-from dpnn.plan import Costs, Placement, place
+from dpnn.plan import Placement
+from dpnn.planning import assumed
 from dpnn.team import Team
 
 BUILT_IN = "digits"
@@ -46,7 +47,10 @@ class Start:
     test: Manifest | None
     global_batch: int
     lanes: int
+    rows: int
+    """The most samples of a replica's step, about."""
     placement: Placement
+    """By assumed costs, where measured ones are to decide (planning.py)."""
     epoch: int = 0
     step: int = 0
     """The next step of the epoch."""
@@ -56,6 +60,8 @@ class Start:
     """What was leased and has not arrived when the checkpoint was cut (strategies/downpour/ledger.py)."""
     replay: Path | None = None
     """The run whose order of arrival is repeated."""
+    chosen: dict[str, str] = field(default_factory=dict)
+    """What measured costs decided, to be kept with the run's other choices."""
     damaged: tuple[str, ...] = field(default=())
     """Newer checkpoints that could not be used, and why."""
 
@@ -150,8 +156,6 @@ def resolve(job: config.Job, folder: Path, ranks: int) -> Start:
         )
     check_loss(job, train)
     network = models.build(job.model.name, classes, train.network_shape, job.model.options)
-    graph = models.graph(job, network, train.network_shape)
-    placement = place(graph, job.parallel.parts, job.parallel.placement, Costs())
     replicas = replicas_of(job, ranks)
     if job.parallel.strategy == "downpour":
         lanes = job.data.lanes or leased_lanes(train.samples, job.train.replica_batch, replicas)
@@ -160,8 +164,16 @@ def resolve(job: config.Job, folder: Path, ranks: int) -> Start:
         global_batch = job.train.global_batch or job.train.replica_batch * replicas
         lanes = job.data.lanes or default_lanes(global_batch, replicas)
     grains = default_grains(lanes) if job.train.reproducible and not job.train.grains else job.train.grains
-    job = replace(job, model=replace(job.model, classes=classes), train=replace(job.train, grains=grains))
-    return Start(job, folder, network, train, test, global_batch, lanes, placement)
+    microbatches = job.parallel.microbatches or (1 if job.parallel.parts == 1 else 0)
+    job = replace(
+        job,
+        model=replace(job.model, classes=classes),
+        train=replace(job.train, grains=grains),
+        parallel=replace(job.parallel, microbatches=microbatches),
+    )
+    rows = job.train.replica_batch or -(-global_batch // replicas)
+    placement = assumed(job, models.graph(job, network, train.network_shape), rows)
+    return Start(job, folder, network, train, test, global_batch, lanes, rows, placement)
 
 
 def replicas_of(job: config.Job, ranks: int) -> int:

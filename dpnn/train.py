@@ -6,10 +6,14 @@ walks the plan's instructions over it, the strategy exchanges gradients and upda
 be wrong is found while building.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from dataclasses import replace as changed
 from functools import partial
 from time import perf_counter
+
+from msgspec.structs import replace
 
 from dpnn import asynchronous, models
 from dpnn.balance import deal, speeds
@@ -29,6 +33,7 @@ from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
 from dpnn.optim import STATES, Optimizer, schedule
 from dpnn.plan import spread
+from dpnn.planning import is_open, settle
 from dpnn.prepare import Start, prepare
 from dpnn.state import hand_out, save
 from dpnn.strategies.allreduce import Allreduce
@@ -62,6 +67,7 @@ def train(
     start = world.first(first)
     world.claim = RunFolder(start.folder).claim
     world.timeout_s = start.job.parallel.timeout_s
+    start = placed(world, start)
     if start.job.parallel.strategy == "downpour":
         return asynchronous.run(world, request, start, found)
     training = Training(world, start, found)
@@ -84,6 +90,17 @@ def check_alike(mesh: Mesh, model: Model, limit_s: float) -> None:
         if kind != first
         else None
     )
+
+
+def placed(world: World, start: Start) -> Start:
+    """The start with its layers placed, where measured costs are to decide that. Collective."""
+    if not is_open(start.job):
+        return start
+    graph = models.graph(start.job, start.network, start.train.network_shape)
+    setting, chosen = settle(world, RunFolder(start.folder), start.job, graph, start.rows)
+    parallel = replace(start.job.parallel, microbatches=setting.microbatches)
+    job = replace(start.job, parallel=parallel)
+    return changed(start, job=job, placement=setting.placement, chosen=chosen)
 
 
 class Training:
@@ -120,7 +137,7 @@ class Training:
         self.model = model = Model(job, placed, mesh.part, world.threads())
         check_alike(mesh, model, limit_s)
         self.folder = RunFolder(start.folder)
-        model.choices.update(world.first(self.folder.read_choices))
+        model.choices.update({**world.first(self.folder.read_choices), **start.chosen})
         segments = segments_of(model.store.pieces)
         strategy = STRATEGIES[job.parallel.strategy]
         self.node = node = Node(
@@ -168,14 +185,16 @@ class Training:
         self.journal = Journal(self.folder, self.total_steps, first=world.rank == 0)
 
     def _bucket_nbytes(self) -> int:
-        """The size of a bucket: what the job says, else what the run began with, else measured."""
+        """The size of a bucket: what the job says, else what the run began with, else measured where most lies."""
         if self.job.parallel.bucket_mb:
             return round(self.job.parallel.bucket_mb * 2**20)
         question = f"bucket_nbytes {self.mesh.replicas}x{self.mesh.parts}, {self.node.comm.size} a node"
         choices = self.model.choices
         if question not in choices:
             measured = measured_bucket(self.node, self.job.parallel.timeout_s)
-            choices[question] = self.world.first(lambda: str(measured))
+            nodes = map(self.placed.nodes, range(self.mesh.parts))
+            sizes = [sum(math.prod(param.spec.shape) for node in part for param in node.params) for part in nodes]
+            choices[question] = self.world.first(lambda: str(measured), sizes.index(max(sizes)))
         return int(choices[question])
 
     def _balance(self) -> None:
@@ -285,6 +304,7 @@ class Training:
     def _tell_start(self) -> None:
         job, start, graph, world = self.job, self.start, self.model.graph, self.world
         backends = "+".join(dict.fromkeys(group.backend.name for group in self.executor.plan.groups))
+        backends = backends or self.model.backends[0].name  # a part with nothing to do
         self.journal.start(
             f"{job.model.name}, {graph.n_params:,} parameters, on {world.size} ranks ({backends}); "
             f"{self.sampler.samples:,} samples, {self.total_steps} steps of {start.global_batch}",

@@ -50,7 +50,12 @@ class Edges:
     def receive(self, crew: tuple[int, ...], part: int, tag: int, buffer: Array, what: str) -> tuple[Call, Call]:
         """The calls that open `buffer` for what a part sends, and that wait for it."""
         request = self._comm(crew).Recv_init(_typed(buffer), self._rank(crew, part), tag)
-        return request.Start, partial(wait, request.Test, f"{what} of part {part}", self._limit_s)
+
+        def start() -> None:
+            with reported(f"making room for {what} of part {part}"):
+                request.Start()
+
+        return start, partial(wait, request.Test, f"{what} of part {part}", self._limit_s)
 
     def poke(self) -> None:
         """MPI makes no progress by itself: let it move what is under way."""

@@ -1,10 +1,11 @@
 """What the type of one key of a job file can't say."""
 
+from difflib import get_close_matches
 from typing import Any
 
 import msgspec
 
-from dpnn.config.tables import CountOrNone, Job
+from dpnn.config.tables import PLACEMENTS, CountOrNone, Job, Placing
 from dpnn.config.toml import shown, toml, wanted_of
 from dpnn.errors import JobError
 
@@ -79,6 +80,17 @@ def check(job: Job) -> None:
         )
     if job.parallel.strategy == "downpour":
         _check_downpour(job)
+    placement = job.parallel.placement
+    if isinstance(placement, str) and placement not in PLACEMENTS:
+        near = [f"; did you mean {toml(name)}?" for name in get_close_matches(placement, PLACEMENTS, 1)]
+        raise JobError(f"parallel.placement = {toml(placement)}: {wanted_of(Placing)} is wanted{''.join(near)}")
+    if job.parallel.parts == 1 and placement != "auto":
+        raise JobError(f"parallel.placement = {shown(placement)}: it needs parallel.parts of 2 or more; leave it out")
+    if job.parallel.memory_gb and (placement != "auto" or job.parallel.parts == 1):
+        raise JobError(
+            f'parallel.memory_gb = {job.parallel.memory_gb:g}: it is a limit for what parallel.placement = "auto" '
+            "chooses, over parallel.parts of 2 or more; leave it out"
+        )
     batch, lanes = job.train.global_batch, job.data.lanes
     if lanes and batch % lanes:
         below, above = batch // lanes * lanes, -(-batch // lanes) * lanes

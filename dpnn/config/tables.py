@@ -140,7 +140,8 @@ class Parallel(Table, frozen=True, kw_only=True):
     """Of `average`: steps from one average to the next; 0: one, at the end."""
     state: Literal["average", "keep", "reset"] = "average"
     """Of `average`: what becomes of what the optimizer keeps."""
-    microbatches: Count = 1
+    microbatches: CountOr0 = 0
+    """Pieces that a replica goes through its share of a step in; 0: chosen where there are several parts, else 1."""
     bucket_mb: PositiveOr0 = 0.0
     """Least size of a bucket of gradients; 0: measured."""
     wire: Literal["float32", "bfloat16"] = "float32"

@@ -1,8 +1,10 @@
 """Who computes what, and when: placement, instructions, parameters, memory, and the loop that walks the list."""
 
-from dpnn.plan.auto import place
+from dpnn.plan.auto import choose, place
 from dpnn.plan.costs import Costs
 from dpnn.plan.executor import Edges, Executor, Strategy, Sum
+from dpnn.plan.forecast import Forecast, Forecaster, Setting
+from dpnn.plan.measure import measured
 from dpnn.plan.memory import Arena, Layout
 from dpnn.plan.placement import Placement
 from dpnn.plan.schedule import Plan, compile_plan
@@ -14,18 +16,23 @@ __all__ = [
     "Costs",
     "Edges",
     "Executor",
+    "Forecast",
+    "Forecaster",
     "Layout",
     "Piece",
     "Placed",
     "Placement",
     "Plan",
+    "Setting",
     "Store",
     "Strategy",
     "Sum",
+    "choose",
     "clip",
     "compile_plan",
     "fill",
     "lay",
+    "measured",
     "place",
     "spread",
 ]

@@ -1,9 +1,11 @@
-"""What nodes cost: seconds for a sample forward and backward, parameters, bytes that cross between parts."""
+"""What nodes cost: seconds forward and backward, parameters, bytes that cross between parts."""
 
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
+from dpnn.backends.base import Group
 from dpnn.nn.conv import Conv
 from dpnn.nn.dense import Dense
 from dpnn.nn.graph import Node
@@ -13,63 +15,93 @@ from dpnn.nn.pointwise import Flatten
 
 ITEMSIZE = 4
 """Bytes of a number: costs are those of float32."""
+_UPDATE_PASSES = 5
+"""Over the parameters' memory in an update with momentum."""
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of a group's forward and backward: a fixed part, and one for each sample."""
+
+    forward: tuple[float, float]
+    backward: tuple[float, float]
+
+    def of(self, rows: int) -> tuple[float, float]:
+        """Forward and backward of so many samples."""
+        return self.forward[0] + rows * self.forward[1], self.backward[0] + rows * self.backward[1]
 
 
 @dataclass(frozen=True)
 class Costs:
     """Rates of a rank, and of a message between two: what a plan assumes, or what was measured.
 
-    `multiply_adds`: a second. `bandwidth`: bytes a second that a pass over memory takes. `latency`: seconds of a
-    message; `crossing_bandwidth`: its bytes a second. `measured`: seconds of a node's forward and backward for a
-    sample, by `question`.
+    `multiply_adds`: a second. `bandwidth`: bytes a second that a pass over memory takes. `call`: seconds of a group
+    beside its samples. `latency`: seconds of a message; `crossing`: its bytes a second. `groups`: measured, by
+    `question`.
     """
 
-    multiply_adds: float = 30e9
+    multiply_adds: float = 40e9
     bandwidth: float = 8e9
+    call: float = 10e-6
     latency: float = 20e-6
-    crossing_bandwidth: float = 4e9
-    measured: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    crossing: float = 4e9
+    groups: Mapping[str, Time] = field(default_factory=dict)
 
     def phases(self, node: Node) -> tuple[float, float]:
-        """Seconds for a sample, forward and backward."""
-        if isinstance(node.layer, Input | Fork):
+        """Assumed seconds of a sample, forward and backward."""
+        if isinstance(node.layer, Input | Fork | Flatten):
             return 0.0, 0.0
-        known = self.measured.get(question(node))
-        if known is not None:
-            return known
         nbytes = ITEMSIZE * (math.prod(node.shape) + sum(map(math.prod, node.input_shapes)))
-        if isinstance(node.layer, Flatten):
-            nbytes = 0
         forward = multiply_adds(node) / self.multiply_adds + nbytes / self.bandwidth
-        # Backward once by the inputs, once by the parameters.
-        times = 2 if any(shape for shape in node.input_shapes) and node.needs_grad else 0
-        return forward, times * forward
+        # Backward goes to the inputs and to the parameters.
+        return forward, (1 + bool(node.params)) * forward if node.needs_grad else 0.0
 
-    def seconds(self, node: Node) -> float:
-        """Seconds for a sample, forward and backward."""
-        return sum(self.phases(node))
+    def group(self, group: Group, rows: int) -> tuple[float, float]:
+        """Seconds of a group's forward and backward over so many samples: measured, else assumed."""
+        known = self.groups.get(question(group))
+        if known is not None:
+            return known.of(rows)
+        forward, backward = (sum(times) for times in zip(*map(self.phases, group.nodes), strict=True))
+        return self.call + rows * forward, self.call + rows * backward
 
-    def params(self, node: Node) -> int:
-        """Numbers that the node holds."""
-        return sum(math.prod(param.spec.shape) for param in node.params)
+    def dump(self) -> str:
+        """All of it as text, for `Costs.load`."""
+        return json.dumps(asdict(self))
 
-    def crossing(self, node: Node) -> float:
-        """Seconds that a sample's output takes to another part, and its gradient back."""
-        nbytes = ITEMSIZE * math.prod(node.shape) * (1 + node.needs_grad)
-        return nbytes / self.crossing_bandwidth
+    @classmethod
+    def load(cls, text: str) -> "Costs":
+        """The costs of a text."""
+        values = json.loads(text)
+        groups = {asked: Time(tuple(t["forward"]), tuple(t["backward"])) for asked, t in values.pop("groups").items()}
+        return cls(**values, groups=groups)
+
+    def message(self, nbytes: int) -> float:
+        """Seconds of a message."""
+        return self.latency + nbytes / self.crossing
+
+    def update(self, n: int) -> float:
+        """Seconds that an update of n parameters takes."""
+        return n * ITEMSIZE * _UPDATE_PASSES / self.bandwidth
 
 
 def multiply_adds(node: Node) -> int:
     """Of a sample, forward."""
     if isinstance(node.layer, Conv | Dense):
-        weight = node.params[0].spec.shape
         pixels = math.prod(node.shape[1:]) if isinstance(node.layer, Conv) else 1
-        return math.prod(weight) * pixels
+        return math.prod(node.params[0].spec.shape) * pixels
     return 0
 
 
-def question(node: Node) -> str:
-    """What decides how long a node takes: its layer's kind and options, and the shapes that it reads."""
-    layer = node.layer
-    options = {key: value for key, value in vars(layer).items() if key not in ("name", "readers")}
-    return f"{type(layer).__name__} {options} {node.input_shapes}"
+def n_params(node: Node) -> int:
+    """Numbers that the node holds."""
+    return sum(math.prod(param.spec.shape) for param in node.params)
+
+
+def question(group: Group) -> str:
+    """What decides how long a group takes: its layers' kinds and options, and the shapes that they read."""
+    return " + ".join(
+        f"{type(node.layer).__name__} "
+        f"{ {key: value for key, value in vars(node.layer).items() if key not in ('name', 'readers')} } "
+        f"{node.input_shapes}"
+        for node in group.nodes
+    )

@@ -1,8 +1,8 @@
 """Where every activation and every gradient of one lies: laid out once by lifetime, in one block of memory.
 
 A buffer lives from the first to the last instruction of a micro-batch that touches it; two whose lives don't meet may
-share their place. Where several micro-batches are in flight, each slot has what lasts from forward to backward, and all
-messages, for itself; what lives within one phase is common to all slots, since phases don't interleave. Training and
+share their place. Where several micro-batches are in flight, each slot has what lasts from task to task, and all
+messages, for itself; what lives within one task is common to all slots, since tasks don't interleave. Training and
 evaluation are never in flight at once, so they use the same arena.
 """
 
@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dpnn.backends.base import Group, Step
-from dpnn.nn.graph import Node
+from dpnn.backends.base import Group, Room, Step
+from dpnn.nn.graph import Graph, Node
 from dpnn.nn.join import Fork
 from dpnn.nn.layer import Input
 from dpnn.plan.messages import Message
@@ -62,10 +62,19 @@ class Arena:
         return self._block[offset : offset + nbytes].view(dtype).reshape(shape)
 
 
+def type_of(graph: Graph, node: Node, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The type of a node's output, where the backend computes in `dtype`."""
+    while isinstance(node.layer, Fork):
+        node = graph.nodes[node.inputs[0]]
+    name = node.layer.holds if isinstance(node.layer, Input) else node.layer.dtype
+    return dtype if name == "float" else np.dtype(name)
+
+
 class Layout:
     """The offset of every buffer of a plan in the arena, and the views that share another buffer's place."""
 
-    def __init__(self, plan: Plan, dtype: np.dtype[Any]) -> None:
+    def __init__(self, plan: Plan, dtype: np.dtype[Any], rooms: bool = True) -> None:
+        """`rooms`: also what ops want beside arrays; backends may have to time something to know that."""
         self.plan, self.graph, self.rows, self.dtype = plan, plan.graph, plan.rows, dtype
         self._same: dict[Key, Key] = {}
         for group in plan.groups:
@@ -76,7 +85,10 @@ class Layout:
                 self._same[node.index, 0] = self._gradient(node)
             if group.in_place is not None and self.graph.readers(node):
                 self._same[group.in_place] = self._gradient(node)
-        self.rooms = {group.nodes[-1].index: group.backend.room(group, plan.rows, plan.mode) for group in plan.groups}
+        self.rooms = {
+            group.nodes[-1].index: group.backend.room(group, plan.rows, plan.mode) if rooms else Room()
+            for group in plan.groups
+        }
         self.offsets, self.nbytes = pack(self._lives_in_slots(plan))
 
     def shape(self, node: Node) -> tuple[int, ...]:
@@ -85,10 +97,7 @@ class Layout:
 
     def type(self, node: Node) -> np.dtype[Any]:
         """The type of a node's output."""
-        while isinstance(node.layer, Fork):
-            node = self.graph.nodes[node.inputs[0]]
-        name = node.layer.holds if isinstance(node.layer, Input) else node.layer.dtype
-        return self.dtype if name == "float" else np.dtype(name)
+        return type_of(self.graph, node, self.dtype)
 
     def root(self, key: Key) -> Key:
         """The buffer that a view shares the place of; a buffer of its own is its own root."""
@@ -108,42 +117,44 @@ class Layout:
 
     def _lives_in_slots(self, plan: Plan) -> dict[tuple[Key, int], Life]:
         """The lives of all buffers, those that are common to all slots under slot 0."""
-        lives, turn, end = self._lives(plan)
-        if plan.slots == 1:
+        lives, tasks = self._lives(plan)
+        if plan.slots == 1 and _alike(plan):
             return {(key, 0): life for key, life in lives.items()}
         own = {self.root(m.key) for m in plan.messages if plan.part in (m.source, m.target)}
-        own |= {key for key, life in lives.items() if life.first <= turn < life.last}
-        whole = {key: Life(lives[key].nbytes, 0, end) for key in own}
+        own |= {key for key, found in tasks.items() if key in lives and len(found) > 1}
+        whole = {key: Life(lives[key].nbytes, 0, len(plan.instructions)) for key in own}
         common = {(key, 0): life for key, life in lives.items() if key not in own}
         return common | {(key, slot): life for key, life in whole.items() for slot in range(plan.slots)}
 
-    def _lives(self, plan: Plan) -> tuple[dict[Key, Life], int, int]:
-        """The lives in a micro-batch, the place where it turns from forward to backward, and the last place of all."""
+    def _lives(self, plan: Plan) -> tuple[dict[Key, Life], dict[Key, set[tuple[int, int]]]]:
+        """The lives in a micro-batch, and the tasks, (direction, level), that touch each buffer."""
         lives: dict[Key, Life] = {}
+        tasks: dict[Key, set[tuple[int, int]]] = {}
+        end, outside = len(plan.instructions), (0, -1)
         losses = [self.graph.nodes[i] for i in self.graph.losses if plan.placed.part_of[i] == plan.part]
-        turn = end = len(plan.instructions)
         for at, instruction in enumerate(plan.instructions):
             if getattr(instruction, "slot", 0) != 0:
                 continue
-            touched: set[Key] = set()
+            touched, task = set[Key](), outside
             match instruction:
                 case Load(micro, _) if micro > 0:  # the micro-batches of a slot are alike: these are all lives
                     break
                 case Load() if plan.part == plan.placed.reader:
                     touched = {(index, -1) for index in (self.graph.images, self.graph.labels, self.graph.ids)}
                 case Forward(group, _):
-                    touched = self._touched(plan.groups[group], FORWARD)
+                    touched, task = self._touched(plan.groups[group], FORWARD), (FORWARD, plan.levels[group])
                 case Backward(group, _):
-                    touched = self._touched(plan.groups[group], BACKWARD)
+                    touched, task = self._touched(plan.groups[group], BACKWARD), (BACKWARD, plan.levels[group])
                 case Loss():
                     touched = {(n.index, -1) for n in losses if plan.mode == "train" or not n.training_only}
-                    turn = at
                 case PostRecv(number, _) | Recv(number, _) | Send(number, _) | Sent(number, _):
                     touched = {plan.messages[number].key}
             self._touch(lives, touched, at)
+            for key in touched:
+                tasks.setdefault(self.root(key), set()).add(task)
         if plan.mode == "eval" and plan.part == plan.placed.writer:  # they are read after the last instruction
             self._touch(lives, {(self.graph.output, -1), (self.labels, -1)}, end)
-        return lives, turn, end
+        return lives, tasks
 
     @property
     def labels(self) -> int:
@@ -182,6 +193,17 @@ class Layout:
         if source.layer.collected:
             return 0
         return math.prod(self.shape(source)) * self.type(source).itemsize
+
+
+def _alike(plan: Plan) -> bool:
+    """Whether all micro-batches go through the groups in one order."""
+    orders: list[list[tuple[type[object], int]]] = []
+    for step in plan.instructions:
+        if isinstance(step, Load):
+            orders.append([])
+        elif isinstance(step, Forward | Backward):
+            orders[-1].append((type(step), step.group))
+    return all(order == orders[0] for order in orders)
 
 
 K = TypeVar("K")

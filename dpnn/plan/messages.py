@@ -1,6 +1,7 @@
 """What crosses between the parts of a replica: arrays of a micro-batch, each from one part to another."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dpnn.backends.base import Edge, Mode
 from dpnn.nn.graph import Node
@@ -30,6 +31,7 @@ class Message:
         return self.edge if self.gradient else (self.node, -1)
 
 
+@lru_cache(maxsize=8)
 def messages_of(placed: Placed, mode: Mode) -> tuple[Message, ...]:
     """All messages of a micro-batch, in the order of the nodes: a gradient follows on what it is the gradient of."""
     graph, part_of = placed.graph, placed.part_of

@@ -1,35 +1,114 @@
-"""The order of forward and backward over the micro-batches of a step, on each part."""
+"""Which part works on which micro-batch when: one order of the whole step, of which each part follows its own tasks.
 
+A task is a run of nodes of one part that need nothing from other parts in between, forward or backward through one
+micro-batch: its nodes have the same `level`, the number of times that the longest way to them has changed parts. A
+network cut in depth has one task a stage; one whose branches are spread has several on each part, and while one
+micro-batch waits for another part, the next one is worked on. The order is that of a list schedule with assumed costs,
+so every rank finds the same one by itself.
+"""
+
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
-from dpnn.plan.messages import Message
+from dpnn.plan.costs import Costs
+from dpnn.plan.spread import Placed
 
 Pipeline = Literal["1f1b", "gpipe", "sequence"]
-"""`gpipe`: forward through all, then backward through all (Huang et al. 2019). `1f1b`: as early as possible backward,
-so that few are in flight (Narayanan et al. 2019). `sequence`: one after the other, which grains need."""
+"""`1f1b`: backward as early as possible, so that few micro-batches are in flight (Narayanan et al. 2019). `gpipe`:
+forward through all, then backward through all (Huang et al. 2019). `sequence`: one after the other."""
 
 
-def stages_of(parts: int, messages: Sequence[Message]) -> list[int]:
-    """The stage of each part in the pipeline: parts that wait for one another within a forward pass are in one."""
+@dataclass(frozen=True, order=True)
+class Task:
+    """Forward or backward through the nodes of a level, of micro-batch `micro`."""
+
+    micro: int
+    backward: bool
+    level: int
+
+
+@dataclass
+class _Segment:
+    """The nodes of a part that have one level."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    trained: bool = False
+    after: set[tuple[int, int]] = field(default_factory=set)
+    """The segments, (part, level), whose outputs it reads."""
+    gradients: set[tuple[int, int]] = field(default_factory=set)
+    """Those that give it gradients."""
+
+
+@lru_cache(maxsize=8)
+def levels_of(placed: Placed) -> list[int]:
+    """The level of each node; read only."""
+    part_of, levels = placed.part_of, list[int]()
+    for node in placed.graph.nodes:
+        own = part_of[node.index]
+        levels.append(max((levels[i] + (part_of[i] != own) for i in node.inputs), default=0))
+    return levels
+
+
+@lru_cache(maxsize=8)
+def order_of(placed: Placed, microbatches: int, trains: bool, pipeline: Pipeline) -> tuple[list[list[Task]], list[int]]:
+    """The tasks of each part in their order, and how many micro-batches it has in flight at once; read only."""
+    segments = _segments(placed, trains)
+    slots = _slots(placed.parts, segments, microbatches, pipeline if trains else "sequence")
+    orders: list[list[Task]] = [[] for _ in range(placed.parts)]
+    schedule = _Schedule(segments, slots, pipeline == "gpipe")
+    for micro in range(microbatches):
+        schedule.add(micro)
+    for part, task in schedule.run():
+        orders[part].append(task)
+    return orders, slots
+
+
+def _segments(placed: Placed, trains: bool) -> dict[tuple[int, int], _Segment]:
+    part_of, levels, costs = placed.part_of, levels_of(placed), Costs()
+    segments: dict[tuple[int, int], _Segment] = defaultdict(_Segment)
+    for part in set(range(placed.parts)) - set(part_of):
+        segments[part, 0] = _Segment()
+    for node in placed.graph.nodes:
+        own = part_of[node.index], levels[node.index]
+        segment = segments[own]
+        forward, backward = costs.phases(node)
+        segment.forward += forward
+        if not trains and node.training_only:
+            continue
+        for source in node.inputs:
+            other = part_of[source], levels[source]
+            if other != own:
+                segment.after.add(other)
+        if trains and node.needs_grad:
+            segment.trained = True
+            segment.backward += backward
+            for source in node.inputs:
+                other = part_of[source], levels[source]
+                if other != own and placed.graph.nodes[source].needs_grad:
+                    segments[other].gradients.add(own)
+    return dict(segments)
+
+
+def _slots(parts: int, segments: dict[tuple[int, int], _Segment], microbatches: int, pipeline: Pipeline) -> list[int]:
+    """For each part: itself and all parts that come behind it can each have a micro-batch."""
+    if pipeline == "sequence":
+        return [1] * parts
+    if pipeline == "gpipe":
+        return [microbatches if parts > 1 else 1] * parts
     behind: list[set[int]] = [set() for _ in range(parts)]
-    for message in messages:
-        if not message.gradient:
-            behind[message.source].add(message.target)
-    reach = [_reach(behind, part) for part in range(parts)]
-    level = [0] * parts
-    # From stage to stage messages go forward only, so the longest way is found by as many rounds as there are parts.
-    for _ in range(parts):
-        for part in range(parts):
-            for other in behind[part]:
-                level[other] = max(level[other], level[part] + (part not in reach[other]))
-    return level
+    for (part, _), segment in segments.items():
+        for source, _ in segment.after:
+            behind[source].add(part)
+    return [min(microbatches, len(_reach(behind, part))) for part in range(parts)]
 
 
 def _reach(behind: Sequence[set[int]], part: int) -> set[int]:
-    """The parts that messages from `part` lead to, itself only where they lead back."""
-    found: set[int] = set()
-    left = [part]
+    """The part and all parts that its outputs lead to."""
+    found, left = {part}, [part]
     while left:
         new = behind[left.pop()] - found
         found |= new
@@ -37,22 +116,62 @@ def _reach(behind: Sequence[set[int]], part: int) -> set[int]:
     return found
 
 
-def phases(
-    stages: Sequence[int], part: int, microbatches: int, trains: bool, pipeline: Pipeline
-) -> tuple[list[tuple[str, int]], int]:
-    """The phases of a part, (direction, micro-batch), and how many micro-batches are in flight at once.
+class _Schedule:
+    """A list schedule: whoever can begin first begins, with what comes first in its order of preference."""
 
-    Backward goes through the micro-batches in the order of forward, so that the first one assigns the gradients.
-    """
-    forward = [("forward", micro) for micro in range(microbatches)]
-    backward = [("backward", micro) for micro in range(microbatches)]
-    if not trains:
-        return forward, 1
-    ahead = {"1f1b": max(stages) - stages[part], "gpipe": microbatches - 1, "sequence": 0}[pipeline]
-    if max(stages) == 0:
-        ahead = 0  # nobody works while others wait
-    ahead = min(ahead, microbatches - 1)
-    order = forward[:ahead]
-    for micro in range(microbatches - ahead):
-        order += [forward[micro + ahead], backward[micro]]
-    return order + backward[microbatches - ahead :], ahead + 1
+    def __init__(self, segments: dict[tuple[int, int], _Segment], slots: Sequence[int], forward_first: bool) -> None:
+        self._segments, self._slots, self._forward_first = segments, slots, forward_first
+        self._missing: dict[tuple[int, Task], int] = {}
+        self._followers: dict[tuple[int, Task], list[tuple[int, Task]]] = defaultdict(list)
+        self._ready: list[dict[Task, float]] = [{} for _ in slots]
+        self._left: dict[tuple[int, int], int] = defaultdict(int)
+        """Tasks of (part, micro-batch) that aren't done."""
+
+    def add(self, micro: int) -> None:
+        """The tasks of a micro-batch; in their order."""
+        for (part, level), segment in self._segments.items():
+            needs = [(other, Task(micro, False, below)) for other, below in segment.after]
+            if micro:
+                needs.append((part, Task(micro - 1, False, level)))
+            self._need(part, Task(micro, False, level), needs)
+            if segment.trained:
+                needs = [(other, Task(micro, True, above)) for other, above in segment.gradients]
+                needs.append((part, Task(micro, False, level)))
+                if micro:
+                    needs.append((part, Task(micro - 1, True, level)))
+                self._need(part, Task(micro, True, level), needs)
+
+    def _need(self, part: int, task: Task, needs: list[tuple[int, Task]]) -> None:
+        self._left[part, task.micro] += 1
+        self._missing[part, task] = len(needs)
+        for need in needs:
+            self._followers[need].append((part, task))
+        if not needs:
+            self._ready[part][task] = 0.0
+
+    def run(self) -> list[tuple[int, Task]]:
+        """All tasks in the order of their beginnings."""
+        free, order = [0.0] * len(self._slots), list[tuple[int, Task]]()
+        while True:
+            first: tuple[float, tuple[object, ...], int, Task] | None = None
+            for part, ready in enumerate(self._ready):
+                for task, since in ready.items():
+                    if self._left.get((part, task.micro - self._slots[part]), 0):
+                        continue  # its slot is taken
+                    found = max(free[part], since), self._preference(task), part, task
+                    first = found if first is None or found[:3] < first[:3] else first
+            if first is None:
+                return order
+            begin, _, part, task = first
+            del self._ready[part][task]
+            segment = self._segments[part, task.level]
+            free[part] = end = begin + (segment.backward if task.backward else segment.forward)
+            order.append((part, task))
+            self._left[part, task.micro] -= 1
+            for other, follower in self._followers[part, task]:
+                self._missing[other, follower] -= 1
+                if not self._missing[other, follower]:
+                    self._ready[other][follower] = end
+
+    def _preference(self, task: Task) -> tuple[object, ...]:
+        return task.backward == self._forward_first, task.micro, -task.level

@@ -5,18 +5,31 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dpnn.errors import JobError
 from dpnn.nn.conv import Conv
 from dpnn.nn.dense import Dense
 from dpnn.nn.graph import Block, Graph, Node
-from dpnn.nn.layer import Input
 from dpnn.nn.norm import BatchNormalize, BatchSums
-from dpnn.plan.costs import Costs
+from dpnn.plan.costs import n_params
 
 Pattern = int | tuple[int, ...]
+Array = NDArray[np.float64]
 _LARGE = 0.05
 """Of all parameters or all work: a layer with a larger share is worth to be shared out by its filters."""
+
+
+@dataclass(frozen=True)
+class Loads:
+    """By node index, in seconds: what a micro-batch takes there, and what its output takes to another part and back.
+
+    `units` are the nodes that one op computes, in topological order; all of a unit's work stands at its first node.
+    """
+
+    work: Array
+    crossing: Array
+    units: Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -45,14 +58,14 @@ def settled(graph: Graph, parts: int, part_of: Sequence[int], shards: Mapping[in
     return Placement(parts, tuple(settled), dict(shards))
 
 
-def by_depth(graph: Graph, parts: int, costs: Costs) -> Placement:
-    """Stages: the nodes in their order, cut where the slowest stage, and what crosses to it, is cheapest."""
-    nodes = [node for node in graph.nodes if not isinstance(node.layer, Input)]
-    if parts > len(nodes):
-        raise JobError(f"parallel.parts = {parts}: the network has {len(nodes)} layers; use at most so many")
-    work = np.concatenate([[0.0], np.cumsum([costs.seconds(node) for node in nodes])])
-    crossing = _crossings(graph, nodes, costs)
-    n = len(nodes)
+def by_depth(graph: Graph, parts: int, loads: Loads) -> Placement:
+    """Stages: the units in their order, cut where the slowest stage, and what crosses to it, is cheapest."""
+    units = loads.units
+    if parts > len(units):
+        raise JobError(f"parallel.parts = {parts}: the network is computed in {len(units)} pieces; use at most so many")
+    work = np.concatenate([[0.0], np.cumsum([loads.work[list(unit)].sum() for unit in units])])
+    crossing = _crossings(graph, loads)
+    n = len(units)
     best, choice = work + 0.0, []
     best[0] = np.inf
     for part in range(1, parts):
@@ -67,29 +80,29 @@ def by_depth(graph: Graph, parts: int, costs: Costs) -> Placement:
     part_of, end = [0] * len(graph.nodes), n
     for part in range(parts - 1, 0, -1):
         start = int(choice[part - 1][end])
-        for node in nodes[start:end]:
-            part_of[node.index] = part
+        for index in (index for unit in units[start:end] for index in unit):
+            part_of[index] = part
         end = start
     return settled(graph, parts, part_of, {})
 
 
-def _crossings(graph: Graph, nodes: Sequence[Node], costs: Costs) -> np.ndarray:
-    """Seconds that a cut before each of `nodes` costs: what is written before it and read behind it."""
-    place = {node.index: i for i, node in enumerate(nodes)}
-    crossing = np.zeros(len(nodes) + 1)
-    for node in nodes:
-        last = max((place[reader.index] for reader, _ in graph.readers(node)), default=place[node.index])
-        crossing[place[node.index] + 1 : last + 1] += costs.crossing(node)
+def _crossings(graph: Graph, loads: Loads) -> Array:
+    """Seconds that a cut before each unit costs: what is written before it and read behind it."""
+    place = {index: i for i, unit in enumerate(loads.units) for index in unit}
+    crossing = np.zeros(len(loads.units) + 1)
+    for index, own in place.items():
+        last = max((place[reader.index] for reader, _ in graph.readers(graph.nodes[index])), default=own)
+        crossing[own + 1 : last + 1] += loads.crossing[index]
     return crossing
 
 
-def by_branches(graph: Graph, parts: int, costs: Costs) -> Placement:
+def by_branches(graph: Graph, parts: int, loads: Loads) -> Placement:
     """Every Branches spread over the parts, longest branch first to who has least; all else on the first part."""
     part_of, widest = [0] * len(graph.nodes), ("", 0)
     for block in outer_blocks(graph):
         runs = [run for run in block.branches if run[0] < run[1]]
         widest = max(widest, (block.name, len(runs)), key=lambda item: item[1])
-        spread_branches(graph, block, range(parts), costs, part_of)
+        spread_branches(block, range(parts), loads, part_of)
     if widest[1] < parts:
         what = f"the widest, {widest[0]}, has {widest[1]} branches" if widest[1] else "the network has none"
         raise JobError(
@@ -101,21 +114,18 @@ def by_branches(graph: Graph, parts: int, costs: Costs) -> Placement:
 
 def outer_blocks(graph: Graph) -> list[Block]:
     """The Branches that aren't inside a branch of another one; the first branch of Heads is no inside."""
-    inside: set[int] = set()
-    for block in graph.blocks:
-        for lo, hi in block.branches[block.join is None :]:
-            inside.update(range(lo, hi))
-    return [
-        block
-        for block in graph.blocks
-        if not any(lo in inside for lo, hi in block.branches if lo < hi) and (block.join not in inside)
-    ]
+
+    def inside(inner: Block, outer: Block) -> bool:
+        runs = outer.branches[outer.join is None :]
+        return inner is not outer and any(lo <= inner.branches[0][0] < hi for lo, hi in runs)
+
+    return [block for block in graph.blocks if not any(inside(block, other) for other in graph.blocks)]
 
 
-def spread_branches(graph: Graph, block: Block, parts: Sequence[int], costs: Costs, part_of: list[int]) -> None:
+def spread_branches(block: Block, parts: Sequence[int], loads: Loads, part_of: list[int]) -> None:
     """Write into `part_of` where the branches of a block go: the longest first, the first one to parts[0]."""
     load = dict.fromkeys(parts, 0.0)
-    runs = [(sum(costs.seconds(graph.nodes[i]) for i in range(lo, hi)), lo, hi) for lo, hi in block.branches if lo < hi]
+    runs = [(float(loads.work[lo:hi].sum()), lo, hi) for lo, hi in block.branches if lo < hi]
     for seconds, lo, hi in sorted(runs, key=lambda run: -run[0]):
         part = min(load, key=lambda part: load[part])
         load[part] += seconds
@@ -124,7 +134,7 @@ def spread_branches(graph: Graph, block: Block, parts: Sequence[int], costs: Cos
         part_of[lo:hi] = [part] * (hi - lo)
 
 
-def by_filters(graph: Graph, parts: int, costs: Costs) -> Placement:
+def by_filters(graph: Graph, parts: int, loads: Loads) -> Placement:
     """The large Conv and Dense layers shared out by their filters; all else on the first part."""
     layers = shardable(graph, parts)
     if not layers:
@@ -132,10 +142,9 @@ def by_filters(graph: Graph, parts: int, costs: Costs) -> Placement:
             f'parallel.placement = "filters" with parallel.parts = {parts}: no Conv (in one group) or Dense layer has '
             'so many filters; use fewer parts, or parallel.placement = "auto"'
         )
-    work = sum(costs.seconds(node) for node in graph.nodes)
-    params = graph.n_params
-    large = [n for n in layers if costs.params(n) > _LARGE * params or costs.seconds(n) > _LARGE * work]
-    large = large or [max(layers, key=costs.params)]
+    work, params = loads.work.sum(), graph.n_params
+    large = [n for n in layers if n_params(n) > _LARGE * params or loads.work[n.index] > _LARGE * work]
+    large = large or [max(layers, key=n_params)]
     shards = {node.index: tuple(range(parts)) for node in large}
     return settled(graph, parts, [0] * len(graph.nodes), shards)
 

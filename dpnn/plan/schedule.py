@@ -1,8 +1,8 @@
 """The instructions of one step, as data: printable, and checked without MPI.
 
-A part's list is put together of phases: forward through a micro-batch, backward through it. Which phase comes when says
-the pipeline (`plan/pipeline.py`); within a phase all parts go through the nodes in one global order, so nothing can
-deadlock. Around what is computed stands what is exchanged, put in by one rule each:
+A part's list is put together of tasks: forward or backward through some of its nodes and one micro-batch. Which task
+comes when is one order of the whole step (`plan/pipeline.py`), so nothing can deadlock. Around what is computed stands
+what is exchanged, put in by one rule each:
 
 - a message from another part is received right before the first group that reads it, and sent off right after the
   group that wrote it. Its buffer is there early: receives are posted when the step begins, and when a slot is taken
@@ -17,13 +17,16 @@ Every rank of one part has the same list, so nothing is negotiated.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from dpnn.backends.base import Backend, Group, Mode
 from dpnn.errors import JobError
 from dpnn.nn.graph import Graph, Node
 from dpnn.nn.layer import Input
 from dpnn.plan.messages import Message, messages_of
-from dpnn.plan.pipeline import Pipeline, phases, stages_of
+from dpnn.plan.pipeline import Pipeline, Task, levels_of, order_of
 from dpnn.plan.spread import Placed
 from dpnn.plan.store import Piece
 
@@ -149,6 +152,10 @@ class Plan:
     instructions: tuple[Instruction, ...]
     rows: int
     """The most samples that a micro-batch of this rank can have."""
+    dtype: np.dtype[Any]
+    """What its activations are computed in."""
+    levels: tuple[int, ...]
+    """Of the groups: those of one level are a task (plan/pipeline.py)."""
     slots: int = 1
     """Micro-batches that are in flight at once."""
     grains: bool = False
@@ -205,16 +212,30 @@ def compile_plan(
     ]
     groups = choose_groups(wanted, backends, mode)
     messages = messages_of(placed, mode)
-    stages = stages_of(placed.parts, messages)
-    order, slots = phases(stages, part, microbatches, mode == "train", "sequence" if grains else pipeline)
-    lists = _Lists(placed, part, groups, messages, mode, microbatches)
-    passes = lists.passes(order, slots, grains)
+    orders, slots = order_of(placed, microbatches, mode == "train", "sequence" if grains else pipeline)
+    levels_of_nodes = levels_of(placed)
+    levels = [levels_of_nodes[group.nodes[-1].index] for group in groups]
+    lists = _Lists(placed, part, groups, levels, messages, mode, microbatches)
+    passes = lists.passes(orders[part], slots[part], grains)
     if mode == "train":
         buckets = make_buckets(pieces, bucket_nbytes, backends[0].dtype.itemsize)
         passes = [_with_buckets(groups, steps, buckets, pieces) for steps in passes]
         passes.append([Finish()])
     steps = tuple(step for steps in passes for step in steps)
-    return Plan(placed, part, mode, tuple(groups), messages, steps, rows, slots, grains, backends[0].channels_last)
+    return Plan(
+        placed,
+        part,
+        mode,
+        tuple(groups),
+        messages,
+        steps,
+        rows,
+        backends[0].dtype,
+        tuple(levels),
+        slots[part],
+        grains,
+        backends[0].channels_last,
+    )
 
 
 def choose_groups(nodes: Sequence[Node], backends: Sequence[Backend], mode: Mode) -> list[Group]:
@@ -256,11 +277,15 @@ class _Lists:
         placed: Placed,
         part: int,
         groups: Sequence[Group],
+        levels: Sequence[int],
         messages: Sequence[Message],
         mode: Mode,
         microbatches: int,
     ) -> None:
-        self._graph, self._groups, self._last = placed.graph, groups, microbatches - 1
+        self._graph, self._last = placed.graph, microbatches - 1
+        self._by_level: dict[int, list[tuple[int, Group]]] = {}
+        for i, group in enumerate(groups):
+            self._by_level.setdefault(levels[i], []).append((i, group))
         self._own_inputs = [node.index for node in placed.nodes(part) if isinstance(node.layer, Input)]
         self._received = [message.number for message in messages if message.target == part]
         self._sent = [message.number for message in messages if message.source == part]
@@ -285,34 +310,42 @@ class _Lists:
             if node.layer.collected and mode == "train"
         }
 
-    def passes(self, order: Sequence[tuple[str, int]], slots: int, grains: bool) -> list[list[Instruction]]:
-        """The phases one after the other, in one list; with `grains` a list for each micro-batch."""
+    def passes(self, order: Sequence[Task], slots: int, grains: bool) -> list[list[Instruction]]:
+        """The tasks one after the other, in one list; with `grains` a list for each micro-batch."""
         passes: list[list[Instruction]] = [[]]
         passes[0] += [PostRecv(number, slot) for slot in range(slots) for number in self._received]
-        for direction, micro in order:
-            slot, steps = micro % slots, passes[-1]
-            if direction == "backward":
-                steps += self._backward(slot)
+        last = {task.micro: task for task in order if not task.backward}
+        begun: set[int] = set()
+        arrived: list[set[int]] = [set() for _ in range(slots)]
+        for task in order:
+            slot, steps = task.micro % slots, passes[-1]
+            if task.backward:
+                steps += self._backward(task.level, slot)
                 continue
-            if micro >= slots:
-                if grains:
-                    passes.append(steps := [])
-                steps += [Sent(number, slot) for number in self._sent]
-                steps += [PostRecv(number, slot) for number in self._received]
-            steps += self._forward(micro, slot)
+            if task.micro not in begun:
+                begun.add(task.micro)
+                arrived[slot].clear()
+                if task.micro >= slots:
+                    if grains:
+                        passes.append(steps := [])
+                    steps += [Sent(number, slot) for number in self._sent]
+                    steps += [PostRecv(number, slot) for number in self._received]
+                steps.append(Load(task.micro, slot))
+                steps += [Send(number, slot) for index in self._own_inputs for number in self._goes.get(index, ())]
+            steps += self._forward(task.level, slot, arrived[slot])
+            if task == last[task.micro]:
+                steps.append(Loss(slot, task.micro == self._last))
         passes[-1] += [Sent(number, slot) for slot in range(slots) for number in self._sent]
         return passes
 
-    def _forward(self, micro: int, slot: int) -> list[Instruction]:
-        steps: list[Instruction] = [Load(micro, slot)]
-        steps += [Send(number, slot) for index in self._own_inputs for number in self._goes.get(index, ())]
-        here: set[int] = set()
-        for i, group in enumerate(self._groups):
+    def _forward(self, level: int, slot: int, arrived: set[int]) -> list[Instruction]:
+        steps: list[Instruction] = []
+        for i, group in self._by_level.get(level, ()):
             sources = dict.fromkeys(node.inputs[position] for node, position in group.inputs)
             for source in sources:
-                if source in self._comes and source not in here:
+                if source in self._comes and source not in arrived:
                     steps.append(Recv(self._comes[source], slot))
-                    here.add(source)
+                    arrived.add(source)
             steps += [Collected(source, slot, False) for source in sources if source in self._collected]
             if not group.forward_view:
                 steps.append(Forward(i, slot))
@@ -320,11 +353,11 @@ class _Lists:
             if last in self._collected:
                 steps.append(Collect(last, slot, False))
             steps += [Send(number, slot) for number in self._goes.get(last, ())]
-        return [*steps, Loss(slot, micro == self._last)]
+        return steps
 
-    def _backward(self, slot: int) -> list[Instruction]:
+    def _backward(self, level: int, slot: int) -> list[Instruction]:
         steps: list[Instruction] = []
-        for i, group in reversed(list(enumerate(self._groups))):
+        for i, group in reversed(self._by_level.get(level, ())):
             if not any(node.needs_grad for node in group.nodes):
                 continue
             last = group.nodes[-1]

@@ -1,7 +1,7 @@
 """All parts' lists of a step, gone through together without MPI: do they fit, and how long do they take.
 
 A message needs its receive to be posted before it moves, as large ones do in MPI; so what passes here can't wait for a
-buffer of MPI's own. Whoever waits for what never comes is named.
+buffer of MPI's own. It takes the time of who receives it, as on one node. Whoever waits for what never comes is named.
 """
 
 from collections.abc import Callable, Sequence
@@ -99,19 +99,15 @@ def _talk(step: PostRecv | Recv | Send | Sent, line: _Line, now: float, takes: f
             line.written.append(now)
             return now
         case Recv():
-            arrived = _moved(line, line.taken, takes)
-            line.taken += arrived is not None
-        case Sent():
-            arrived = _moved(line, line.waited, takes)
-            line.waited += arrived is not None
-    return None if arrived is None else max(now, arrived)
-
-
-def _moved(line: _Line, number: int, takes: float) -> float | None:
-    """When the message of this number has come to its place."""
-    if number >= min(len(line.written), len(line.posted)):
-        return None
-    return max(line.written[number], line.posted[number]) + takes
+            if line.taken >= min(len(line.written), len(line.posted)):
+                return None
+            written, line.taken = line.written[line.taken], line.taken + 1
+            return max(now, written) + takes
+        case _:
+            if line.waited >= min(len(line.written), len(line.posted)):
+                return None
+            begun, line.waited = max(line.written[line.waited], line.posted[line.waited]), line.waited + 1
+            return max(now, begun + takes)
 
 
 def _named(plan: Plan, place: int) -> str:

@@ -131,7 +131,7 @@ def _with_shards(graph: Graph, placement: Placement) -> tuple[Graph, tuple[int, 
 
 def _narrowed(layer: Layer, filters: int) -> Layer:
     """The layer with fewer filters."""
-    if isinstance(layer, Conv):
+    if isinstance(layer, Conv) and layer.groups == 1:
         return replace(layer, filters=filters)
     if isinstance(layer, Dense):
         return replace(layer, units=filters)

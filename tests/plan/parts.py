@@ -190,6 +190,7 @@ def random_placement(rng: random.Random, graph: Graph, parts: int) -> Placement:
     shards = {}
     for node in graph.nodes:
         filters = getattr(node.layer, "filters", getattr(node.layer, "units", 0))
+        filters *= getattr(node.layer, "groups", 1) == 1
         if filters >= parts and rng.random() < 0.3:
             shards[node.index] = tuple(rng.sample(range(parts), rng.randint(2, parts)))
     return settled(graph, parts, part_of, shards)

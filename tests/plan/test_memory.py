@@ -1,5 +1,7 @@
 """Where buffers lie: nothing that is alive at once overlaps, and little is wasted."""
 
+import random
+
 import numpy as np
 import pytest
 
@@ -9,9 +11,11 @@ from dpnn.backends.reference import Reference
 from dpnn.nn import Add, Graph, SoftmaxCrossEntropy
 from dpnn.plan import Arena, Layout, Placed, Store, compile_plan
 from dpnn.plan.memory import ALIGNMENT, BACKWARD, FORWARD, KEPT, Buffers, Life, pack
-from dpnn.plan.schedule import Backward, Forward
+from dpnn.plan.schedule import Backward, Forward, Load, Loss, PostRecv, Recv, Send, Sent
 
 from .conftest import SHAPE, wide
+from .lists import TYPE, graph_of, plans_over
+from .parts import random_network, random_placement
 
 ROWS, MUCH = 3, 1 << 20
 F32 = np.dtype(np.float32)
@@ -192,3 +196,52 @@ def test_images_lie_as_the_first_backend_wants_them(last):
                 assert len(array) == ROWS
         assert buffers.output(node).shape == (ROWS, *node.shape)
     assert min(seen.values()) > 4
+
+
+def lives_of(layout):
+    """What every instruction of a whole step touches, as lives of (buffer, slot): a new one in each micro-batch."""
+    plan, root = layout.plan, layout.root
+    received = {root(message.key) for message in plan.messages if message.target == plan.part}
+    current, found = {}, []
+    for at, step in enumerate(plan.instructions):
+        slot, keys, fresh = getattr(step, "slot", 0), set(), False
+        if isinstance(step, Load):
+            for key in [key for key in current if key[1] == slot and key[0] not in received]:
+                del current[key]
+            inputs = (layout.graph.images, layout.graph.labels, layout.graph.ids)
+            keys = {(i, -1) for i in inputs if plan.part == plan.placed.reader}
+        elif isinstance(step, Forward | Backward):
+            keys = layout._touched(plan.groups[step.group], FORWARD if isinstance(step, Forward) else BACKWARD)
+        elif isinstance(step, PostRecv | Recv | Send | Sent):
+            keys, fresh = {plan.messages[step.message].key}, isinstance(step, PostRecv)
+        elif isinstance(step, Loss):
+            keys = {(i, -1) for i in layout.graph.losses if plan.placed.part_of[i] == plan.part}
+        for key in {root(key) for key in keys if layout._nbytes(key)}:
+            if fresh or (key, slot) not in current:
+                current[key, slot] = [key, slot, at, at]
+                found.append(current[key, slot])
+            current[key, slot][3] = at
+    return found
+
+
+@pytest.mark.parametrize("pipeline", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("seed", range(12))
+def test_what_is_alive_in_several_slots_never_overlaps(seed, pipeline):
+    """Of random networks and placements: every buffer of every micro-batch, from its first to its last use."""
+    rng = random.Random(seed)
+    graph = graph_of(random_network(rng))
+    placement = random_placement(rng, graph, rng.randint(2, 4))
+    in_flight = 0
+    for plan in plans_over(graph, placement, microbatches=4, pipeline=pipeline):
+        layout = Layout(plan, TYPE)
+        in_flight = max(in_flight, plan.slots)
+        lives = []
+        for key, slot, first, last in lives_of(layout):
+            lo = layout.offset(key, slot)
+            lives.append((lo, lo + layout._nbytes(key), first, last, key))
+            assert lives[-1][1] <= layout.nbytes
+        for i, (lo, hi, first, last, key) in enumerate(lives):
+            for other_lo, other_hi, other_first, other_last, other in lives[:i]:
+                if first <= other_last and other_first <= last:
+                    assert hi <= other_lo or other_hi <= lo, (plan.part, key, other)
+    assert in_flight <= 4

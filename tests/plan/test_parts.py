@@ -20,7 +20,7 @@ def assert_alike(found, wanted, rtol=1e-9) -> None:
     assert found.losses == pytest.approx(wanted.losses, rel=rtol)
     assert found.params.keys() == wanted.params.keys()
     for name, value in wanted.params.items():
-        assert found.params[name] == pytest.approx(value, rel=rtol, abs=rtol), name
+        np.testing.assert_allclose(found.params[name], value, rtol, rtol, err_msg=name)
 
 
 @pytest.mark.parallel([2, 3, 4, 6])

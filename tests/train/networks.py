@@ -66,3 +66,9 @@ def plain(classes, shape, *, width=4):
 def vectors(classes, shape):
     """For samples that are vectors."""
     return Chain(Dense(16), BatchNorm(sync=True), ReLU(), Dense(classes))
+
+
+def sixty_four(classes, shape):
+    """Tiny, and as wide as there may be ranks."""
+    branches = (Chain(Conv(2, 1), ReLU()) for _ in range(64))
+    return Chain(Conv(4, 3), ReLU(), Branches(*branches, join=Concat()), GlobalAvgPool(), Dense(classes))

@@ -56,3 +56,24 @@ def test_they_take_correct_steps_in_bounded_memory(start_mpirun, trained, last, 
     worst = float(np.linalg.norm(mine - theirs) / np.linalg.norm(mine))
     print(f"relative difference from one rank: {worst:.1e}")
     assert worst < 1e-5
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_a_network_of_64_branches_lies_on_as_many_ranks(mpirun, trained, last, job, request):
+    """Each rank has a branch; they are broadcast to and collated by all together. Ten steps, as on one rank."""
+    chosen = (
+        "train.epochs=0", "train.steps=10", "train.eval_every=0", "backend.threads=1", "backend.precision=float64",
+        f"model.name={request.path.parent}/networks.py:sixty_four",
+    )  # fmt: skip
+    parts = (f"parallel.parts={RANKS}", "parallel.placement=branches")
+    it = job(out="wide")
+    words = [word for setting in (*chosen, *parts) for word in ("--set", setting)]
+    begin = time.monotonic()
+    ended = mpirun(RANKS, "train", it.path, *words, timeout=500)
+    assert ended.returncode == 0, ended.stderr
+    print(f"{RANKS} parts: {time.monotonic() - begin:.0f} s")
+    one, found = last(trained(1, *chosen)), last(it.out)
+    assert found.steps == 10
+    for name, array in one.arrays():
+        np.testing.assert_allclose(dict(found.arrays())[name], array, 1e-9, 1e-9, err_msg=name)

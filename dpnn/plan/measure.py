@@ -1,0 +1,95 @@
+"""How long groups take on this rank: each kind once by itself, over arrays of zeros."""
+
+from collections.abc import Callable, Sequence
+from time import perf_counter
+
+import numpy as np
+
+from dpnn.backends.base import Backend, Group, Step
+from dpnn.native import denormals_flushed
+from dpnn.nn.graph import Graph
+from dpnn.nn.layer import Input
+from dpnn.plan.costs import Costs, Time, multiply_adds, question
+from dpnn.plan.memory import Arena, Buffers, Layout
+from dpnn.plan.placement import Placement, shardable
+from dpnn.plan.schedule import choose_groups, compile_plan
+from dpnn.plan.spread import Placed, spread
+from dpnn.plan.store import Store
+
+_MOST_ROWS = 4
+"""Samples that a group is timed with, beside one."""
+_LONG_S = 0.3
+"""Calls of a group are repeated, three times at most, until they took so long."""
+_CALLS = 3
+
+
+def measured(graph: Graph, parts: int, backends: Sequence[Backend], rows: int) -> Costs:
+    """The costs of this rank: times of all groups of a network, also of layers shared out over `parts`.
+
+    `rows`: the most samples of a step. Groups with outputs that replicas sum are left out: for these, and for what else
+    isn't among the groups, the rate of multiply-adds is that of all that was measured.
+    """
+    shards = {node.index: tuple(range(parts)) for node in shardable(graph, parts)}
+    found: dict[str, Time] = {}
+    work = seconds = 0.0
+    for one in (graph, spread(graph, Placement(parts, (0,) * len(graph.nodes), shards)).graph):
+        nodes = [node for node in one.nodes if not isinstance(node.layer, Input)]
+        for group in choose_groups(nodes, backends, "train"):
+            if question(group) in found or _is_summed(one, group):
+                continue
+            found[question(group)] = time = _time(one, group, backends, max(2, min(rows, _MOST_ROWS)))
+            if any(multiply_adds(node) for node in group.nodes):
+                work += 3 * sum(map(multiply_adds, group.nodes))
+                seconds += time.forward[1] + time.backward[1]
+    return Costs(multiply_adds=work / seconds if seconds else Costs.multiply_adds, groups=found)
+
+
+def _is_summed(graph: Graph, group: Group) -> bool:
+    """Whether replicas sum what the group writes or reads."""
+    sources = [graph.nodes[node.inputs[i]] for node, i in group.inputs]
+    return any(node.layer.collected for node in (*group.nodes, *sources))
+
+
+def _time(graph: Graph, group: Group, backends: Sequence[Backend], rows: int) -> Time:
+    """From one sample and from `rows` of them."""
+    lines = zip(_seconds(graph, group, backends, 1), _seconds(graph, group, backends, rows), strict=True)
+    forward, backward = (_line(one, most, rows) for one, most in lines)
+    return Time(forward, backward)
+
+
+def _line(one: float, most: float, rows: int) -> tuple[float, float]:
+    """Fixed and per sample, from the seconds of one sample and of `rows`."""
+    each = max(0.0, (most - one) / (rows - 1))
+    return max(0.0, one - each), each
+
+
+def _seconds(graph: Graph, group: Group, backends: Sequence[Backend], rows: int) -> tuple[float, float]:
+    """Seconds of forward and backward."""
+    inside = {node.index for node in group.nodes}
+    lone = Placed(graph, 2, tuple(int(node.index not in inside) for node in graph.nodes))
+    plan = compile_plan(lone, 0, backends, "train", rows)
+    layout, arena = Layout(plan, backends[0].dtype), Arena()
+    arena.reserve(layout.nbytes)
+    arena.take(0, (layout.nbytes,), np.dtype(np.uint8)).fill(0)
+    store = Store(group.nodes, backends[0].dtype)
+    buffers = Buffers(layout, 0, arena, store, {}, Step(rows=rows, batch=rows, total=rows))
+    times = [0.0, 0.0]
+    for mine in plan.groups:
+        op = mine.backend.build(mine, buffers, "train")
+        with denormals_flushed():
+            if not mine.forward_view:
+                times[0] += _fastest(op.forward)
+            if not mine.backward_view and any(node.needs_grad for node in mine.nodes):
+                times[1] += _fastest(op.backward)
+    return times[0], times[1]
+
+
+def _fastest(call: Callable[[], None]) -> float:
+    times = []
+    for _ in range(_CALLS):
+        begin = perf_counter()
+        call()
+        times.append(perf_counter() - begin)
+        if sum(times) > _LONG_S:
+            break
+    return min(times)

@@ -1,0 +1,89 @@
+"""The networks of the papers over several ranks learn what they learn on one: small images, 10 steps."""
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from dpnn import models
+from dpnn.backends.reference import Reference
+from dpnn.comm.faults import wait
+from dpnn.nn import Graph
+from dpnn.plan import Costs, Placement
+from dpnn.plan.forecast import Forecaster
+from dpnn.plan.placement import by_branches, by_depth, by_filters
+
+from .parts import CLASSES, Course, random_placement, train
+from .test_parts import alone, assert_alike
+
+NETWORKS = {
+    "googlenet": (48, lambda shape: models.googlenet(CLASSES, shape, heads=True)),
+    "resnet18": (64, lambda shape: models.resnet(CLASSES, shape, depth=18)),
+    "resnet50": (64, lambda shape: models.resnet(CLASSES, shape)),
+    "vgg": (32, lambda shape: models.vgg(CLASSES, shape)),
+    "alexnet": (67, lambda shape: models.alexnet(CLASSES, shape)),
+}
+ONEDNN = {"name": "onednn", "threads": 1}
+
+
+def placements(name: str, graph: Graph, parts: int) -> Iterator[Placement]:
+    """By depth and by filters, by branches where there are so many, and at random."""
+    loads = Forecaster(graph, [Reference(np.dtype(np.float64))], 4, 1, Costs()).loads(1)
+    yield by_depth(graph, parts, loads)
+    yield by_filters(graph, parts, loads)
+    if parts <= {"googlenet": 4, "resnet18": 2, "resnet50": 2}.get(name, 0):
+        yield by_branches(graph, parts, loads)
+    yield random_placement(random.Random(parts), graph, parts)
+
+
+def course(name: str, **how) -> Course:
+    side, network = NETWORKS[name]
+    shape = (3, side, side)
+    # So deep a network with so few samples to a BatchNorm makes much of every rounding error where it learns fast.
+    rate = 1e-5 if name == "resnet50" else 1e-3
+    return Course(network(shape), shape=shape, rows=8, microbatches=2, steps=10, rate=rate, **how)
+
+
+def once(world, make):
+    """What `make` makes, on the first rank only: it takes long."""
+    made = make() if world.rank == 0 else None
+    wait(world.comm.Ibarrier().Test, "the first rank alone", 500)
+    return made
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parallel([2, 3, 4, 6])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_of_a_paper_learns_alike_over_any_placement(world, name):
+    it = course(name)
+    wanted = once(world, lambda: alone(it))
+    for placement in placements(name, it.graph, world.size):
+        found = train(world, it, placement)
+        if world.rank == 0:
+            assert_alike(found, wanted)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parallel([2, 4])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_in_float32_parts_matter_no_more_than_threads_do(world, name):
+    """Within three times of what one rank differs from itself on one and on two threads."""
+    it = course(name, backend=ONEDNN)
+    one = once(world, lambda: alone(it))
+    two = once(world, lambda: alone(course(name, backend={**ONEDNN, "threads": 2})))
+    for placement in placements(name, it.graph, world.size):
+        found = train(world, it, placement)
+        if world.rank == 0:
+            limit = 3 * max(distance(one, two), float(np.finfo(np.float32).eps) / 2)
+            print(f"{name} over {world.size} parts differs by {distance(one, found):.1e} (limit {limit:.1e})")
+            assert distance(one, found) <= limit
+
+
+def distance(one, other) -> float:
+    """Relative, of all parameters together."""
+    assert one.params.keys() == other.params.keys()
+    mine, theirs = (np.concatenate([it.params[name].ravel() for name in one.params]) for it in (one, other))
+    return float(np.linalg.norm(mine - theirs) / np.linalg.norm(mine))
