@@ -1,7 +1,7 @@
 # Everything runs in an environment beside the code; it needs Python 3.11 or newer, and a package index the first time.
 #
 #   make demo       pack the digits, train on 4 ranks, print the error and where the run lies
-#   make test       the whole suite: once in one process, then what runs inside MPI on 2, 3 and 4 ranks
+#   make test       the whole suite: once in one process, then what runs inside MPI on 2, 3, 4 and 6 ranks
 #   make lint       ruff, and mypy on dpnn/
 #   make soak       the long tests        make bench     every program in benchmarks/
 #   make setup      the environment only  make clean     remove environments and caches; data and runs stay
@@ -48,7 +48,7 @@ demo: setup
 
 test: $(ENV)/.has-$(TEST)
 	$(PYTEST) -m "$(ONCE)"
-	for n in 2 3 4; do \
+	for n in 2 3 4 6; do \
 		$(RANKS) $$n -m "parallel[$$n] and not soak" -p no:cacheprovider --color=no || exit 1; \
 	done
 

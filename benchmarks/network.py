@@ -162,7 +162,7 @@ def rank(out: str, name: str, rows: int, turns: int) -> None:
 
     from dpnn.comm.reduce import GradientReducer
     from dpnn.comm.world import start
-    from dpnn.plan.schedule import Ready
+    from dpnn.plan.instructions import Ready
 
     with start() as world:
         network, shape = NETWORKS[name]

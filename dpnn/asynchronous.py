@@ -1,14 +1,15 @@
 """An asynchronous run (Downpour SGD), from its building to its last checkpoint: what train.py is for the others.
 
 The last ranks are servers (`serve`): each holds a shard of the parameters, never the whole network. All others are
-replicas (`Replica`): each leases lanes of the data from the first server, goes through them, fetches and pushes when it
-likes. They meet twice: when the run is built, and when the last one is done.
+replicas (`Replica`), or parts of them: each replica leases lanes of the data from the first server, goes through them,
+fetches and pushes when it likes; a part does so with servers of its own. Replicas meet twice: when the run is built,
+and when the last one is done.
 """
 
 from collections import deque
 from dataclasses import asdict
 from functools import partial
-from itertools import count, pairwise
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -21,9 +22,10 @@ from dpnn.cluster.signals import StopRequest
 from dpnn.comm import library
 from dpnn.comm.faults import deadline, wait
 from dpnn.comm.mesh import Mesh
+from dpnn.comm.ranks import Ranks
 from dpnn.comm.world import World
-from dpnn.data import Leases, Loader, Run, Sampler, check_shards
-from dpnn.errors import NotFiniteError, Stopped
+from dpnn.data import Leases, Loader, Run, Sampler, check_shards, no_samples
+from dpnn.errors import JobError, NotFiniteError, Stopped
 from dpnn.evaluate import Array, Evaluator, Model, choose_backends, kernels_of, segments_of
 from dpnn.native import denormals_flushed
 from dpnn.nn.init import draw
@@ -31,13 +33,14 @@ from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
 from dpnn.observe.metrics import Metrics
 from dpnn.optim import STATES, Optimizer, cut, schedule
-from dpnn.plan import Placed, clip, lay
+from dpnn.plan import clip, fill, lay, spread
 from dpnn.prepare import Start
 from dpnn.state import sliced
 from dpnn.strategies.downpour.cut import Cut
 from dpnn.strategies.downpour.ledger import Ledger
 from dpnn.strategies.downpour.order import Order, Replay
-from dpnn.strategies.downpour.protocol import Tag, shards
+from dpnn.strategies.downpour.parts import Parts
+from dpnn.strategies.downpour.protocol import Tag, deal
 from dpnn.strategies.downpour.server import Server
 from dpnn.strategies.downpour.worker import Worker
 from dpnn.team import Team
@@ -45,7 +48,7 @@ from dpnn.team import Team
 
 def run(world: World, request: StopRequest, start: Start, found: Checkpoint | None) -> int:
     """Train on all ranks; the exit code. `found`: on rank 0, the checkpoint to go on from. Collective."""
-    mesh = Mesh(world, servers=start.job.parallel.servers)
+    mesh = Mesh(world, start.job.parallel.parts, start.job.parallel.servers)
     with deadline(world.timeout_s, "preparing the lines between workers and servers", world.fail):
         link = world.comm.Dup()
     if mesh.server is not None:
@@ -58,7 +61,7 @@ def run(world: World, request: StopRequest, start: Start, found: Checkpoint | No
 
 
 class Course:
-    """The run's steps: those of all replicas together, each of a replica's batch."""
+    """The run's steps, those of all replicas together, each of a replica's batch; and who holds which parameters."""
 
     def __init__(self, start: Start) -> None:
         job = start.job
@@ -73,14 +76,27 @@ class Course:
         """A run that began with another strategy counted other steps."""
         self.total = job.train.epochs * self.epoch or job.train.steps - self.shift
         self.rate = schedule(job.schedule, job.optimizer.lr, self.epoch, self.total)
+        self.placed = placed = spread(models.graph(job, start.network, start.train.network_shape), start.placement)
+        self.pieces = [lay(placed.nodes(part)) for part in range(placed.parts)]
+        """What each part holds."""
+        sizes = [pieces[-1].end if pieces else 0 for pieces in self.pieces]
+        self.shards = deal(sizes, job.parallel.servers, first=placed.reader)
+        """What each server holds: the first one, which leases the lanes, serves the part that reads."""
+
+    def counts(self, lane: int, step: int, microbatches: int) -> list[tuple[int, int]]:
+        """For each micro-batch of a lane's step: (samples of this replica, samples that statistics are taken over)."""
+        sampler = self.sampler
+        rows = min(sampler.share, int(sampler.cuts[lane + 1] - sampler.cuts[lane]) - step * sampler.share)
+        cuts = [rows * i // microbatches for i in range(microbatches + 1)]
+        return [(hi - lo, hi - lo) for lo, hi in pairwise(cuts)]
 
 
 def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Start) -> int:
     """Be a server until the run is over; the exit code."""
     job, number = start.job, mesh.server or 0
     course, folder, limit_s = Course(start), RunFolder(start.folder), job.parallel.timeout_s
-    whole = lay(models.graph(job, start.network, start.train.network_shape).nodes)
-    lo, hi = shards(whole[-1].end, mesh.servers)[number]
+    part, lo, hi = course.shards[number]
+    whole = course.pieces[part]
     pieces, segments = clip(whole, lo, hi), cut(segments_of(whole), lo, hi)
     team = Team(job.backend.threads or world.threads())
     backends, _ = choose_backends(job.backend, team)
@@ -116,7 +132,7 @@ def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Star
     server = Server(
         link, mesh.replicas, params, state,
         lambda params, grads, state: Optimizer(job.optimizer, segments, params, grads, team, kernels, state),
-        course.rate, job.parallel, order, ledger, lambda: request.asked, parting, limit_s,
+        course.rate, job.parallel, order, ledger, lambda: request.asked, parting, limit_s, mesh.parts, part,
     )  # fmt: skip
     server.steps = course.leases["steps"]
 
@@ -139,8 +155,16 @@ def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Star
     return Stopped.exit_code if server.steps < course.total else 0
 
 
+def _check_alike(crew: Ranks, model: Model) -> None:
+    """JobError, on all workers, where they don't compute on one backend: arrays cross between parts as they lie."""
+    kind = f"{model.backends[0].name} in {model.dtype}"
+    first = crew.first(lambda: kind)
+    told = f"computes on {kind}, the first rank on {first}; set backend.name to one that all have"
+    crew.agree(JobError(told) if kind != first else None)
+
+
 class Replica:
-    """A replica of the network on this rank."""
+    """A replica of the network, or a part of one, on this rank."""
 
     def __init__(
         self, world: World, mesh: Mesh, link: Any, request: StopRequest, start: Start, found: Checkpoint | None
@@ -150,11 +174,14 @@ class Replica:
         limit_s = job.parallel.timeout_s
         self.job, self.start, self.mesh, self.request = job, start, mesh, request
         self.course = course = Course(start)
+        self.reads = mesh.part == course.placed.reader
         for path, manifest in ((options.train, start.train), (options.test, start.test)):
             if manifest:
-                crew.check(partial(check_shards, path, manifest, mesh.replica, mesh.replicas))
-        placed = Placed.whole(models.graph(job, start.network, start.train.network_shape))
-        self.model = model = Model(job, placed, mesh.part, world.threads())
+                check = partial(check_shards, path, manifest, mesh.replica, mesh.replicas)
+                crew.check(check if self.reads else lambda: None)
+        self.model = model = Model(job, course.placed, mesh.part, world.threads())
+        if mesh.parts > 1:
+            _check_alike(crew, model)
         folder = RunFolder(start.folder)
         kept = RunFolder(start.replay) if start.replay else folder
         model.choices.update(crew.first(kept.read_choices))
@@ -169,7 +196,10 @@ class Replica:
             model.team,
             model.kernels,
         )
-        self.worker = Worker(link, crew.size, store.params, store.grads, store.n_trained, descent, job)
+        parts = Parts(mesh.model, course.placed.reader, limit_s) if mesh.parts > 1 else None
+        held = {server: (lo, hi) for server, (part, lo, hi) in enumerate(course.shards, crew.size) if part == mesh.part}
+        args = (store.params, store.grads, store.n_trained, descent, job)
+        self.worker = Worker(link, crew.size, *args, parts, held)
 
         lanes, pieces = course.sampler.lanes, job.parallel.microbatches
         rows = course.sampler.max_micro_rows(lanes, pieces)
@@ -177,15 +207,17 @@ class Replica:
         training, held_out = model.lay_out(
             crew, lambda: (model.training(rows, pieces), model.evaluation(rows) if evaluates else None)
         )
-        self.executor = model.executor(training, strategy=self.worker, eager=True)
+        self.executor = model.executor(training, strategy=self.worker, eager=True, mesh=mesh)
         self.alone = self.together = None
         if held_out and start.test:
-            evaluation = model.executor(held_out)
+            evaluation = model.executor(held_out, mesh=mesh)
             place = (evaluation, options.test, start.test, start.train.mean, start.train.std, limit_s)
             # Between its steps the first replica looks by itself; at the end all look together.
             self.alone = Evaluator(mesh.model, *place) if mesh.replica == 0 else None
             self.together = Evaluator(crew.comm, *place)
-        self.journal = Journal(folder, course.shift + course.total, first=mesh.replica == 0)
+        self.first = mesh.replica == 0 and self.reads
+        """Whether this rank tells of the run: the first server speaks to it."""
+        self.journal = Journal(folder, course.shift + course.total, self.first)
         self.folder, self.code = folder, 0
         self.seen = self.worker.known._replace(steps=course.leases["steps"])
         self.evaluated = course.leases["steps"] // course.epoch
@@ -194,12 +226,13 @@ class Replica:
         """Train until there is no more to do, or the run stops; the exit code."""
         self._tell_start()
         begin, worker, course = perf_counter(), self.worker, self.course
-        leases = Leases()
-        loader = Loader(
-            self.job.data.train, self.start.train, course.sampler, 0, course.sampler.lanes,
-            augment=self.job.data.augment, dtype=self.model.dtype, window_mb=self.job.data.window_mb,
-            runs=leases, limit_s=self.job.parallel.timeout_s,
-        )  # fmt: skip
+        leases, loader = Leases(), None
+        if self.reads:
+            loader = Loader(
+                self.job.data.train, self.start.train, course.sampler, 0, course.sampler.lanes,
+                augment=self.job.data.augment, dtype=self.model.dtype, window_mb=self.job.data.window_mb,
+                runs=leases, limit_s=self.job.parallel.timeout_s,
+            )  # fmt: skip
         held: deque[Run] = deque()
         try:
             more = self._lease(held, leases)
@@ -209,7 +242,8 @@ class Replica:
                 more = more and self._lease(held, leases)
                 self._train(loader, leases, held, more)
         finally:
-            loader.close()
+            if loader is not None:
+                loader.close()
         worker.leave()
         worker.await_others()
         worker.join()
@@ -219,7 +253,7 @@ class Replica:
     def _last_words(self, seconds: float) -> None:
         """All replicas are done: look at what came out, end the servers and the run. Collective over the workers."""
         worker, course = self.worker, self.course
-        known, stopped = worker.known, worker.stop and worker.known.steps < course.total
+        known, stopped = worker.known, worker.known.steps < course.total
         if known.steps != self.seen.steps:
             self._tell_step(Took(seconds, 0.0, seconds, 0.0))
         if self.together is not None and not stopped:
@@ -240,32 +274,29 @@ class Replica:
             leases.add(run)
         return run is not None
 
-    def _train(self, loader: Loader, leases: Leases, held: deque[Run], more: bool) -> None:
+    def _train(self, loader: Loader | None, leases: Leases, held: deque[Run], more: bool) -> None:
         """Go through the leased steps, leasing more in time."""
-        worker, micro = self.worker, self.job.parallel.microbatches
-        took = Took(0.0, 0.0, 0.0, 0.0)
+        worker, course, micro = self.worker, self.course, self.job.parallel.microbatches
+        took, step = Took(0.0, 0.0, 0.0, 0.0), held[0].first
         while held and not worker.stop:
-            begin = perf_counter()
-            batch = loader.next()
+            begin, run = perf_counter(), held[0]
+            batch = loader.next() if loader is not None else no_samples(run.epoch, step)
             read = perf_counter()
-            worker.asked, worker.samples = self.request.asked, batch.rows
+            counts = course.counts(run.lanes.start, step, micro)
+            worker.asked, worker.samples = worker.asked or self.request.asked, sum(rows for rows, _ in counts)
             worker.rate = worker.known.rate
-            cuts = [batch.rows * i // micro for i in range(micro + 1)]
-            counts = [(hi - lo, hi - lo) for lo, hi in pairwise(cuts)]
             try:
-                self.executor.run(batch, counts, batch.rows)
+                self.executor.run(batch, counts, worker.samples)
             except NotFiniteError as error:
-                layer = self.executor.not_finite() or "no layer"
-                raise NotFiniteError(
-                    f"{layer}: its output is not finite (step {self._steps() + 1}: {error}); "
-                    "lower optimizer.lr, or set optimizer.clip; go on from the last checkpoint with --resume"
-                ) from error
+                self._explain(error)
             computed = perf_counter()
-            ended = batch.step == held[0].last
-            loader.release(batch)
-            if ended:
+            if loader is not None:
+                loader.release(batch)
+            step += 1
+            if step > run.last:
                 held.popleft()
                 more = more and not worker.stop and self._lease(held, leases)
+                step = held[0].first if held else 0
             end = perf_counter()
             took = Took(
                 took.step + end - begin, took.read + read - begin,
@@ -274,6 +305,29 @@ class Replica:
             if worker.known.steps != self.seen.steps:
                 self._tell_step(took)
                 took = Took(0.0, 0.0, 0.0, 0.0)
+            if self.alone is not None:
+                self._evaluate(self.alone)
+
+    def _explain(self, error: NotFiniteError) -> None:
+        """Raise, on all parts of the replica, which layer is the first that isn't finite."""
+        mine, ranks = self.executor.not_finite(), Ranks(self.mesh.model, self.job.parallel.timeout_s)
+        layers = [ranks.first(lambda: mine, part) for part in range(self.mesh.parts)]
+        layer = next(filter(None, layers), "no layer")
+        raise NotFiniteError(
+            f"{layer}: its output is not finite (step {self._steps() + 1}: {error}); "
+            "lower optimizer.lr, or set optimizer.clip; go on from the last checkpoint with --resume"
+        ) from error
+
+    def _evaluate(self, evaluator: Evaluator) -> None:
+        """Look at the network after so many epochs of all. Collective over the parts of the first replica."""
+        worker, course, every = self.worker, self.course, self.job.train.eval_every
+        epoch = worker.steps // course.epoch
+        if worker.stop or worker.steps >= course.total or epoch // every <= self.evaluated // every:
+            return
+        worker.join()
+        scores = evaluator.run(worker.tick)
+        self.journal.scores(str(scores), epoch, self._steps(), **asdict(scores))
+        self.evaluated = epoch
 
     def _steps(self) -> int:
         """Of all replicas since the start of the run, as far as this one knows."""
@@ -281,39 +335,35 @@ class Replica:
         return steps
 
     def _tell_step(self, took: Took) -> None:
-        """Pass on what the servers have said; on the first replica, evaluate after so many epochs of all."""
+        """Pass on what the servers have said."""
         known, seen, course = self.worker.known, self.seen, self.course
         samples = known.samples - seen.samples
         loss = (known.loss - seen.loss) / max(samples, 1)
-        epoch = known.steps // course.epoch
         self.journal.step(
             -(-known.steps // course.epoch), self._steps(), loss, known.rate, samples, took,
             staleness=known.staleness, discarded=known.discarded,
         )  # fmt: skip
         self.seen = known
-        every = self.job.train.eval_every
-        due = epoch // every > self.evaluated // every and known.steps < course.total if every else False
-        if self.alone is not None and due and not self.worker.stop:
-            self.worker.join()
-            scores = self.alone.run(self.worker.tick)
-            self.journal.scores(str(scores), epoch, self._steps(), **asdict(scores))
-            self.evaluated = epoch
 
     def _hand_out(self, found: Checkpoint, link: Any, limit_s: float) -> None:
         """Send every server its shard of a checkpoint."""
-        store, workers = self.model.store, self.mesh.crew.size
-        flat = np.empty_like(store.params)
+        course, workers = self.course, self.mesh.crew.size
         for values in (found.params, *(found.optimizer[name] for name in STATES[self.job.optimizer.name])):
-            store.fill(flat, values, "the checkpoint")
-            for server, (lo, hi) in zip(count(workers), shards(flat.size, self.mesh.servers)):
-                wait(link.Isend(flat[lo:hi], server, Tag.PARAMS).Test, "a server to take its shard", limit_s)
+            for part, pieces in enumerate(course.pieces):
+                flat = np.empty(pieces[-1].end if pieces else 0, self.model.dtype)
+                fill(pieces, flat, values, "the checkpoint")
+                for server, (of, lo, hi) in enumerate(course.shards, workers):
+                    if of == part:
+                        wait(link.Isend(flat[lo:hi], server, Tag.PARAMS).Test, "a server to take its shard", limit_s)
 
     def _tell_start(self) -> None:
         job, start, graph, mesh, course = self.job, self.start, self.model.graph, self.mesh, self.course
         backends = "+".join(dict.fromkeys(group.backend.name for group in self.executor.plan.groups))
-        ranks = mesh.replicas + mesh.servers
+        ranks, replicas = mesh.crew.size + mesh.servers, f"{mesh.replicas} replicas"
+        if mesh.parts > 1:
+            replicas += f" of {mesh.parts} parts"
         self.journal.start(
-            f"{job.model.name}, {graph.n_params:,} parameters, on {mesh.replicas} replicas and {mesh.servers} servers "
+            f"{job.model.name}, {graph.n_params:,} parameters, on {replicas} and {mesh.servers} servers "
             f"({backends}); {course.sampler.samples:,} samples, {course.total} steps of {job.train.replica_batch}",
             mpi=library.version(), ranks=ranks, replicas=mesh.replicas, parts=mesh.parts, servers=mesh.servers,
             parameters=graph.n_params, seed=job.seed, backend=backends, threads=self.model.team.size,
@@ -322,7 +372,7 @@ class Replica:
         )  # fmt: skip
         if self.model.note:
             self.journal.event("slow_backend", self.model.note)
-        if mesh.replica == 0:
+        if self.first:
             self.folder.write_choices(self.model.choices)
         for name in start.damaged:
             self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {name}", path=name)

@@ -1,4 +1,4 @@
-"""The commands, thin: `dpnn pack | train | eval | plan | launch`. Nothing here imports MPI before a command needs it."""
+"""The commands, thin: `dpnn pack | train | eval | plan | launch`. None imports MPI before it needs it."""
 
 import argparse
 import os

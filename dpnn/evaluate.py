@@ -112,7 +112,7 @@ class Model:
         edges = None
         if mesh is not None and self.placed.parts > 1:
             crews = dict.fromkeys(message.crew for message in layout.plan.messages if message.crew)
-            edges = Edges(mesh.model, list(crews), self._job.parallel.timeout_s)
+            edges = Edges(mesh, list(crews), self._job.parallel.timeout_s)
         return Executor(layout, self.store, self.arena, self._job.seed, sum_over, strategy, eager, edges)
 
     def _layout(self, plan: Plan) -> Layout:

@@ -65,10 +65,8 @@ def _head(start: Start, chosen: Forecast, why: str, ranks: int) -> Iterator[str]
 
 
 def _figures(costs: Costs, measured: bool) -> str:
-    return (
-        f"figures {'measured by the run' if measured else 'assumed'}: {costs.multiply_adds / 1e9:.3g} G multiply-adds/s, "
-        f"{costs.bandwidth / 1e9:.3g} GB/s of memory, messages {costs.latency * 1e6:.3g} us + {costs.crossing / 1e9:.3g} GB/s"
-    )
+    whose = "measured by the run" if measured else "assumed"
+    return f"figures {whose}: {costs}"
 
 
 def _parts(chosen: Forecast, parts: int, workers: int) -> Iterator[str]:
@@ -95,8 +93,8 @@ def _messages(chosen: Forecast) -> Iterator[str]:
         what = "gradient by " if message.gradient else ""
         crew = f", among parts {', '.join(map(str, message.crew))}" if message.crew else ""
         yield (
-            f"{message.number:4}  {message.source} -> {message.target}  {chosen.message_nbytes(message.number):12,} bytes"
-            f"  {what}{plan.graph.nodes[message.node].name}{crew}"
+            f"{message.number:4}  {message.source} -> {message.target}  "
+            f"{chosen.message_nbytes(message.number):12,} bytes  {what}{plan.graph.nodes[message.node].name}{crew}"
         )
 
 

@@ -1,4 +1,4 @@
-"""A run's arrays between its ranks and its checkpoints: where a network is spread over parts, each brings its pieces."""
+"""A run's arrays between its ranks and its checkpoints: each part of a network brings its own pieces."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,7 +56,7 @@ def save(
     keep: int,
     limit_s: float,
 ) -> Path | None:
-    """Write a checkpoint of the first replica; its path, on the first rank. `place`: epoch, step, steps since the start.
+    """Write a checkpoint of the first replica; its path, on the first rank. `place`: epoch, step, steps of the run.
 
     Collective over the parts of the first replica; others return at once.
     """

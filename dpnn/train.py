@@ -6,7 +6,6 @@ walks the plan's instructions over it, the strategy exchanges gradients and upda
 be wrong is found while building.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import replace as changed
@@ -32,8 +31,8 @@ from dpnn.evaluate import Evaluator, Model, segments_of
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
 from dpnn.optim import STATES, Optimizer, schedule
-from dpnn.plan import spread
-from dpnn.planning import is_open, settle
+from dpnn.plan import Costs, n_params, spread
+from dpnn.planning import COSTS, is_open, settle
 from dpnn.prepare import Start, prepare
 from dpnn.state import hand_out, save
 from dpnn.strategies.allreduce import Allreduce
@@ -192,8 +191,7 @@ class Training:
         choices = self.model.choices
         if question not in choices:
             measured = measured_bucket(self.node, self.job.parallel.timeout_s)
-            nodes = map(self.placed.nodes, range(self.mesh.parts))
-            sizes = [sum(math.prod(param.spec.shape) for node in part for param in node.params) for part in nodes]
+            sizes = [sum(map(n_params, self.placed.nodes(part))) for part in range(self.mesh.parts)]
             choices[question] = self.world.first(lambda: str(measured), sizes.index(max(sizes)))
         return int(choices[question])
 
@@ -313,6 +311,9 @@ class Training:
             global_batch=start.global_batch, lanes=start.lanes, from_step=self.steps,
             library=self.model.backends[0].about,
         )  # fmt: skip
+        if COSTS in start.chosen:
+            found = Costs.load(start.chosen[COSTS])
+            self.journal.event("costs", f"costs measured: {found}; `dpnn plan` of a job file assumes {Costs()}")
         if self.model.note:
             self.journal.event("slow_backend", self.model.note)
         if self.node.note:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpnn.comm.faults import reported, wait
+from dpnn.comm.mesh import Mesh
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -23,17 +24,18 @@ Call = Callable[[], object]
 class Edges:
     """The ends of messages on this part; `nbytes` counts what was sent."""
 
-    def __init__(self, model: "MPI.Comm", crews: Sequence[tuple[int, ...]], limit_s: float) -> None:
-        """Collective over `model`, the parts of a replica. `crews`: parts with a communicator of their own."""
+    def __init__(self, mesh: Mesh, crews: Sequence[tuple[int, ...]], limit_s: float) -> None:
+        """Collective over mesh.model, the parts of a replica. `crews`: parts with a communicator of their own."""
         from mpi4py import MPI
 
+        model = mesh.model
         self.nbytes = 0
         self._limit_s, self._part = limit_s, model.rank
         self._model, duplicated = model.Idup()
         wait(duplicated.Test, f"{model.size} parts to prepare their messages", limit_s)
         self._crews: dict[tuple[int, ...], MPI.Comm] = {(): self._model}
         for crew in crews:
-            self._crews[crew] = model.Split(0 if model.rank in crew else MPI.UNDEFINED, model.rank)
+            self._crews[crew] = mesh.among(crew)
         self._any = MPI.ANY_SOURCE, MPI.ANY_TAG
 
     def send(self, crew: tuple[int, ...], part: int, tag: int, buffer: Array, what: str) -> tuple[Call, Call]:

@@ -1,5 +1,6 @@
 """The mesh: the world split once into servers and replicas of the network, and each replica into its parts."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dpnn.comm.faults import deadline
@@ -47,6 +48,7 @@ class Mesh:
         self.server = world.rank - workers if world.rank >= workers else None
         from mpi4py import MPI
 
+        self._world = world
         with deadline(world.timeout_s, "splitting the world into replicas and parts", world.fail):
             self.crew = Ranks(world.comm.Split(self.server is not None, world.rank), world.timeout_s)
             if self.server is not None:
@@ -62,3 +64,13 @@ class Mesh:
                 nodes.setdefault(first, []).append(replica)
             self.nodes = list(nodes.values())
             self.across: Comm = self.data.Split(self.node.rank if everywhere else MPI.UNDEFINED, self.replica)
+
+    def among(self, parts: Sequence[int]) -> "Comm":
+        """Some parts of a replica, in rising order, by themselves; a null communicator on others.
+
+        Collective over `model`.
+        """
+        from mpi4py import MPI
+
+        with deadline(self._world.timeout_s, f"{self.parts} parts to make a group of {len(parts)}", self._world.fail):
+            return self.model.Split(0 if self.part in parts else MPI.UNDEFINED, self.part)

@@ -105,6 +105,11 @@ def _check_downpour(job: Job) -> None:
     parallel, staleness = job.parallel, job.parallel.staleness
     if not parallel.servers:
         raise JobError('parallel.servers = 0: parallel.strategy = "downpour" needs 1 or more')
+    if parallel.servers < parallel.parts:
+        raise JobError(
+            f"parallel.servers = {parallel.servers}: each of parallel.parts = {parallel.parts} has servers of its own; "
+            f"use parallel.servers = {parallel.parts} or more"
+        )
     if not job.train.replica_batch:
         raise JobError(
             f"train.global_batch = {job.train.global_batch}: replicas don't wait for one another, so each has a batch "

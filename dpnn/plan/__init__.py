@@ -1,7 +1,7 @@
 """Who computes what, and when: placement, instructions, parameters, memory, and the loop that walks the list."""
 
 from dpnn.plan.auto import choose, place
-from dpnn.plan.costs import Costs
+from dpnn.plan.costs import Costs, n_params
 from dpnn.plan.executor import Edges, Executor, Strategy, Sum
 from dpnn.plan.forecast import Forecast, Forecaster, Setting
 from dpnn.plan.measure import measured
@@ -33,6 +33,7 @@ __all__ = [
     "fill",
     "lay",
     "measured",
+    "n_params",
     "place",
     "spread",
 ]

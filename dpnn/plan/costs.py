@@ -64,6 +64,12 @@ class Costs:
         forward, backward = (sum(times) for times in zip(*map(self.phases, group.nodes), strict=True))
         return self.call + rows * forward, self.call + rows * backward
 
+    def __str__(self) -> str:
+        return (
+            f"{self.multiply_adds / 1e9:.3g} G multiply-adds/s, {self.bandwidth / 1e9:.3g} GB/s of memory, "
+            f"messages {self.latency * 1e6:.3g} us + {self.crossing / 1e9:.3g} GB/s"
+        )
+
     def dump(self) -> str:
         """All of it as text, for `Costs.load`."""
         return json.dumps(asdict(self))

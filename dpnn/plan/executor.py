@@ -15,9 +15,7 @@ from numpy.typing import NDArray
 from dpnn.backends.base import Op, Step
 from dpnn.data import Batch
 from dpnn.native import denormals_flushed
-from dpnn.plan.memory import Arena, Buffers, Key, Layout
-from dpnn.plan.messages import Message
-from dpnn.plan.schedule import (
+from dpnn.plan.instructions import (
     Backward,
     Collect,
     Collected,
@@ -26,13 +24,15 @@ from dpnn.plan.schedule import (
     Load,
     Loss,
     Open,
-    Plan,
     PostRecv,
     Ready,
     Recv,
     Send,
     Sent,
 )
+from dpnn.plan.memory import Arena, Buffers, Key, Layout
+from dpnn.plan.messages import Message
+from dpnn.plan.schedule import Plan
 from dpnn.plan.store import Store
 
 Array = NDArray[Any]

@@ -11,10 +11,11 @@ from dpnn.backends.base import Backend
 from dpnn.nn.graph import Graph
 from dpnn.nn.layer import Input
 from dpnn.plan.costs import Costs
+from dpnn.plan.instructions import Backward, Finish, Forward, Instruction
 from dpnn.plan.memory import Layout, type_of
 from dpnn.plan.pipeline import Pipeline
 from dpnn.plan.placement import Loads, Placement
-from dpnn.plan.schedule import Backward, Finish, Forward, Instruction, Plan, choose_groups, compile_plan
+from dpnn.plan.schedule import Plan, choose_groups, compile_plan
 from dpnn.plan.simulate import Timing, simulate
 from dpnn.plan.spread import Placed, spread
 from dpnn.plan.store import lay

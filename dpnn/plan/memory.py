@@ -17,8 +17,9 @@ from dpnn.backends.base import Group, Room, Step
 from dpnn.nn.graph import Graph, Node
 from dpnn.nn.join import Fork
 from dpnn.nn.layer import Input
+from dpnn.plan.instructions import Backward, Forward, Load, Loss, PostRecv, Recv, Send, Sent
 from dpnn.plan.messages import Message
-from dpnn.plan.schedule import Backward, Forward, Load, Loss, Plan, PostRecv, Recv, Send, Sent
+from dpnn.plan.schedule import Plan
 from dpnn.plan.store import Store
 
 Array = NDArray[Any]

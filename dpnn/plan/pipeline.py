@@ -59,9 +59,9 @@ def order_of(placed: Placed, microbatches: int, trains: bool, pipeline: Pipeline
     segments = _segments(placed, trains)
     slots = _slots(placed.parts, segments, microbatches, pipeline if trains else "sequence")
     orders: list[list[Task]] = [[] for _ in range(placed.parts)]
-    schedule = _Schedule(segments, slots, pipeline == "gpipe")
+    schedule = _Schedule(segments, slots)
     for micro in range(microbatches):
-        schedule.add(micro)
+        schedule.add(micro, microbatches)
     for part, task in schedule.run():
         orders[part].append(task)
     return orders, slots
@@ -119,16 +119,20 @@ def _reach(behind: Sequence[set[int]], part: int) -> set[int]:
 class _Schedule:
     """A list schedule: whoever can begin first begins, with what comes first in its order of preference."""
 
-    def __init__(self, segments: dict[tuple[int, int], _Segment], slots: Sequence[int], forward_first: bool) -> None:
-        self._segments, self._slots, self._forward_first = segments, slots, forward_first
+    def __init__(self, segments: dict[tuple[int, int], _Segment], slots: Sequence[int]) -> None:
+        self._segments, self._slots = segments, slots
         self._missing: dict[tuple[int, Task], int] = {}
         self._followers: dict[tuple[int, Task], list[tuple[int, Task]]] = defaultdict(list)
         self._ready: list[dict[Task, float]] = [{} for _ in slots]
         self._left: dict[tuple[int, int], int] = defaultdict(int)
         """Tasks of (part, micro-batch) that aren't done."""
 
-    def add(self, micro: int) -> None:
-        """The tasks of a micro-batch; in their order."""
+    def add(self, micro: int, microbatches: int) -> None:
+        """The tasks of a micro-batch; in their order.
+
+        Backward waits until all slots are taken: were it the assumed costs that decide, a part whose neighbours are
+        faster than assumed would go backward too early, and keep them waiting for its forward.
+        """
         for (part, level), segment in self._segments.items():
             needs = [(other, Task(micro, False, below)) for other, below in segment.after]
             if micro:
@@ -136,7 +140,8 @@ class _Schedule:
             self._need(part, Task(micro, False, level), needs)
             if segment.trained:
                 needs = [(other, Task(micro, True, above)) for other, above in segment.gradients]
-                needs.append((part, Task(micro, False, level)))
+                last = min(micro + self._slots[part], microbatches) - 1
+                needs += [(part, Task(last, False, own)) for other, own in self._segments if other == part]
                 if micro:
                     needs.append((part, Task(micro - 1, True, level)))
                 self._need(part, Task(micro, True, level), needs)
@@ -174,4 +179,4 @@ class _Schedule:
                     self._ready[other][follower] = end
 
     def _preference(self, task: Task) -> tuple[object, ...]:
-        return task.backward == self._forward_first, task.micro, -task.level
+        return not task.backward, task.micro, -task.level

@@ -7,7 +7,8 @@ buffer of MPI's own. It takes the time of who receives it, as on one node. Whoev
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from dpnn.plan.schedule import Instruction, Plan, PostRecv, Recv, Send, Sent
+from dpnn.plan.instructions import Instruction, PostRecv, Recv, Send, Sent
+from dpnn.plan.schedule import Plan
 
 
 class Unmatched(Exception):
@@ -55,6 +56,7 @@ def simulate(
     lines = [_Line() for _ in plans[0].messages]
     clocks, places = [0.0] * len(plans), [0] * len(plans)
     timing = Timing(busy=[0.0] * len(plans), sent=[0] * len(plans))
+    active: set[tuple[int, type[object], int, int]] = set()
     moved = True
     while moved:
         moved = False
@@ -67,6 +69,7 @@ def simulate(
                     if after is None:
                         break
                     clocks[part] = after
+                    _check_request(step, part, plan, active)
                     timing.sent[part] += length if isinstance(step, Send) else 0
                 else:
                     took = seconds(plan, step)
@@ -87,6 +90,19 @@ def simulate(
                 f"received {line.taken}, waited for by its sender {line.waited} times"
             )
     return timing
+
+
+def _check_request(
+    step: PostRecv | Recv | Send | Sent, part: int, plan: Plan, active: set[tuple[int, type[object], int, int]]
+) -> None:
+    """Unmatched where a request of a slot is started while it is under way, or waited for while it isn't."""
+    begins = isinstance(step, PostRecv | Send)
+    kind = PostRecv if isinstance(step, PostRecv | Recv) else Send
+    request = (part, kind, step.message, step.slot)
+    if begins == (request in active):
+        message = plan.messages[step.message]
+        raise Unmatched(f"part {part}: {step} while its request is {'' if begins else 'not '}under way ({message})")
+    (active.add if begins else active.remove)(request)
 
 
 def _talk(step: PostRecv | Recv | Send | Sent, line: _Line, now: float, takes: float) -> float | None:

@@ -10,8 +10,8 @@ from dpnn.backends.onednn.fuse import fuse
 from dpnn.backends.reference import Reference
 from dpnn.nn import Add, Graph, SoftmaxCrossEntropy
 from dpnn.plan import Arena, Layout, Placed, Store, compile_plan
+from dpnn.plan.instructions import Backward, Forward, Load, Loss, PostRecv, Recv, Send, Sent
 from dpnn.plan.memory import ALIGNMENT, BACKWARD, FORWARD, KEPT, Buffers, Life, pack
-from dpnn.plan.schedule import Backward, Forward, Load, Loss, PostRecv, Recv, Send, Sent
 
 from .conftest import SHAPE, wide
 from .lists import TYPE, graph_of, plans_over

@@ -5,19 +5,8 @@ import pytest
 from dpnn.backends.reference import Reference
 from dpnn.errors import JobError
 from dpnn.nn import Chain, Dense, Flatten
-from dpnn.plan.schedule import (
-    Backward,
-    Collect,
-    Collected,
-    Finish,
-    Forward,
-    Load,
-    Loss,
-    Open,
-    Ready,
-    choose_groups,
-    make_buckets,
-)
+from dpnn.plan.instructions import Backward, Collect, Collected, Finish, Forward, Load, Loss, Open, Ready
+from dpnn.plan.schedule import choose_groups, make_buckets
 
 from .conftest import wide
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from dpnn.nn import Branches, Chain, Concat, Conv, Dense, Flatten, ReLU
-from dpnn.plan.schedule import Backward, Forward, PostRecv, Recv, Send, Sent
+from dpnn.plan.instructions import Backward, Forward, PostRecv, Recv, Send, Sent
 from dpnn.plan.simulate import Unmatched, simulate
 
 from .lists import graph_of, placed_by, plans_of, plans_over

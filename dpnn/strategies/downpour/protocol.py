@@ -5,6 +5,7 @@ So who fetches with or after a push finds it applied. A fetch is answered by the
 request for work by an Answer.
 """
 
+from collections.abc import Sequence
 from enum import IntEnum
 from itertools import pairwise
 from struct import Struct
@@ -127,6 +128,29 @@ def pieces(n: int) -> list[tuple[int, int]]:
     """
     length = max(_LEAST_PIECE, -(-n // _PIECES))
     return [(lo, min(lo + length, n)) for lo in range(0, n, length)]
+
+
+class Shard(NamedTuple):
+    """What a server holds: numbers [lo, hi) of the flat arrays of a part of the network."""
+
+    part: int
+    lo: int
+    hi: int
+
+
+def deal(sizes: Sequence[int], servers: int, first: int = 0) -> list[Shard]:
+    """The shard of each server, where the flat arrays of part p have sizes[p] numbers.
+
+    Every part has servers of its own, at least one, and more where it has more numbers. Those of part `first` come
+    first. ValueError where there are fewer servers than parts.
+    """
+    if servers < len(sizes):
+        raise ValueError(f"{servers} servers for {len(sizes)} parts")
+    shares = [1] * len(sizes)
+    for _ in range(servers - len(sizes)):
+        shares[max(range(len(sizes)), key=lambda part: sizes[part] / shares[part])] += 1
+    order = sorted(range(len(sizes)), key=lambda part: part != first)
+    return [Shard(part, lo, hi) for part in order for lo, hi in shards(sizes[part], shares[part])]
 
 
 def shards(n: int, servers: int) -> list[tuple[int, int]]:

@@ -37,8 +37,8 @@ _BINS = 128
 class Client:
     """What a server knows of a worker."""
 
-    def __init__(self, replica: int) -> None:
-        self.replica = replica
+    def __init__(self, replica: int, rank: int) -> None:
+        self.replica, self.rank = replica, rank
         self.letter = Letter(Request)
         self.request = Request(Kind.ALIVE)
         """What it wants now."""
@@ -53,7 +53,10 @@ class Client:
 
 
 class Server:
-    """Serves `workers` ranks of `comm`, the ranks from 0 on, until the first of them says that the run is over."""
+    """Serves `workers` replicas, until the first of them says that the run is over.
+
+    They are the ranks of `comm` from 0 on; where each is spread over several `parts`, those with the same `part`.
+    """
 
     def __init__(
         self,
@@ -69,6 +72,8 @@ class Server:
         asked: Callable[[], bool],
         parting: Callable[["Server"], None],
         limit_s: float,
+        parts: int = 1,
+        part: int = 0,
     ) -> None:
         """`params`, `state`: of this shard. `make(params, grads, state)`: an optimizer over such arrays.
 
@@ -86,10 +91,10 @@ class Server:
         n = workers if order.replays else min(workers, _STAGED)
         self._staged = [np.empty_like(params) for _ in range(n)]
         self._free = list(range(n))
-        self.clients = [Client(replica) for replica in range(workers)]
+        self.clients = [Client(replica, replica * parts + part) for replica in range(workers)]
         self.left = workers
         """Workers that may still push."""
-        self._listens = [comm.Recv_init(client.letter.bytes, client.replica, Tag.REQUEST) for client in self.clients]
+        self._listens = [comm.Recv_init(client.letter.bytes, client.rank, Tag.REQUEST) for client in self.clients]
         self._requests: list[MPI.Request] = [*self._listens, *[MPI.REQUEST_NULL] * n]
         """The next request of every worker, then the gradients for every buffer."""
         self._holders = [-1] * n
@@ -195,7 +200,7 @@ class Server:
         """Receive its next gradients."""
         client.staged = buffer = self._free.pop()
         self._holders[buffer] = client.replica
-        arrival = self._comm.Irecv(self._staged[buffer], client.replica, Tag.GRADIENTS)
+        arrival = self._comm.Irecv(self._staged[buffer], client.rank, Tag.GRADIENTS)
         self._requests[len(self.clients) + buffer] = arrival
 
     def _look_at(self, client: Client) -> None:
@@ -315,7 +320,7 @@ class Server:
         sends = []
         for lo, hi, piece in copy.pieces:
             before(lo, hi)
-            sends.append(self._comm.Isend(piece, to.replica, Tag.PARAMS))
+            sends.append(self._comm.Isend(piece, to.rank, Tag.PARAMS))
         copy.readers += 1
         self._sends.append((sends, copy))
 
@@ -359,7 +364,7 @@ class Server:
         letter = client.answers[tag]
         known = (self.version, self.steps, self.samples, self.loss, self._rate(self.steps))
         letter.write(Answer(*known, self.stop, self.left, self.alive, client.staleness, self.discarded, lease, *lane))
-        self._sends.append(([self._comm.Isend(letter.bytes, client.replica, tag)], None))
+        self._sends.append(([self._comm.Isend(letter.bytes, client.rank, tag)], None))
 
     def _slowest(self, but: Client) -> int:
         """The least that any other replica has done, of those that have joined and not left."""

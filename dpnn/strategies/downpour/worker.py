@@ -6,7 +6,7 @@ parameters that aren't there when they are due, and for a push that hasn't left 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from time import monotonic, perf_counter, sleep
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from dpnn.comm.faults import wait
 from dpnn.data import Run
 from dpnn.errors import NotFiniteError, RankError
 from dpnn.optim import Optimizer
+from dpnn.strategies.downpour.parts import Alone, Note
 from dpnn.strategies.downpour.protocol import Answer, Array, Kind, Lease, Letter, Request, Tag, pieces, shards
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class Worker:
     """Fetches and pushes `params` and `grads`, flat arrays, of which the servers behind the workers hold a shard each.
 
     `local` updates `params` by `grads`: plain SGD. `n_trained`: the numbers from there on are running statistics.
+    Where the replica is spread over several `parts`, `held` says of those servers that hold a shard of this one's
+    arrays which numbers [lo, hi) it is, by their ranks in `comm`; what is collective is so over the parts.
     """
 
     together = False
@@ -57,20 +60,28 @@ class Worker:
         n_trained: int,
         local: Optimizer,
         job: config.Job,
+        parts: Alone | None = None,
+        held: Mapping[int, tuple[int, int]] | None = None,
     ) -> None:
         from mpi4py import MPI
 
         self._mpi, self._comm, self._options, self._limit_s = MPI, comm, job.parallel, job.parallel.timeout_s
         self._params, self._grads, self._local, self._n_trained = params, grads, local, n_trained
         self._clips = job.optimizer.clip > 0
+        self._parts = parts or Alone()
         self.rate, self.loss, self.samples = 0.0, 0.0, 0
         self.wait_s = self.update_s = 0.0
         self.asked = self.stop = False
-        """Whether this rank was asked to stop; whether the servers say that the run stops."""
+        """Whether this replica was asked to stop; whether the servers say that the run stops, as all its parts know."""
+        self._heard = False
+        """Whether they say so to this part."""
         self.known = Answer()
         """The last answer of the first server to a fetch: what is known of the run as a whole."""
-        servers = comm.size - workers
-        self._shards = [(workers + s, lo, hi) for s, (lo, hi) in enumerate(shards(params.size, servers))]
+        self.steps = 0
+        """Of all replicas, as far as the part that asks for work knew them in the last step."""
+        held = held or dict(enumerate(shards(params.size, comm.size - workers), workers))
+        self._shards = [(server, lo, hi) for server, (lo, hi) in held.items()]
+        servers = len(held)
         options = self._options
         self._in_step = options.n_push == options.n_fetch == 1 and options.fetch_ahead == 0
         """Whether every step waits for parameters that have its last push in them: then nothing has to be copied."""
@@ -125,15 +136,19 @@ class Worker:
         self._comm.Iprobe()
 
     def tell(self, loss: float) -> None:
-        """Note the loss, the mean over the samples."""
-        self.loss = loss
+        """Tell the other parts the loss, this one's share of the mean over the samples, and what it has heard."""
+        self._parts.tell(Note(loss, self._heard, self.asked, self.known.steps))
 
     def finish(self) -> None:
-        """Add the gradients to the next push, and send it off if it is time; take a step of one's own."""
+        """Add the gradients to the next push, and send it off if it is time; take a step of one's own.
+
+        NotFiniteError, on all parts, where the loss isn't finite.
+        """
         start, before = perf_counter(), self._waited
+        self._hear()
         if not math.isfinite(self.loss):
             raise NotFiniteError(f"the loss is {self.loss}")
-        scale = self._local.clip_scale(self._local.sum_of_squares(0, self._grads.size)) if self._clips else 1.0
+        scale = self._clip_scale() if self._clips else 1.0
         push = self._sets[self._pushes % 2]
         if self._steps == 0:
             self._see_off(push)
@@ -152,32 +167,40 @@ class Worker:
     # What the run calls.
 
     def join(self) -> None:
-        """Take the newest parameters, waiting for them: before the first step, and before they are looked at."""
+        """Take the newest parameters, waiting for them: before the first step, and before they are looked at.
+
+        Collective: when it returns, all parts have theirs.
+        """
         if self._coming:
             self._install()
         self._expect()
         self._send(Kind.FETCH, self._shards)
         self._install()
+        self._parts.tell(Note(0.0, self._heard, self.asked, self.known.steps))
+        self._hear()
         self._asked = -1  # the next step asks for newer ones
         self._waited = 0.0  # that was no part of a step
 
     def lease(self) -> Run | None:
-        """More to do, or None: there is no more. RankError where others don't go on that this one has to wait for."""
+        """More to do, or None: there is no more. Collective.
+
+        RankError where others don't go on that this one has to wait for.
+        """
         answer = self._ask_until(lambda answer: answer.lease != Lease.WAIT)
-        self.stop = self.stop or bool(answer.stop)
+        self.stop = self._heard = self.stop or bool(answer.stop)
         if answer.lease == Lease.NONE:
             return None
         return Run(answer.epoch, range(answer.lane, answer.lane + 1), answer.first, answer.last)
 
     def leave(self) -> None:
-        """Push what is left; no more will come."""
+        """Push what is left; no more will come. Collective."""
         if self._steps:
             self._push()
-        self.join()  # what is answered now has all pushes of this worker
+        self.join()  # what is answered now has all pushes of this replica
         self._send(Kind.LEAVE, self._shards)
 
     def await_others(self) -> None:
-        """Return when all replicas have left. RankError where the others don't go on."""
+        """Return when all replicas have left. RankError where the others don't go on. Collective."""
         self._ask_until(lambda answer: answer.left == 0)
 
     def tick(self) -> None:
@@ -187,7 +210,7 @@ class Worker:
             self._send(Kind.ALIVE, self._shards)
 
     def close(self) -> None:
-        """End the servers, once all have left and the last checkpoint is written. On the first replica."""
+        """End the servers, once all have left and the last checkpoint is written. On all parts of the first replica."""
         self._send(Kind.CLOSE, self._shards)
         for server, _, _ in self._shards:
             answer = self._comm.Irecv(self._leased.bytes, server, Tag.LEASED)
@@ -201,12 +224,17 @@ class Worker:
             wait(request.Test, "the servers to hear of this replica", self._limit_s)
 
     def _ask_until(self, enough: Callable[[Answer], bool]) -> Answer:
-        """The first answer that is enough. RankError where the run doesn't go on meanwhile."""
+        """The first answer that is enough. RankError where the run doesn't go on meanwhile.
+
+        One part asks, all hear the answers: so all find the same.
+        """
         steps, since = -1, monotonic()
         while True:
-            coming = self._comm.Irecv(self._leased.bytes, self._shards[0][0], Tag.LEASED)
-            self._send(Kind.LEASE, self._shards[:1])
-            wait(coming.Test, "the first server to answer", self._limit_s)
+            if self._parts.asks:
+                coming = self._comm.Irecv(self._leased.bytes, self._shards[0][0], Tag.LEASED)
+                self._send(Kind.LEASE, self._shards[:1])
+                wait(coming.Test, "the first server to answer", self._limit_s)
+            self._parts.share(self._leased.bytes)
             answer = self._leased.read()
             if enough(answer):
                 return answer
@@ -218,6 +246,18 @@ class Worker:
                     "stopped, or a step takes longer; if all ranks are well, raise parallel.timeout_s"
                 )
             sleep(_ASK_AGAIN_S)
+
+    def _hear(self) -> None:
+        """What the parts have told one another: the loss of the replica, and whether it stops."""
+        begin = perf_counter()
+        note = self._parts.hear()
+        self._waited += perf_counter() - begin
+        self.loss, self.stop, self.steps = note.loss, self.stop or note.stop, note.steps
+        self.asked = note.asked or self.stop  # so that the servers of all parts are told
+
+    def _clip_scale(self) -> float:
+        """What brings the norm of the replica's whole gradient under the limit."""
+        return self._local.clip_scale(self._parts.total(self._local.sum_of_squares(0, self._grads.size)))
 
     def _installs_next(self) -> bool:
         """Whether the next step begins with other parameters, so that a step of one's own would be lost."""
@@ -277,7 +317,7 @@ class Worker:
             np.copyto(self._params, self._fetched)
         answers = [answer.read() for answer in self._answers]
         self._versions = [answer.version for answer in answers]
-        self.stop = self.stop or any(answer.stop for answer in answers)
+        self._heard = self._heard or any(answer.stop for answer in answers)
         self.known = answers[0]
 
     def _send(self, kind: Kind, to: Sequence[tuple[int, int, int]]) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpnn.strategies.downpour.protocol import Answer, Letter, Request, pieces, shards
+from dpnn.strategies.downpour.protocol import Answer, Letter, Request, deal, pieces, shards
 
 
 @given(n=st.integers(0, 10**9), servers=st.integers(1, 64))
@@ -25,6 +25,25 @@ def test_with_fewer_numbers_than_cache_lines_some_servers_hold_none(n, servers):
     assert found[-1][1] == n
     assert all(lo <= hi for lo, hi in found)
     assert sum(hi - lo for lo, hi in found) == n
+
+
+@given(sizes=st.lists(st.integers(0, 10**9), min_size=1, max_size=8), more=st.integers(0, 24), data=st.data())
+def test_every_part_has_servers_of_its_own_and_the_fullest_is_as_empty_as_can_be(sizes, more, data):
+    first = data.draw(st.integers(0, len(sizes) - 1))
+    found = deal(sizes, len(sizes) + more, first)
+    assert len(found) == len(sizes) + more
+    assert found[0].part == first
+    shares = [[(lo, hi) for of, lo, hi in found if of == part] for part in range(len(sizes))]
+    assert shares == [shards(size, len(share)) for size, share in zip(sizes, shares, strict=True)]
+    # One server more for the part whose servers hold most would be one less for a part whose servers then hold more.
+    most = max(size / len(share) for size, share in zip(sizes, shares, strict=True))
+    for size, share in zip(sizes, shares, strict=True):
+        assert len(share) == 1 or size / (len(share) - 1) >= most
+
+
+def test_fewer_servers_than_parts_cannot_be_dealt():
+    with pytest.raises(ValueError, match="1 servers for 2 parts"):
+        deal([10, 10], 1)
 
 
 @given(n=st.integers(0, 10**9))
