@@ -1,8 +1,8 @@
 """One network over several ranks: speed, bytes that cross, memory, and how good the chosen placement is.
 
 Every rank has one thread; batches of random numbers lie in memory. All processes of a case live at once and take
-turns, and medians count. What groups take is measured on one rank, in micro-batches of the case's size; from that, and
-from the time of messages, the plan's simulator says how long a step should take. The rows:
+turns, and medians count. What groups take is measured on the first rank; from that, and from the time of messages, the
+plan says how long a step should take. The rows:
 
     training                images a second of 2 parts, against 1 rank with the same images in one micro-batch; against
                             as many runs of half of them at once that exchange nothing, what the machine allows
@@ -20,12 +20,17 @@ from dataclasses import dataclass
 from math import prod
 
 from groups import Group
-from harness import Benchmark, WorkerEnded, medians
-from parts import NETWORKS, Profile
+from harness import RATE, Benchmark, WorkerEnded, medians
+from ours import JOB
+from parts import NETWORKS
 
+from dpnn import config
+from dpnn.evaluate import choose_backends
 from dpnn.nn import Graph, SoftmaxCrossEntropy
-from dpnn.plan import Costs, lay, place, spread
+from dpnn.plan import Costs, lay
 from dpnn.plan.placement import Pattern
+from dpnn.planning import forecasts
+from dpnn.team import Team
 
 PARTS, MANY = 2, 4
 FASTER, ALLOWED, FORECAST = 1.6, 0.8, 0.9
@@ -33,6 +38,7 @@ FASTER, ALLOWED, FORECAST = 1.6, 0.8, 0.9
 LARGEST_SHARE, NEAR_BEST = 0.30, 1 / 1.15
 BUDGET_S, QUICK_BUDGET_S = 60.0, 2.0
 """How long the sides of one case take turns, save where that would be less than three turns each."""
+MEMORY_ROWS = 64
 HELD = 3
 """Numbers that a rank holds for each parameter: itself, its gradient, its momentum."""
 
@@ -48,7 +54,7 @@ class Setting:
     pipeline: str = "1f1b"
 
     def __str__(self) -> str:
-        how = f" in {self.microbatches}" if self.microbatches > 1 else ""
+        how = "" if self.microbatches == 1 else f" in {self.microbatches or 'the best number'}"
         return f"{self.wanted}{how}{' (gpipe)' if self.pipeline == 'gpipe' else ''}"
 
 
@@ -63,7 +69,7 @@ class Case:
 
 CASES = (
     Case("vgg16", 64, {Setting("depth", 8): FASTER}),
-    Case("googlenet_heads", 64, {Setting("auto", 8): FASTER, Setting("branches"): 0.0}),
+    Case("googlenet_heads", 64, {Setting("auto", 0): FASTER, Setting("branches"): 0.0}),
 )
 QUICK_CASES = (Case("alexnet", 8, {Setting("depth", 2): 0.0}),)
 
@@ -84,24 +90,10 @@ CONTESTS = {
 QUICK_CONTESTS = {"alexnet": (8, [Setting({"conv3": 1}, 2), Setting("depth"), Setting("filters")])}
 
 
-def measured(name: str, rows: int, microbatches: int) -> tuple[Profile, Costs]:
-    """What groups take on one rank, in micro-batches; and what nodes cost."""
-    with Group(1, True, "parts.Parts", name, rows, "depth", microbatches) as one, Group(PARTS, True, *LINK) as two:
-        link = two.call("link")[0]
-        one.call("step")
-        (profile,) = one.call("profile", 2)
-        return profile, one.call("costs", profile, link)[0]
-
-
-LINK = ("parts.Parts", "lenet", 2)
-"""A small network on two parts, to send messages between them."""
-
-
 def measure(bench: Benchmark, case: Case) -> None:
     """Two parts beside one rank, for each setting."""
     for setting, goal in case.settings.items():
         title = f"{case.name}, {case.rows}, {setting}"
-        profile, costs = measured(case.name, case.rows, setting.microbatches)
         common = ("parts.Parts", case.name)
         with ExitStack() as sides:
             try:
@@ -109,7 +101,7 @@ def measure(bench: Benchmark, case: Case) -> None:
                 apart = sides.enter_context(
                     Group(PARTS, False, "ours.Ours", *NETWORKS[case.name], case.rows, 1, "train")
                 )
-                args = (case.rows, setting.wanted, setting.microbatches, setting.pipeline, costs)
+                args = (case.rows, setting.wanted, setting.microbatches, setting.pipeline)
                 two = sides.enter_context(Group(PARTS, True, *common, *args))
                 for side in (one, apart, two):
                     side.seconds(1)
@@ -118,8 +110,7 @@ def measure(bench: Benchmark, case: Case) -> None:
             except WorkerEnded as error:
                 bench.note(f"{title}: not measured: {error}")
                 continue
-            link = (costs.latency, costs.crossing_bandwidth)
-            predicted_s = two.call("predicted", profile, link)[0]
+            predicted_s = two.call("predicted")[0]
             for part, (about, spent) in enumerate(zip(two.call("about"), two.call("profile", 2), strict=True)):
                 bench.note(f"{title}, part {part}: {about}; {spent}")
             counted, planned = map(sum, zip(*two.call("crossed"), strict=True))
@@ -135,7 +126,10 @@ def memory(bench: Benchmark, name: str) -> None:
     """Bytes that stay over a whole run, on the fullest part."""
     network, shape = NETWORKS[name]
     graph = Graph(network, shape, SoftmaxCrossEntropy())
-    placed = spread(graph, place(graph, MANY, "auto", Costs()))
+    job = config.parse(JOB.format(rows=MEMORY_ROWS, rate=RATE, threads=1), [f"parallel.parts={MANY}"])
+    backends, _ = choose_backends(job.backend, Team(1))
+    _, best = forecasts(job, graph, MEMORY_ROWS, backends, Costs())[0]
+    placed = best.placed
     held = [sum(prod(piece.spec.shape) for piece in lay(placed.nodes(part))) for part in range(MANY)]
     fullest, whole = (4e-6 * HELD * n for n in (max(held), graph.n_params))
     bench.note(f"{name}, {MANY} parts: " + ", ".join(f"{n / graph.n_params:.1%}" for n in held))
@@ -144,16 +138,15 @@ def memory(bench: Benchmark, name: str) -> None:
 
 def contest(bench: Benchmark, name: str, rows: int, settings: list[Setting]) -> None:
     """`auto` beside other placements."""
-    numbers = dict.fromkeys(setting.microbatches for setting in settings)
-    costs = {number: measured(name, rows, number)[1] for number in numbers}
-    best = max(numbers)
-    everybody = [Setting("auto", best), *settings]
+    everybody = [Setting("auto", 0), *settings]
+    costs = ""
     with ExitStack() as sides:
         groups = []
         for setting in everybody:
-            args = (setting.wanted, setting.microbatches, setting.pipeline, costs[setting.microbatches])
+            args = (setting.wanted, setting.microbatches, setting.pipeline, costs)
             groups.append(sides.enter_context(Group(PARTS, True, "parts.Parts", name, rows, *args)))
             groups[-1].seconds(1)
+            costs = costs or groups[-1].call("costs")[0]
         budget_s = QUICK_BUDGET_S if bench.quick else BUDGET_S
         times = medians([group.seconds for group in groups], budget_s)
     for setting, seconds in zip(everybody, times, strict=True):

@@ -4,8 +4,9 @@ from math import prod
 
 import pytest
 
+from dpnn.backends.reference import Reference
 from dpnn.nn import Add, Branches, Chain, Concat, Conv, Dense, Flatten, MaxPool, ReLU
-from dpnn.plan import Costs, place
+from dpnn.plan import Costs, Forecaster, Placement, place
 from dpnn.plan.schedule import Send
 
 from .parts import Course, train
@@ -19,6 +20,11 @@ WIDE = Chain(
     Flatten(),
     Dense(5),
 )
+
+
+def placement(course: Course, parts: int, wanted) -> Placement:
+    loads = Forecaster(course.graph, [Reference()], course.rows, 1, Costs()).loads(1)
+    return place(course.graph, parts, wanted, loads)
 
 
 def planned(plan) -> int:
@@ -42,7 +48,7 @@ def _source(graph, node) -> int:
 )
 def test_as_many_bytes_cross_as_the_plan_says(world, network, wanted, microbatches):
     course = Course(network, microbatches=microbatches)
-    trained = train(world, course, place(course.graph, world.size, wanted, Costs()))
+    trained = train(world, course, placement(course, world.size, wanted))
     assert trained.sent == planned(trained.plan)
     assert world.comm.allreduce(trained.sent) > 0
 
@@ -51,7 +57,7 @@ def test_as_many_bytes_cross_as_the_plan_says(world, network, wanted, microbatch
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_a_cut_sends_its_array_forward_and_its_gradient_back(world, microbatches):
     course = Course(DEEP, microbatches=microbatches)
-    trained = train(world, course, place(course.graph, 2, {"conv2": 1}, Costs()))
+    trained = train(world, course, placement(course, 2, {"conv2": 1}))
     images = course.rows * prod((4, 8, 8)) * ITEMSIZE
     data = course.rows * (4 + 0)  # labels; ids are read by nobody there
     forward, backward = world.comm.allgather(trained.sent)
