@@ -38,7 +38,8 @@ FASTER, ALLOWED, FORECAST = 1.6, 0.8, 0.9
 LARGEST_SHARE, NEAR_BEST = 0.30, 1 / 1.15
 BUDGET_S, QUICK_BUDGET_S = 60.0, 2.0
 """How long the sides of one case take turns, save where that would be less than three turns each."""
-MEMORY_ROWS = 64
+MEMORY_ROWS, LIMIT_GB = 64, 1.2
+"""A step, and the memory of a rank that `auto` is told to stay under."""
 HELD = 3
 """Numbers that a rank holds for each parameter: itself, its gradient, its momentum."""
 
@@ -126,13 +127,15 @@ def memory(bench: Benchmark, name: str) -> None:
     """Bytes that stay over a whole run, on the fullest part."""
     network, shape = NETWORKS[name]
     graph = Graph(network, shape, SoftmaxCrossEntropy())
-    job = config.parse(JOB.format(rows=MEMORY_ROWS, rate=RATE, threads=1), [f"parallel.parts={MANY}"])
+    job = config.parse(
+        JOB.format(rows=MEMORY_ROWS, rate=RATE, threads=1), [f"parallel.parts={MANY}", f"parallel.memory_gb={LIMIT_GB}"]
+    )
     backends, _ = choose_backends(job.backend, Team(1))
     _, best = forecasts(job, graph, MEMORY_ROWS, backends, Costs())[0]
     placed = best.placed
     held = [sum(prod(piece.spec.shape) for piece in lay(placed.nodes(part))) for part in range(MANY)]
     fullest, whole = (4e-6 * HELD * n for n in (max(held), graph.n_params))
-    bench.note(f"{name}, {MANY} parts: " + ", ".join(f"{n / graph.n_params:.1%}" for n in held))
+    bench.note(f"{name}, {MANY} parts, memory_gb = {LIMIT_GB}: " + ", ".join(f"{n / graph.n_params:.1%}" for n in held))
     bench.record(f"{name}, memory, {MANY} parts", fullest, whole * LARGEST_SHARE, f"{LARGEST_SHARE:.0%}", 1.0, "MB")
 
 
