@@ -4,7 +4,7 @@ import numpy as np
 from harness import RATE
 from ours import JOB
 
-from dpnn import config
+from dpnn import config, models
 from dpnn.comm.grains import stack_places
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
@@ -14,6 +14,7 @@ from dpnn.data import Batch
 from dpnn.evaluate import Model, segments_of
 from dpnn.nn import Network, Shape
 from dpnn.optim import STATES, Optimizer
+from dpnn.plan import Placed
 from dpnn.strategies.allreduce import Allreduce
 
 
@@ -32,7 +33,7 @@ class Replica:
         total = rows * mesh.replicas
         overrides = ["train.reproducible=true", f"train.grains={grains}"] if grains else []
         job = config.parse(JOB.format(rows=total, rate=RATE, threads=threads), overrides)
-        model = Model(job, network, shape, mesh.part, threads)
+        model = Model(job, Placed.whole(models.graph(job, network, shape)), mesh.part, threads)
         store = model.store
         segments = segments_of(store.pieces)
         states, limit_s = STATES[job.optimizer.name], job.parallel.timeout_s
@@ -49,7 +50,7 @@ class Replica:
         self.bucket_nbytes = world.first(lambda: measured)
         pieces = grains // mesh.replicas or 1
         plan = (rows // pieces, pieces, self.bucket_nbytes, grains > 0)
-        layout = model.lay_out(world.first, lambda: model.training(*plan))
+        layout = model.lay_out(world, lambda: model.training(*plan))
         self.executor = model.executor(layout, strategy=self._strategy)
         rng = np.random.default_rng(mesh.replica)
         x = rng.standard_normal((rows, *shape), np.float32)

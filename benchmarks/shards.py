@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from harness import RATE
 
-from dpnn import config
+from dpnn import config, models
 from dpnn.comm.faults import deadline
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
@@ -20,6 +20,7 @@ from dpnn.data import Batch
 from dpnn.evaluate import Model, choose_backends, kernels_of, segments_of
 from dpnn.nn import Network, Shape
 from dpnn.optim import STATES, Optimizer, Segment
+from dpnn.plan import Placed
 from dpnn.strategies.allreduce import Allreduce
 from dpnn.strategies.downpour.order import Order
 from dpnn.strategies.downpour.server import Server
@@ -223,14 +224,14 @@ class Training:
         world = start(LIMIT_S)
         mesh = Mesh(world, servers=1)
         job = asynchronous(rows, 1)
-        model = Model(job, network, shape, 0, 1)
+        model = Model(job, Placed.whole(models.graph(job, network, shape)), 0, 1)
         store = model.store
         store.draw(job.seed)
         segments = segments_of(store.pieces)
         self._line = Line(world, range(world.size), job, store.params, store.grads, segments)
         if mesh.server is not None:
             return
-        layout = model.lay_out(mesh.crew.first, lambda: model.training(rows))
+        layout = model.lay_out(mesh.crew, lambda: model.training(rows))
         self._executor = model.executor(layout, strategy=self._line.worker)
         rng = np.random.default_rng(mesh.replica)
         (classes,) = model.graph.nodes[model.graph.output].shape
