@@ -27,7 +27,7 @@ def assumed(job: config.Job, graph: Graph, rows: int) -> Placement:
     `rows`: the most samples of a replica's step. JobError where it can't be, with the nearest that can.
     """
     parallel = job.parallel
-    if parallel.parts == 1:
+    if parallel.parts == 1 and not parallel.memory_gb:
         return Placement(1, (0,) * len(graph.nodes))
     backends, _ = choose_backends(job.backend, Team(1))
     if parallel.placement != "auto" or parallel.memory_gb:

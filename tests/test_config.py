@@ -126,7 +126,7 @@ WRONG = {
     "optimizer.clip=-1": "optimizer.clip = -1: a number of 0 or more",
     "parallel.microbatches=-1": "parallel.microbatches = -1: a whole number of 0 or more",
     "parallel.parts=0": "parallel.parts = 0: a whole number of 1 or more",
-    'parallel.placement={"conv*" = "a"}': 'or a table of parts by patterns of names',
+    'parallel.placement={"conv*" = "a"}': "or a table of parts by patterns of names",
     "parallel.memory_gb=-1": "parallel.memory_gb = -1: a number of 0 or more",
     "parallel.timeout_s=0": "parallel.timeout_s = 0: a number above 0",
     "output.keep=0": "output.keep = 0: a whole number of 1 or more",

@@ -84,12 +84,10 @@ def check(job: Job) -> None:
     if isinstance(placement, str) and placement not in PLACEMENTS:
         near = [f"; did you mean {toml(name)}?" for name in get_close_matches(placement, PLACEMENTS, 1)]
         raise JobError(f"parallel.placement = {toml(placement)}: {wanted_of(Placing)} is wanted{''.join(near)}")
-    if job.parallel.parts == 1 and placement != "auto":
-        raise JobError(f"parallel.placement = {shown(placement)}: it needs parallel.parts of 2 or more; leave it out")
-    if job.parallel.memory_gb and (placement != "auto" or job.parallel.parts == 1):
+    if job.parallel.memory_gb and placement != "auto":
         raise JobError(
-            f'parallel.memory_gb = {job.parallel.memory_gb:g}: it is a limit for what parallel.placement = "auto" '
-            "chooses, over parallel.parts of 2 or more; leave it out"
+            f"parallel.memory_gb = {job.parallel.memory_gb:g}: it is a limit for what "
+            'parallel.placement = "auto" chooses; leave it out'
         )
     batch, lanes = job.train.global_batch, job.data.lanes
     if lanes and batch % lanes:

@@ -40,6 +40,9 @@ _LOOKS = 20_000
 """Forecasts of the search, times the nodes of the network: larger ones take longer each."""
 _STARTS = 3
 """Settings that are improved."""
+_NEAR = 1.05
+"""Of settings that take so much longer than the fastest at most, the one whose fullest part holds the fewest parameters
+is taken: updates, checkpoints and the exchange between replicas grow with these."""
 _SHARED = 8
 """Layers whose filters the search shares out or brings together."""
 
@@ -133,7 +136,9 @@ class _Search:
                 f"{max(best.nbytes) / GB:.3g} GB on a rank ({name}, {best.setting.microbatches} micro-batches); "
                 "use more parts, a smaller batch, or a higher limit"
             )
-        return ranked
+        near = [item for item in ranked if self.rank(item[1]) <= (0.0, _NEAR * best.timing.step, float("inf"))]
+        chosen = min(near, key=lambda item: (max(item[1].params), self.rank(item[1])))
+        return [chosen, *(item for item in ranked if item is not chosen)]
 
     def improve(self) -> None:
         """Go from the best settings to better neighbours, until there is none or enough was looked at."""

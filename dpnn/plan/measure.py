@@ -19,8 +19,9 @@ from dpnn.plan.store import Store
 _MOST_ROWS = 4
 """Samples that a group is timed with, beside one."""
 _LONG_S = 0.3
-"""Calls of a group are repeated, three times at most, until they took so long."""
-_CALLS = 3
+"""Calls of a group are repeated until they took so long."""
+_CALLS = 2, 4
+"""At least, and at most: the first one may be slower."""
 
 
 def measured(graph: Graph, parts: int, backends: Sequence[Backend], rows: int) -> Costs:
@@ -59,8 +60,10 @@ def _time(graph: Graph, group: Group, backends: Sequence[Backend], rows: int) ->
 
 def _line(one: float, most: float, rows: int) -> tuple[float, float]:
     """Fixed and per sample, from the seconds of one sample and of `rows`."""
+    if one * rows <= most:
+        return 0.0, most / rows
     each = max(0.0, (most - one) / (rows - 1))
-    return max(0.0, one - each), each
+    return one - each, each
 
 
 def _seconds(graph: Graph, group: Group, backends: Sequence[Backend], rows: int) -> tuple[float, float]:
@@ -86,10 +89,10 @@ def _seconds(graph: Graph, group: Group, backends: Sequence[Backend], rows: int)
 
 def _fastest(call: Callable[[], None]) -> float:
     times = []
-    for _ in range(_CALLS):
+    for _ in range(_CALLS[1]):
         begin = perf_counter()
         call()
         times.append(perf_counter() - begin)
-        if sum(times) > _LONG_S:
+        if sum(times) > _LONG_S and len(times) >= _CALLS[0]:
             break
     return min(times)

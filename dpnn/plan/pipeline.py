@@ -7,12 +7,13 @@ micro-batch waits for another part, the next one is worked on. The order is that
 so every rank finds the same one by itself.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
+from dpnn.nn.join import Fork
 from dpnn.plan.costs import Costs
 from dpnn.plan.spread import Placed
 
@@ -45,11 +46,15 @@ class _Segment:
 
 @lru_cache(maxsize=8)
 def levels_of(placed: Placed) -> list[int]:
-    """The level of each node; read only."""
-    part_of, levels = placed.part_of, list[int]()
-    for node in placed.graph.nodes:
+    """The level of each node; read only. What only passes data on (labels, sample ids) is where that is first read."""
+    graph, part_of, levels = placed.graph, placed.part_of, list[int]()
+    for node in graph.nodes:
         own = part_of[node.index]
         levels.append(max((levels[i] + (part_of[i] != own) for i in node.inputs), default=0))
+    for node in reversed(graph.nodes):
+        if isinstance(node.layer, Fork) and not node.needs_grad:
+            own = part_of[node.index]
+            levels[node.index] = min(levels[r.index] - (part_of[r.index] != own) for r, _ in graph.readers(node))
     return levels
 
 
@@ -59,7 +64,7 @@ def order_of(placed: Placed, microbatches: int, trains: bool, pipeline: Pipeline
     segments = _segments(placed, trains)
     slots = _slots(placed.parts, segments, microbatches, pipeline if trains else "sequence")
     orders: list[list[Task]] = [[] for _ in range(placed.parts)]
-    schedule = _Schedule(segments, slots)
+    schedule = _Schedule(segments, slots, full=pipeline == "gpipe")
     for micro in range(microbatches):
         schedule.add(micro, microbatches)
     for part, task in schedule.run():
@@ -94,7 +99,10 @@ def _segments(placed: Placed, trains: bool) -> dict[tuple[int, int], _Segment]:
 
 
 def _slots(parts: int, segments: dict[tuple[int, int], _Segment], microbatches: int, pipeline: Pipeline) -> list[int]:
-    """For each part: itself and all parts that come behind it can each have a micro-batch."""
+    """For each part: itself and all parts that come behind it can each have a micro-batch.
+
+    Where a micro-batch comes to a part several times, on its way forward and back, twice as many.
+    """
     if pipeline == "sequence":
         return [1] * parts
     if pipeline == "gpipe":
@@ -103,7 +111,8 @@ def _slots(parts: int, segments: dict[tuple[int, int], _Segment], microbatches: 
     for (part, _), segment in segments.items():
         for source, _ in segment.after:
             behind[source].add(part)
-    return [min(microbatches, len(_reach(behind, part))) for part in range(parts)]
+    visits = Counter(part for part, _ in segments)
+    return [min(microbatches, len(_reach(behind, part)) * min(2, visits[part])) for part in range(parts)]
 
 
 def _reach(behind: Sequence[set[int]], part: int) -> set[int]:
@@ -119,8 +128,11 @@ def _reach(behind: Sequence[set[int]], part: int) -> set[int]:
 class _Schedule:
     """A list schedule: whoever can begin first begins, with what comes first in its order of preference."""
 
-    def __init__(self, segments: dict[tuple[int, int], _Segment], slots: Sequence[int]) -> None:
+    def __init__(self, segments: dict[tuple[int, int], _Segment], slots: Sequence[int], full: bool) -> None:
+        """`full`: backward always waits until all slots are taken."""
         self._segments, self._slots = segments, slots
+        visits = Counter(part for part, _ in segments)
+        self._full = [full or max(visits.values()) == 1 for _ in slots]
         self._missing: dict[tuple[int, Task], int] = {}
         self._followers: dict[tuple[int, Task], list[tuple[int, Task]]] = defaultdict(list)
         self._ready: list[dict[Task, float]] = [{} for _ in slots]
@@ -130,8 +142,8 @@ class _Schedule:
     def add(self, micro: int, microbatches: int) -> None:
         """The tasks of a micro-batch; in their order.
 
-        Backward waits until all slots are taken: were it the assumed costs that decide, a part whose neighbours are
-        faster than assumed would go backward too early, and keep them waiting for its forward.
+        In a plain pipeline backward waits until all slots are taken: were it assumed costs that decide, a part whose
+        neighbours are faster than assumed would go backward too early, and keep them waiting for its forward.
         """
         for (part, level), segment in self._segments.items():
             needs = [(other, Task(micro, False, below)) for other, below in segment.after]
@@ -140,7 +152,7 @@ class _Schedule:
             self._need(part, Task(micro, False, level), needs)
             if segment.trained:
                 needs = [(other, Task(micro, True, above)) for other, above in segment.gradients]
-                last = min(micro + self._slots[part], microbatches) - 1
+                last = min(micro + self._slots[part], microbatches) - 1 if self._full[part] else micro
                 needs += [(part, Task(last, False, own)) for other, own in self._segments if other == part]
                 if micro:
                     needs.append((part, Task(micro - 1, True, level)))

@@ -75,7 +75,7 @@ def test_a_layer_that_is_too_large_is_shared_out():
     found = choose(made, 4, "auto", memory_gb=limit)[0][1]
     assert max(found.nbytes) <= limit * 1e9
     assert found.setting.placement.shards
-    with pytest.raises(JobError, match=r"parallel.memory_gb = .*: with parallel.parts = 4 the least is .* GB on a rank"):
+    with pytest.raises(JobError, match=r"memory_gb = .*: with parallel\.parts = 4 the least is .* GB on a rank"):
         choose(made, 4, "auto", memory_gb=limit / 100)
 
 
@@ -101,7 +101,7 @@ def test_what_a_placement_by_names_can_not_be_is_said_with_what_can():
         place(made.graph, 2, {"conv7": 1}, made.loads(1))
     with pytest.raises(JobError, match=r"'conv1' is to lie on part 2, but parallel.parts = 2; use 0 to 1"):
         place(made.graph, 2, {"conv1": 2}, made.loads(1))
-    with pytest.raises(JobError, match="the widest, branches1, has 3 branches; use parallel.parts = 3"):
+    with pytest.raises(JobError, match=r"the widest, branches1, has 3 branches; use parallel\.parts = 3"):
         place(made.graph, 5, "branches", made.loads(1))
     with pytest.raises(JobError, match=r"parallel.parts = 99: the network is computed in \d+ pieces"):
         place(made.graph, 99, "depth", made.loads(1))
@@ -109,6 +109,6 @@ def test_what_a_placement_by_names_can_not_be_is_said_with_what_can():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_outer_blocks_lie_in_no_other(seed):
-    graph = Graph(random_network(random.Random(seed)), SHAPE[:1] + (8, 8), SoftmaxCrossEntropy())
+    graph = Graph(random_network(random.Random(seed)), (*SHAPE[:1], 8, 8), SoftmaxCrossEntropy())
     runs = [run for block in outer_blocks(graph) if block.join is not None for run in block.branches]
     assert all(hi <= other or end <= lo for i, (lo, hi) in enumerate(runs) for other, end in runs[:i])
