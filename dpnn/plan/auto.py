@@ -39,7 +39,7 @@ _ALL = 256
 _LOOKS = 20_000
 """Forecasts of the search, times the nodes of the network: larger ones take longer each."""
 _STARTS = 3
-"""Settings that are improved."""
+"""Kinds of placements whose best is improved."""
 _NEAR = 1.05
 """Of settings that take so much longer than the fastest at most, the one whose fullest part holds the fewest parameters
 is taken: updates, checkpoints and the exchange between replicas grow with these."""
@@ -144,10 +144,11 @@ class _Search:
         """Go from the best settings to better neighbours, until there is none or enough was looked at."""
         if self._parts ** len(self._units) <= _ALL:
             self._look_at_all()
-        starts = sorted(self._found.values(), key=lambda item: self.rank(item[1]))[:_STARTS]
-        for share, (name, forecast) in enumerate(starts):
-            left = self._left * (share + 1) // _STARTS
-            self._climb(f"{name}, improved", forecast, left)
+        best: dict[str, Forecast] = {}
+        for name, forecast in sorted(self._found.values(), key=lambda item: self.rank(item[1])):
+            best.setdefault(name, forecast)
+        for name, forecast in list(best.items())[:_STARTS]:
+            self._climb(f"{name}, improved", forecast, self._left // _STARTS)
 
     def _look_at_all(self) -> None:
         numbers = {forecast.setting.microbatches for _, forecast in self._found.values()}
