@@ -25,8 +25,8 @@ from dpnn.comm.mesh import Mesh
 from dpnn.comm.ranks import Ranks
 from dpnn.comm.world import World
 from dpnn.data import Leases, Loader, Run, Sampler, check_shards, no_samples
-from dpnn.errors import JobError, NotFiniteError, Stopped
-from dpnn.evaluate import Array, Evaluator, Model, choose_backends, kernels_of, segments_of
+from dpnn.errors import NotFiniteError, Stopped
+from dpnn.evaluate import Array, Evaluator, Model, check_alike, choose_backends, kernels_of, segments_of
 from dpnn.native import denormals_flushed
 from dpnn.nn.init import draw
 from dpnn.observe.folder import RunFolder
@@ -155,14 +155,6 @@ def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Star
     return Stopped.exit_code if server.steps < course.total else 0
 
 
-def _check_alike(crew: Ranks, model: Model) -> None:
-    """JobError, on all workers, where they don't compute on one backend: arrays cross between parts as they lie."""
-    kind = f"{model.backends[0].name} in {model.dtype}"
-    first = crew.first(lambda: kind)
-    told = f"computes on {kind}, the first rank on {first}; set backend.name to one that all have"
-    crew.agree(JobError(told) if kind != first else None)
-
-
 class Replica:
     """A replica of the network, or a part of one, on this rank."""
 
@@ -181,7 +173,7 @@ class Replica:
                 crew.check(check if self.reads else lambda: None)
         self.model = model = Model(job, course.placed, mesh.part, world.threads())
         if mesh.parts > 1:
-            _check_alike(crew, model)
+            check_alike(crew, model)
         folder = RunFolder(start.folder)
         kept = RunFolder(start.replay) if start.replay else folder
         model.choices.update({**crew.first(kept.read_choices), **start.chosen})

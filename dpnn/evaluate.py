@@ -139,6 +139,14 @@ def choose_backends(options: config.Backend, team: Team) -> tuple[list[Backend],
         return [reference], f"computing on the reference backend, which is slow: {error}"
 
 
+def check_alike(ranks: Ranks, model: Model) -> None:
+    """JobError, on all of `ranks`, where they don't compute on one backend: arrays cross between parts as they lie."""
+    kind = f"{model.backends[0].name} in {model.dtype}"
+    first = ranks.first(lambda: kind)
+    told = f"computes on {kind}, the first rank on {first}; set backend.name to one that all have"
+    ranks.agree(JobError(told) if kind != first else None)
+
+
 def kernels_of(backends: Sequence[Backend]) -> Kernels | None:
     """Our compiled kernels, where the best backend has them."""
     return backends[0].kernels if isinstance(backends[0], OneDNN) else None

@@ -22,12 +22,11 @@ from dpnn.comm import library
 from dpnn.comm.grains import stack_places
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
-from dpnn.comm.ranks import Ranks
 from dpnn.comm.reduce import BucketReducer, measured_bucket
 from dpnn.comm.world import World
 from dpnn.data import Loader, Sampler, check_shards, no_samples
-from dpnn.errors import JobError, NotFiniteError, Stopped
-from dpnn.evaluate import Evaluator, Model, segments_of
+from dpnn.errors import NotFiniteError, Stopped
+from dpnn.evaluate import Evaluator, Model, check_alike, segments_of
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
 from dpnn.optim import STATES, Optimizer, schedule
@@ -77,20 +76,6 @@ def train(
         training.journal.close()
 
 
-def check_alike(mesh: Mesh, model: Model, limit_s: float) -> None:
-    """JobError, on all parts of a replica, where they don't compute on one backend: arrays cross as they lie."""
-    if mesh.parts == 1:
-        return
-    ranks, mine = Ranks(mesh.model, limit_s), model.backends[0]
-    kind = f"{mine.name} in {mine.dtype}"
-    first = ranks.first(lambda: kind)
-    ranks.agree(
-        JobError(f"computes on {kind}, the first part on {first}; set backend.name to one that all have")
-        if kind != first
-        else None
-    )
-
-
 def placed(world: World, start: Start) -> Start:
     """The start with its layers placed, where measured costs are to decide that. Collective."""
     if not is_open(start.job):
@@ -135,7 +120,8 @@ class Training:
 
         # The network, and its parameters, drawn or those of the checkpoint: the first replica's, on all.
         self.model = model = Model(job, placed, mesh.part, world.threads())
-        check_alike(mesh, model, limit_s)
+        if mesh.parts > 1:
+            check_alike(world, model)
         self.folder = RunFolder(start.folder)
         model.choices.update({**world.first(self.folder.read_choices), **start.chosen})
         segments = segments_of(model.store.pieces)

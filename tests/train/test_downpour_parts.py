@@ -61,7 +61,8 @@ def test_one_replica_that_waits_for_its_parameters_is_synchronous_sgd(
 ):
     """With BatchNorm of its own, dropout, clipping, momentum, weight decay; scores, too, are those of one rank."""
     chosen = (
-        *network, "optimizer.name=momentum", "optimizer.lr=0.05", "optimizer.clip=1.5", "data.lanes=1",
+        "parallel.microbatches=1", *network,
+        "optimizer.name=momentum", "optimizer.lr=0.05", "optimizer.clip=1.5", "data.lanes=1",
         "backend.name=reference", "backend.precision=float64", "backend.threads=1",
     )  # fmt: skip
     spread = (

@@ -12,7 +12,7 @@ from dpnn.observe import metrics
 
 LIMIT = 1e-9
 SOAK = pytest.mark.soak
-EXACT = ("train.epochs=0", "train.steps=20", "backend.precision=float64")
+EXACT = ("train.epochs=0", "train.steps=20", "backend.precision=float64", "parallel.microbatches=1")
 DEPTH = ("parallel.parts=2", "parallel.placement=depth")
 FILTERS = ("parallel.parts=2", "parallel.placement=filters")
 BRANCHES = ("parallel.parts=2", "parallel.placement=branches")
