@@ -286,16 +286,21 @@ class Training:
         if self.world.rank == 0:
             self.journal.event("checkpoint", step=self.steps, path=str(path))
 
+    def _spread(self) -> str:
+        """How a replica is spread, where it is."""
+        parts, pieces = self.mesh.parts, self.microbatches
+        return f", {parts} parts a replica, {pieces} micro-batches" if parts > 1 else ""
+
     def _tell_start(self) -> None:
         job, start, graph, world = self.job, self.start, self.model.graph, self.world
         backends = "+".join(dict.fromkeys(group.backend.name for group in self.executor.plan.groups))
         backends = backends or self.model.backends[0].name  # a part with nothing to do
         self.journal.start(
-            f"{job.model.name}, {graph.n_params:,} parameters, on {world.size} ranks ({backends}); "
+            f"{job.model.name}, {graph.n_params:,} parameters, on {world.size} ranks{self._spread()} ({backends}); "
             f"{self.sampler.samples:,} samples, {self.total_steps} steps of {start.global_batch}",
             mpi=library.version(), ranks=world.size, replicas=self.mesh.replicas, parts=self.mesh.parts,
-            parameters=graph.n_params, seed=job.seed, backend=backends, threads=job.backend.threads or world.threads(),
-            global_batch=start.global_batch, lanes=start.lanes, from_step=self.steps,
+            microbatches=self.microbatches, parameters=graph.n_params, seed=job.seed, backend=backends,
+            threads=job.backend.threads or world.threads(), global_batch=start.global_batch, lanes=start.lanes, from_step=self.steps,
             library=self.model.backends[0].about,
         )  # fmt: skip
         if COSTS in start.chosen:

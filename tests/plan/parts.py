@@ -56,6 +56,8 @@ class Course:
     backend: dict[str, Any] = field(default_factory=lambda: {"name": "reference", "precision": "float64", "threads": 1})
     pipeline: str = "1f1b"
     clip: float = 0.0
+    disturbance: float = 0.0
+    """Relative, of all parameters to begin with."""
 
     @property
     def graph(self) -> Graph:
@@ -102,6 +104,7 @@ def train(world: World, course: Course, placement: Placement | None = None) -> T
     store.place(node.params, node.grads)
     if mesh.replica == 0:
         store.draw(3)
+        store.params *= 1 + course.disturbance
     node.share(node.params)
     args = (segments_of(store.pieces), node.params, node.sums, model.team, model.kernels, node.state)
     strategy = Allreduce(mesh, node, Optimizer(job.optimizer, *args), job)

@@ -15,7 +15,7 @@ from dpnn.plan.forecast import Forecaster
 from dpnn.plan.placement import by_branches, by_depth, by_filters
 
 from .parts import CLASSES, Course, random_placement, train
-from .test_parts import alone, assert_alike
+from .test_parts import alone
 
 NETWORKS = {
     "googlenet": (48, lambda shape: models.googlenet(CLASSES, shape, heads=True)),
@@ -40,9 +40,7 @@ def placements(name: str, graph: Graph, parts: int) -> Iterator[Placement]:
 def course(name: str, **how) -> Course:
     side, network = NETWORKS[name]
     shape = (3, side, side)
-    # So deep a network with so few samples to a BatchNorm makes much of every rounding error where it learns fast.
-    rate = 1e-5 if name == "resnet50" else 1e-3
-    return Course(network(shape), shape=shape, rows=8, microbatches=2, steps=10, rate=rate, **how)
+    return Course(network(shape), shape=shape, rows=8, microbatches=2, steps=10, rate=1e-3, **how)
 
 
 def once(world, make):
@@ -57,12 +55,18 @@ def once(world, make):
 @pytest.mark.parallel([2, 3, 4, 6])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_of_a_paper_learns_alike_over_any_placement(world, name):
+    """To 1e-9; where rounding errors grow, within three times of what a disturbance of 1e-15 grows to on one rank."""
     it = course(name)
     wanted = once(world, lambda: alone(it))
+    disturbed = once(world, lambda: alone(course(name, disturbance=1e-15)))
     for placement in placements(name, it.graph, world.size):
         found = train(world, it, placement)
         if world.rank == 0:
-            assert_alike(found, wanted)
+            limit = max(1e-9, 3 * distance(wanted, disturbed))
+            print(f"{name} over {world.size} parts differs by {distance(wanted, found):.1e} (limit {limit:.1e})")
+            assert distance(wanted, found) <= limit
+            assert found.losses[:4] == pytest.approx(wanted.losses[:4], rel=1e-9)
+            assert limit == 1e-9 or name.startswith("resnet")
 
 
 @pytest.mark.soak

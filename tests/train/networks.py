@@ -72,3 +72,8 @@ def sixty_four(classes, shape):
     """Tiny, and as wide as there may be ranks."""
     branches = (Chain(Conv(2, 1), ReLU()) for _ in range(64))
     return Chain(Conv(4, 3), ReLU(), Branches(*branches, join=Concat()), GlobalAvgPool(), Dense(classes))
+
+
+def large(classes, shape):
+    """A dense layer with nearly all parameters: 400,000 of them, 5 MB with gradients and momentum in float32."""
+    return Chain(Conv(8, 3), ReLU(), MaxPool(2), Flatten(), Dense(2000), ReLU(), Dense(classes))

@@ -1,5 +1,6 @@
 """Whole runs of a network that lies on several ranks: they learn, save, go on and score as those on one rank do."""
 
+import json
 import os
 import signal
 import time
@@ -10,8 +11,11 @@ import pytest
 from dpnn.evaluate import Scores
 from dpnn.observe import metrics
 
+from .conftest import HERE
+
 LIMIT = 1e-9
 SOAK = pytest.mark.soak
+NETWORKS = HERE / "networks.py"
 EXACT = ("train.epochs=0", "train.steps=20", "backend.precision=float64", "parallel.microbatches=1")
 DEPTH = ("parallel.parts=2", "parallel.placement=depth")
 FILTERS = ("parallel.parts=2", "parallel.placement=filters")
@@ -157,3 +161,31 @@ def until_trained(folder):
     while not lines.exists() or b'"step"' not in lines.read_bytes():
         assert time.monotonic() < end, "no step in time"
         time.sleep(0.02)
+
+
+def test_a_chosen_placement_is_kept_when_the_run_goes_on(mpirun, job):
+    it = job()
+    settings = ("parallel.parts=2", "train.epochs=0", "train.steps=4")
+    line = [word for setting in settings for word in ("--set", setting)]
+    ended = mpirun(2, "train", it.path, *line)
+    assert ended.returncode == 0, ended.stderr
+    assert "costs measured: " in ended.stdout
+    choices = json.loads((it.out / "choices.json").read_text())
+    (asked,) = (key for key in choices if key.startswith("placement over 2 parts"))
+    ended = mpirun(2, "train", "--resume", it.out, "--set", "train.steps=8")
+    assert ended.returncode == 0, ended.stderr
+    assert "costs measured: " not in ended.stdout
+    assert json.loads((it.out / "choices.json").read_text())[asked] == choices[asked]
+
+
+def test_a_network_too_large_for_one_rank_trains_on_four(mpirun, job):
+    it = job()
+    settings = (f"model.name={NETWORKS}:large", "parallel.memory_gb=0.004", "train.epochs=0", "train.steps=3")
+    line = [word for setting in settings for word in ("--set", setting)]
+    ended = mpirun(1, "train", it.path, *line)
+    assert (ended.returncode, it.out.exists()) == (2, False)
+    assert "with parallel.parts = 1 the least is " in ended.stderr
+    ended = mpirun(4, "train", it.path, *line, "--set", "parallel.parts=4")
+    assert ended.returncode == 0, ended.stderr
+    (end,) = told(it.out, "end")
+    assert end["exit"] == 0
