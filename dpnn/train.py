@@ -300,8 +300,8 @@ class Training:
             f"{self.sampler.samples:,} samples, {self.total_steps} steps of {start.global_batch}",
             mpi=library.version(), ranks=world.size, replicas=self.mesh.replicas, parts=self.mesh.parts,
             microbatches=self.microbatches, parameters=graph.n_params, seed=job.seed, backend=backends,
-            threads=job.backend.threads or world.threads(), global_batch=start.global_batch, lanes=start.lanes, from_step=self.steps,
-            library=self.model.backends[0].about,
+            threads=job.backend.threads or world.threads(), global_batch=start.global_batch, lanes=start.lanes,
+            from_step=self.steps, library=self.model.backends[0].about,
         )  # fmt: skip
         if COSTS in start.chosen:
             found = Costs.load(start.chosen[COSTS])
