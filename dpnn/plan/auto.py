@@ -40,9 +40,9 @@ _LOOKS = 20_000
 """Forecasts of the search, times the nodes of the network: larger ones take longer each."""
 _STARTS = 3
 """Kinds of placements whose best is improved."""
-_NEAR = 1.05
-"""Of settings that take so much longer than the fastest at most, the one whose fullest part holds the fewest parameters
-is taken: updates, checkpoints and the exchange between replicas grow with these."""
+_ROUNDS = 2, 3
+"""Stages that each part has, where there are several: the next micro-batch comes to it earlier, so that it waits less
+when a step begins and ends (Narayanan et al. 2021, section 2.2)."""
 _SHARED = 8
 """Layers whose filters the search shares out or brings together."""
 
@@ -87,6 +87,10 @@ def _candidates(forecaster: Forecaster, parts: int, number: int) -> Iterator[tup
             yield name, make(graph, parts, loads)
         except JobError:
             continue
+    for rounds in _ROUNDS:
+        if rounds * parts <= len(loads.units):
+            stages = by_depth(graph, rounds * parts, loads).part_of
+            yield f"depth in {rounds} rounds", settled(graph, parts, [stage % parts for stage in stages], {})
     try:
         large = by_filters(graph, parts, loads).shards
     except JobError:
@@ -136,9 +140,7 @@ class _Search:
                 f"{max(best.nbytes) / GB:.3g} GB on a rank ({name}, {best.setting.microbatches} micro-batches); "
                 "use more parts, a smaller batch, or a higher limit"
             )
-        near = [item for item in ranked if self.rank(item[1]) <= (0.0, _NEAR * best.timing.step, float("inf"))]
-        chosen = min(near, key=lambda item: (max(item[1].params), self.rank(item[1])))
-        return [chosen, *(item for item in ranked if item is not chosen)]
+        return ranked
 
     def improve(self) -> None:
         """Go from the best settings to better neighbours, until there is none or enough was looked at."""
