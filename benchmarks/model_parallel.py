@@ -69,7 +69,7 @@ class Case:
 
 
 CASES = (
-    Case("vgg16", 64, {Setting("depth", 8): FASTER, Setting("auto", 0): FASTER}),
+    Case("vgg16", 64, {Setting("depth", 8): FASTER}),
     Case("googlenet_heads", 64, {Setting("auto", 0): FASTER, Setting("branches"): 0.0}),
 )
 QUICK_CASES = (Case("alexnet", 8, {Setting("depth", 2): 0.0}),)

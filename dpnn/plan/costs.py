@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
+import numpy as np
+
 from dpnn.backends.base import Group
 from dpnn.nn.conv import Conv
 from dpnn.nn.dense import Dense
@@ -21,14 +23,18 @@ _UPDATE_PASSES = 5
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of a group's forward and backward: a fixed part, and one for each sample."""
+    """Seconds of a group's forward and backward, measured for some numbers of samples, in rising order."""
 
-    forward: tuple[float, float]
-    backward: tuple[float, float]
+    rows: tuple[int, ...]
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
 
     def of(self, rows: int) -> tuple[float, float]:
-        """Forward and backward of so many samples."""
-        return self.forward[0] + rows * self.forward[1], self.backward[0] + rows * self.backward[1]
+        """Forward and backward of so many samples: between two that were measured, or in proportion to the most."""
+        if rows > self.rows[-1]:
+            return self.forward[-1] * rows / self.rows[-1], self.backward[-1] * rows / self.rows[-1]
+        forward, backward = (float(np.interp(rows, self.rows, times)) for times in (self.forward, self.backward))
+        return forward, backward
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,10 @@ class Costs:
     def load(cls, text: str) -> "Costs":
         """The costs of a text."""
         values = json.loads(text)
-        groups = {asked: Time(tuple(t["forward"]), tuple(t["backward"])) for asked, t in values.pop("groups").items()}
+        groups = {
+            asked: Time(*(tuple(time[key]) for key in ("rows", "forward", "backward")))
+            for asked, time in values.pop("groups").items()
+        }
         return cls(**values, groups=groups)
 
     def message(self, nbytes: int) -> float:

@@ -16,8 +16,10 @@ from dpnn.plan.schedule import choose_groups, compile_plan
 from dpnn.plan.spread import Placed, spread
 from dpnn.plan.store import Store
 
-_MOST_ROWS = 4
+_ROWS = 4, 16
 """Samples that a group is timed with, beside one."""
+_LARGE_S = 0.05
+"""A group that takes so long isn't timed with more samples."""
 _LONG_S = 0.3
 """Calls of a group are repeated until they took so long."""
 _CALLS = 2, 3
@@ -40,10 +42,10 @@ def measured(graph: Graph, parts: int, backends: Sequence[Backend], rows: int) -
         for group in choose_groups(nodes, backends, "train"):
             if question(group) in found or _is_summed(one, group):
                 continue
-            found[question(group)] = time = _time(one, group, backends, max(2, min(rows, _MOST_ROWS)))
+            found[question(group)] = time = _time(one, group, backends, rows)
             if any(multiply_adds(node) for node in group.nodes):
                 work += 3 * sum(map(multiply_adds, group.nodes))
-                seconds += time.forward[1] + time.backward[1]
+                seconds += sum(time.of(1))
     return Costs(multiply_adds=work / seconds if seconds else Costs.multiply_adds, groups=found)
 
 
@@ -53,19 +55,17 @@ def _is_summed(graph: Graph, group: Group) -> bool:
     return any(node.layer.collected for node in (*group.nodes, *sources))
 
 
-def _time(graph: Graph, group: Group, backends: Sequence[Backend], rows: int) -> Time:
-    """From one sample and from `rows` of them."""
-    lines = zip(_seconds(graph, group, backends, 1), _seconds(graph, group, backends, rows), strict=True)
-    forward, backward = (_line(one, most, rows) for one, most in lines)
-    return Time(forward, backward)
-
-
-def _line(one: float, most: float, rows: int) -> tuple[float, float]:
-    """Fixed and per sample, from the seconds of one sample and of `rows`."""
-    if one * rows <= most:
-        return 0.0, most / rows
-    each = max(0.0, (most - one) / (rows - 1))
-    return one - each, each
+def _time(graph: Graph, group: Group, backends: Sequence[Backend], most: int) -> Time:
+    """Of several numbers of samples, up to `most`; large arrays come out of memory, not out of caches."""
+    rows: list[int] = []
+    times: list[tuple[float, float]] = []
+    for n in (1, *(n for n in _ROWS if n <= most)):
+        rows.append(n)
+        times.append(_seconds(graph, group, backends, n))
+        if n > 1 and max(times[-1]) > _LARGE_S:
+            break
+    forward, backward = zip(*times, strict=True)
+    return Time(tuple(rows), forward, backward)
 
 
 def _seconds(graph: Graph, group: Group, backends: Sequence[Backend], rows: int) -> tuple[float, float]:
