@@ -76,7 +76,7 @@ def test_one_part_is_planned_too(plan):
 
 
 def test_auto_says_what_else_it_looked_at(plan):
-    _, text = plan("--ranks", 2, *words("parallel.parts=2"))
+    _, text = plan("--ranks", 2, *words("parallel.parts=2", "train.global_batch=2"))
     assert "also looked at" in text
 
 
@@ -85,7 +85,7 @@ def test_it_goes_by_what_a_run_measured_and_chose(plan, tmp_path):
     run.mkdir()
     (run / "job.toml").write_text(JOB + "[parallel]\nparts = 2\n")
     (run / "choices.json").write_text(json.dumps({"costs": Costs(multiply_adds=123e9).dump()}))
-    code, text = plan("--ranks", 2, source=run)
+    code, text = plan("--ranks", 2, *words("train.global_batch=2"), source=run)
     assert code == 0
     assert "figures measured by the run: 123 G multiply-adds/s" in text
 
@@ -96,7 +96,10 @@ def test_it_goes_by_what_a_run_measured_and_chose(plan, tmp_path):
         (["--ranks", 0], "--ranks 0: use 1 or more"),
         (["--ranks", 3, *words("parallel.parts=2")], "parallel.parts = 2: 3 ranks can't be divided into replicas"),
         (["--ranks", 2, *words("parallel.parts=2", "parallel.placement=branches")], "the network has none"),
-        (["--ranks", 2, *words("parallel.parts=2", "parallel.memory_gb=1e-6")], "the least is .* GB on a rank"),
+        (
+            ["--ranks", 2, *words("parallel.parts=2", "parallel.memory_gb=1e-6", "train.global_batch=2")],
+            "the least is .* GB on a rank",
+        ),
         (["--ranks", 1, *words("parallel.memory_gb=1e-6")], "with parallel.parts = 1 the least is .* GB on a rank"),
         (words("parallel.placement=deep"), 'parallel.placement = "deep": .* did you mean "depth"?'),
         (words("parallel.memory_gb=1", "parallel.placement=depth"), "it is a limit for what"),
@@ -117,7 +120,8 @@ def test_a_folder_that_is_no_run_is_refused(plan, tmp_path):
 def test_it_needs_no_mpi(python, folder):
     script = (
         "import sys, os; os.chdir(sys.argv[1]); from dpnn import cli; "
-        "code = cli.main(['plan', 'job.toml', '--ranks', '2', '--set', 'parallel.parts=2']); "
+        "two = ['--set', 'parallel.parts=2', '--set', 'train.global_batch=2']; "
+        "code = cli.main(['plan', 'job.toml', '--ranks', '2', *two]); "
         "assert 'mpi4py.MPI' not in sys.modules; sys.exit(code)"
     )
     ended = python("-c", script, folder)

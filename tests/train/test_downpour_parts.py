@@ -131,6 +131,7 @@ def test_odd_settings_work(mpirun, job, last, settings):
     assert all(np.isfinite(array).all() for array in last(run.out).params.values())
 
 
+@pytest.mark.soak
 def test_a_replay_ends_with_the_same_bits(mpirun, job, identical, request):
     """Two replicas of two parts; in the replay a part is late."""
     settings = (

@@ -78,10 +78,10 @@ def told(folder, kind):
         (2, FILTERS, (*PIPED, "parallel.pipeline=gpipe")),
         pytest.param(2, BRANCHES, PIPED, marks=SOAK),
         pytest.param(2, DEPTH, (HEADS, *PIPED), marks=SOAK),
-        (1, THREE, PIPED),
+        pytest.param(1, THREE, PIPED, marks=SOAK),
         pytest.param(1, BY_HAND, (), marks=SOAK),
         pytest.param(2, IDLE, (PLAIN, *PIPED), marks=SOAK),
-        (2, EMPTY, (PLAIN, *PIPED)),
+        pytest.param(2, EMPTY, (PLAIN, *PIPED), marks=SOAK),
         pytest.param(
             2, DEPTH, ("train.global_batch=46", "data.window=4"), marks=SOAK
         ),  # the last batch is a single sample
