@@ -27,8 +27,6 @@ def assumed(job: config.Job, graph: Graph, rows: int) -> Placement:
     `rows`: the most samples of a replica's step. JobError where it can't be, with the nearest that can.
     """
     parallel = job.parallel
-    if parallel.parts == 1 and not parallel.memory_gb:
-        return Placement(1, (0,) * len(graph.nodes))
     backends, _ = choose_backends(job.backend, Team(1))
     if parallel.placement != "auto" or parallel.memory_gb:
         return forecasts(job, graph, rows, backends, Costs())[0][1].setting.placement

@@ -172,7 +172,9 @@ def resolve(job: config.Job, folder: Path, ranks: int) -> Start:
         parallel=replace(job.parallel, microbatches=microbatches),
     )
     rows = job.train.replica_batch or -(-global_batch // replicas)
-    placement = assumed(job, models.graph(job, network, train.network_shape), rows)
+    placement = Placement.whole()
+    if job.parallel.parts > 1 or job.parallel.memory_gb:
+        placement = assumed(job, models.graph(job, network, train.network_shape), rows)
     return Start(job, folder, network, train, test, global_batch, lanes, rows, placement)
 
 

@@ -43,6 +43,11 @@ class Placement:
     part_of: tuple[int, ...]
     shards: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
+    @classmethod
+    def whole(cls) -> "Placement":
+        """Any network on one part."""
+        return cls(1, ())
+
 
 def settled(graph: Graph, parts: int, part_of: Sequence[int], shards: Mapping[int, tuple[int, ...]]) -> Placement:
     """The placement with what has to lie together put together: data with their first reader, a loss with its scores,

@@ -93,7 +93,9 @@ class Bench:
         layer = replace(layer, name=name)
         if layer.reads_ids:
             shapes = (*shapes, ())
-        params = tuple(nn.Param(f"{name}.{role}", role, spec) for role, spec in layer.params(*shapes).items())
+        params = tuple(
+            nn.Param(f"{name}.{role}", role, spec, 0, spec.shape) for role, spec in layer.params(*shapes).items()
+        )
         inputs = tuple(range(len(shapes)))
         self.node = nn.Node(len(shapes), name, layer, inputs, shapes, layer.infer(*shapes), params, True, False)
         declined = Reference(backend.dtype).groups([self.node], mode)  # as in a plan, where the next backend is asked
