@@ -11,8 +11,8 @@ from dpnn import config
 from dpnn.balance import deal, speeds
 from dpnn.data import Sampler
 from dpnn.evaluate import Model
-from dpnn.nn import Chain, Conv, Dense, Flatten
-from dpnn.plan import Executor
+from dpnn.nn import Chain, Conv, Dense, Flatten, Graph, SoftmaxCrossEntropy
+from dpnn.plan import Executor, Placed
 
 SPEEDS = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=20)
 JOB = 'data.train = "none"\nmodel.name = "none"\ntrain = {steps = 1, global_batch = 8}\noptimizer.lr = 0.1'
@@ -55,7 +55,8 @@ def test_a_slower_replica_is_measured_to_be_slower(world, mesh_of, monkeypatch):
         run(self, *args)
 
     monkeypatch.setattr(Executor, "run", slow)
-    model = Model(config.parse(JOB), Chain(Conv(2, 3), Flatten(), Dense(3)), (1, 6, 6), 0, 1)
+    graph = Graph(Chain(Conv(2, 3), Flatten(), Dense(3)), (1, 6, 6), SoftmaxCrossEntropy())
+    model = Model(config.parse(JOB), Placed.whole(graph), 0, 1)
     found = speeds(mesh_of("together"), model, 4, 30)
     assert found.shape == (2,)
     assert 2 < found[0] / found[1] < 8
