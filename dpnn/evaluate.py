@@ -117,7 +117,7 @@ class Model:
 
     def _layout(self, plan: Plan) -> Layout:
         """Where the buffers of a plan lie; its room is asked for. All layouts are made before the first executor."""
-        layout = Layout(plan, self.dtype)
+        layout = Layout(plan)
         self.arena.reserve(layout.nbytes)
         return layout
 

@@ -30,15 +30,19 @@ def assumed(job: config.Job, graph: Graph, rows: int) -> Placement:
     backends, _ = choose_backends(job.backend, Team(1))
     if parallel.placement != "auto" or parallel.memory_gb:
         return forecasts(job, graph, rows, backends, Costs())[0][1].setting.placement
-    return place(graph, parallel.parts, "depth", Forecaster(graph, backends, rows, 1, Costs()).loads(1))
+    return place(graph, parallel.parts, "depth", forecaster_of(job, graph, rows, backends, Costs()).loads(1))
+
+
+def forecaster_of(job: config.Job, graph: Graph, rows: int, backends: Sequence[Backend], costs: Costs) -> Forecaster:
+    """Forecasts for a job."""
+    return Forecaster(graph, backends, rows, len(STATES[job.optimizer.name]), costs, job.parallel.pipeline)
 
 
 def forecasts(
     job: config.Job, graph: Graph, rows: int, backends: Sequence[Backend], costs: Costs
 ) -> list[tuple[str, Forecast]]:
     """What the job's placement would bring, the best first; JobError where there is none."""
-    parallel, states = job.parallel, len(STATES[job.optimizer.name])
-    forecaster = Forecaster(graph, backends, rows, states, costs, parallel.pipeline)
+    parallel, forecaster = job.parallel, forecaster_of(job, graph, rows, backends, costs)
     microbatches = 1 if job.train.reproducible else parallel.microbatches
     return choose(forecaster, parallel.parts, parallel.placement, microbatches, parallel.memory_gb)
 
@@ -58,20 +62,19 @@ def settle(world: World, folder: RunFolder, job: config.Job, graph: Graph, rows:
     """
     asked = question(job, rows)
     kept = world.first(lambda: folder.read_choices().get(asked, ""))
-    costs = Costs()
-    if not kept:
-        latency, bandwidth = measured_crossing(world.comm, world.timeout_s)
-        threads = job.backend.threads or world.threads()
+    if kept:
+        return read(kept), {asked: kept}
+    latency, bandwidth = measured_crossing(world.comm, world.timeout_s)
+    threads = job.backend.threads or world.threads()
 
-        def chosen() -> tuple[str, Costs]:
-            backends, _ = choose_backends(job.backend, Team(threads))
-            costs = measured(graph, job.parallel.parts, backends, rows)
-            costs = replace(costs, latency=latency, crossing=bandwidth)
-            return written(forecasts(job, graph, rows, backends, costs)[0][1].setting), costs
+    def chosen() -> tuple[str, Costs]:
+        backends, _ = choose_backends(job.backend, Team(threads))
+        costs = measured(graph, job.parallel.parts, backends, rows)
+        costs = replace(costs, latency=latency, crossing=bandwidth)
+        return written(forecasts(job, graph, rows, backends, costs)[0][1].setting), costs
 
-        kept, costs = world.first(chosen)
-        return read(kept), {asked: kept, COSTS: costs.dump()}
-    return read(kept), {asked: kept}
+    kept, costs = world.first(chosen)
+    return read(kept), {asked: kept, COSTS: costs.dump()}
 
 
 COSTS = "costs"

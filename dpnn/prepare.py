@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from dpnn import checkpoint, config, models
 from dpnn.checkpoint import Checkpoint
+from dpnn.comm.mesh import replicas_of
 from dpnn.data import Manifest, Sampler, default_grains, default_lanes
 from dpnn.data.augment import AUGMENTATIONS
 from dpnn.data.pack import pack
@@ -156,7 +157,7 @@ def resolve(job: config.Job, folder: Path, ranks: int) -> Start:
         )
     check_loss(job, train)
     network = models.build(job.model.name, classes, train.network_shape, job.model.options)
-    replicas = replicas_of(job, ranks)
+    replicas = replicas_of(ranks, job.parallel.parts, job.parallel.servers)
     if job.parallel.strategy == "downpour":
         lanes = job.data.lanes or leased_lanes(train.samples, job.train.replica_batch, replicas)
         global_batch = lanes * job.train.replica_batch
@@ -176,24 +177,6 @@ def resolve(job: config.Job, folder: Path, ranks: int) -> Start:
     if job.parallel.parts > 1 or job.parallel.memory_gb:
         placement = assumed(job, models.graph(job, network, train.network_shape), rows)
     return Start(job, folder, network, train, test, global_batch, lanes, rows, placement)
-
-
-def replicas_of(job: config.Job, ranks: int) -> int:
-    """The copies of the network that train. JobError where there is none, or ranks are left over."""
-    parts, servers = job.parallel.parts, job.parallel.servers
-    workers = ranks - servers
-    if workers < 1:
-        raise JobError(
-            f"parallel.servers = {servers} of {ranks} ranks: at least one has to be left to train; "
-            "start more ranks, or set fewer servers"
-        )
-    if workers % parts:
-        fits = ", ".join(str(n) for n in range(1, workers + 1) if workers % n == 0)
-        raise JobError(
-            f"parallel.parts = {parts}: {workers} ranks can't be divided into replicas of so many parts; "
-            f"use {fits}, or a number of ranks that {parts} divides"
-        )
-    return workers // parts
 
 
 def leased_lanes(samples: int, batch: int, replicas: int) -> int:
@@ -221,7 +204,7 @@ def with_lanes_of(found: Checkpoint, start: Start) -> Start:
 
 def try_out(start: Start, ranks: int) -> None:
     """Build what is cheap to build: what every rank would refuse is refused before the run folder is touched."""
-    replicas = replicas_of(start.job, ranks)
+    replicas = replicas_of(ranks, start.job.parallel.parts, start.job.parallel.servers)
     job, data, train = start.job, start.job.data, start.train
     sampler = Sampler(
         train.counts, train.block, start.lanes, start.global_batch, data.window, job.seed, grains=job.train.grains

@@ -4,12 +4,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dpnn import config, models
+from dpnn.comm.mesh import replicas_of
 from dpnn.errors import JobError
 from dpnn.evaluate import choose_backends
 from dpnn.observe.folder import RunFolder
-from dpnn.plan import Costs, Forecast, Forecaster, Setting
-from dpnn.planning import COSTS, forecasts, is_open, question, read
-from dpnn.prepare import Start, replicas_of, resolve
+from dpnn.plan import Costs, Forecast, Setting
+from dpnn.planning import COSTS, forecaster_of, forecasts, is_open, question, read
+from dpnn.prepare import Start, resolve
 from dpnn.team import Team
 
 _LOOKED_AT = 6
@@ -30,7 +31,7 @@ def preview(source: str, overrides: Sequence[str], ranks: int, instructions: boo
     job = start.job
     graph = models.graph(job, start.network, start.train.network_shape)
     backends, _ = choose_backends(job.backend, Team(1))
-    forecaster = Forecaster(graph, backends, start.rows, 1, costs, job.parallel.pipeline)
+    forecaster = forecaster_of(job, graph, start.rows, backends, costs)
     looked: list[tuple[str, Forecast]] = []
     if kept is not None:
         chosen = forecaster.look(read(kept))
@@ -51,7 +52,7 @@ def preview(source: str, overrides: Sequence[str], ranks: int, instructions: boo
 
 def _head(start: Start, chosen: Forecast, why: str, ranks: int) -> Iterator[str]:
     job, timing, micro = start.job, chosen.timing, chosen.setting.microbatches
-    replicas = replicas_of(job, ranks)
+    replicas = replicas_of(ranks, job.parallel.parts, job.parallel.servers)
     servers = f" and {job.parallel.servers} servers" if job.parallel.servers else ""
     yield (
         f"{job.model.name}: {chosen.placed.graph.n_params:,} parameters; {replicas} replicas of "

@@ -15,7 +15,7 @@ from dpnn.comm.faults import reported, wait
 from dpnn.comm.mesh import Mesh
 
 if TYPE_CHECKING:
-    from mpi4py import MPI
+    pass
 
 Array = NDArray[Any]
 Call = Callable[[], object]
@@ -30,7 +30,7 @@ class Edges:
 
         model = mesh.model
         self.nbytes = 0
-        self._limit_s, self._part = limit_s, model.rank
+        self._limit_s = limit_s
         self._model, duplicated = model.Idup()
         wait(duplicated.Test, f"{model.size} parts to prepare their messages", limit_s)
         self._crews: dict[tuple[int, ...], MPI.Comm] = {(): self._model}
@@ -40,7 +40,7 @@ class Edges:
 
     def send(self, crew: tuple[int, ...], part: int, tag: int, buffer: Array, what: str) -> tuple[Call, Call]:
         """The calls that start to send `buffer` to a part, and that wait until it may be written again."""
-        request = self._comm(crew).Send_init(_typed(buffer), self._rank(crew, part), tag)
+        request = self._crews[crew].Send_init(_typed(buffer), _rank(crew, part), tag)
 
         def start() -> None:
             with reported(f"sending {what} to part {part}"):
@@ -51,7 +51,7 @@ class Edges:
 
     def receive(self, crew: tuple[int, ...], part: int, tag: int, buffer: Array, what: str) -> tuple[Call, Call]:
         """The calls that open `buffer` for what a part sends, and that wait for it."""
-        request = self._comm(crew).Recv_init(_typed(buffer), self._rank(crew, part), tag)
+        request = self._crews[crew].Recv_init(_typed(buffer), _rank(crew, part), tag)
 
         def start() -> None:
             with reported(f"making room for {what} of part {part}"):
@@ -63,11 +63,10 @@ class Edges:
         """MPI makes no progress by itself: let it move what is under way."""
         self._model.Iprobe(*self._any)
 
-    def _comm(self, crew: tuple[int, ...]) -> "MPI.Comm":
-        return self._crews[crew]
 
-    def _rank(self, crew: tuple[int, ...], part: int) -> int:
-        return crew.index(part) if crew else part
+def _rank(crew: tuple[int, ...], part: int) -> int:
+    """Of a part in its crew's communicator."""
+    return crew.index(part) if crew else part
 
 
 def _typed(buffer: Array) -> Array:

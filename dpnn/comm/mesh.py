@@ -12,6 +12,23 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Comm
 
 
+def replicas_of(ranks: int, parts: int, servers: int) -> int:
+    """The copies of the network that train on so many ranks. JobError where there is none, or ranks are left over."""
+    workers = ranks - servers
+    if workers < 1:
+        raise JobError(
+            f"parallel.servers = {servers} of {ranks} ranks: at least one has to be left to train; "
+            "start more ranks, or set fewer servers"
+        )
+    if not 1 <= parts <= workers or workers % parts:
+        fits = [n for n in range(1, workers + 1) if workers % n == 0]
+        raise JobError(
+            f"parallel.parts = {parts}: {workers} ranks can't be divided into replicas of {parts} parts; "
+            f"use parts = {', '.join(map(str, fits))}, or a number of ranks that {parts} divides"
+        )
+    return workers // parts
+
+
 class Mesh:
     """Which copy of the network this rank works on, and which piece of it.
 
@@ -30,20 +47,9 @@ class Mesh:
 
     def __init__(self, world: World, parts: int = 1, servers: int = 0) -> None:
         """Collective. JobError where `parts` doesn't divide the number of workers, or there are none."""
-        workers = world.size - servers
-        if workers < 1:
-            raise JobError(
-                f"parallel.servers = {servers} of {world.size} ranks: at least one has to be left to train; "
-                "start more ranks, or set fewer servers"
-            )
-        if not 1 <= parts <= workers or workers % parts:
-            fits = [n for n in range(1, workers + 1) if workers % n == 0]
-            raise JobError(
-                f"{workers} ranks can't be divided into replicas of {parts} parts; "
-                f"use parts = {', '.join(map(str, fits))}, or a number of ranks that {parts} divides"
-            )
         self.parts, self.servers = parts, servers
-        self.replicas = workers // parts
+        self.replicas = replicas_of(world.size, parts, servers)
+        workers = self.replicas * parts
         self.replica, self.part = divmod(world.rank, parts)
         self.server = world.rank - workers if world.rank >= workers else None
         from mpi4py import MPI

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from dpnn.config.tables import PLACEMENTS, CountOrNone, Job, Placing
-from dpnn.config.toml import shown, toml, wanted_of
+from dpnn.config.toml import did_you_mean, shown, toml, wanted_of
 from dpnn.errors import JobError
 
 # Exactly one of each is given.
@@ -82,8 +82,8 @@ def check(job: Job) -> None:
         _check_downpour(job)
     placement = job.parallel.placement
     if isinstance(placement, str) and placement not in PLACEMENTS:
-        near = [f"; did you mean {toml(name)}?" for name in get_close_matches(placement, PLACEMENTS, 1)]
-        raise JobError(f"parallel.placement = {toml(placement)}: {wanted_of(Placing)} is wanted{''.join(near)}")
+        hint = did_you_mean(map(toml, get_close_matches(placement, PLACEMENTS, 1)))
+        raise JobError(f"parallel.placement = {toml(placement)}: {wanted_of(Placing)} is wanted{hint}")
     if job.parallel.memory_gb and placement != "auto":
         raise JobError(
             f"parallel.memory_gb = {job.parallel.memory_gb:g}: it is a limit for what "

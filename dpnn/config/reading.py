@@ -5,7 +5,7 @@ the nearest known one too.
 import re
 import tomllib
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ import msgspec
 
 from dpnn.config.checks import check
 from dpnn.config.tables import Job, Staleness, Table
-from dpnn.config.toml import shown, toml, wanted_of
+from dpnn.config.toml import did_you_mean, shown, toml, wanted_of
 from dpnn.errors import JobError
 
 
@@ -99,7 +99,7 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-        hint = _did_you_mean(map(toml, get_close_matches(str(value), choices, 1, 0.5)))
+        hint = did_you_mean(map(toml, get_close_matches(str(value), choices, 1, 0.5)))
         raise JobError(f"{key} = {shown(value)}: {wanted_of(kind)} is wanted{hint}") from error
 
 
@@ -112,8 +112,4 @@ def _nearest_key(path: str, key: str) -> str:
     tables["parallel.staleness."] = Staleness.__struct_fields__
     near = [path + name for name in get_close_matches(key, tables[path], 1)]
     near += [other + name for other, names in tables.items() for name in get_close_matches(key, names, 1, 0.8)]
-    return _did_you_mean(near[:1]) or f"; known are {', '.join(path + name for name in tables[path])}"
-
-
-def _did_you_mean(names: Iterable[str]) -> str:
-    return "".join(f"; did you mean {name}?" for name in names)
+    return did_you_mean(near[:1]) or f"; known are {', '.join(path + name for name in tables[path])}"

@@ -3,6 +3,7 @@
 import json
 import re
 import typing
+from collections.abc import Iterable
 from datetime import date, time
 from typing import Any, Literal
 
@@ -21,6 +22,11 @@ def wanted_of(kind: Any) -> str:
         *others, last = map(toml, typing.get_args(kind))
         return f"{', '.join(others)} or {last}" if others else last
     return str(kind.__metadata__[0].description)
+
+
+def did_you_mean(names: Iterable[str]) -> str:
+    """What may have been meant, as an error ends."""
+    return "".join(f"; did you mean {name}?" for name in names)
 
 
 def key_of(name: str) -> str:

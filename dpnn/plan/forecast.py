@@ -9,10 +9,9 @@ import numpy as np
 
 from dpnn.backends.base import Backend
 from dpnn.nn.graph import Graph
-from dpnn.nn.layer import Input
 from dpnn.plan.costs import Costs
 from dpnn.plan.instructions import Backward, Finish, Forward, Instruction
-from dpnn.plan.memory import Layout, type_of
+from dpnn.plan.memory import Layout, message_nbytes
 from dpnn.plan.pipeline import Pipeline
 from dpnn.plan.placement import Loads, Placement
 from dpnn.plan.schedule import Plan, choose_groups, compile_plan
@@ -62,8 +61,7 @@ class Forecaster:
     ) -> None:
         self.graph, self.rows, self.costs = graph, rows, costs
         self._backends, self._states, self._pipeline = backends, states, pipeline
-        nodes = [node for node in graph.nodes if not isinstance(node.layer, Input)]
-        self.groups = choose_groups(nodes, backends, "train")
+        self.groups = choose_groups(graph.nodes, backends, "train")
         """Those of the whole network on one part."""
 
     def loads(self, microbatches: int) -> Loads:
@@ -93,27 +91,19 @@ class Forecaster:
         plans = tuple(compiled(part=part, pieces=held) for part, held in enumerate(pieces))
         params = tuple(held[-1].end if held else 0 for held in pieces)
 
+        times = [[self.costs.group(group, rows) for group in plan.groups] for plan in plans]
+
         def seconds(plan: Plan, step: Instruction) -> float:
             match step:
                 case Forward(group, _):
-                    return self.costs.group(plan.groups[group], rows)[0]
+                    return times[plan.part][group][0]
                 case Backward(group, _):
-                    return self.costs.group(plan.groups[group], rows)[1]
+                    return times[plan.part][group][1]
                 case Finish():
                     return self.costs.update(params[plan.part])
             return 0.0
 
-        dtype = self._backends[0].dtype
         timing = simulate(plans, seconds, self.costs.message, message_nbytes)
-        arrays = (2 + self._states) * dtype.itemsize
-        nbytes = tuple(
-            Layout(plan, dtype, rooms=False).nbytes + n * arrays for plan, n in zip(plans, params, strict=True)
-        )
+        arrays = (2 + self._states) * self._backends[0].dtype.itemsize
+        nbytes = tuple(Layout(plan, rooms=False).nbytes + n * arrays for plan, n in zip(plans, params, strict=True))
         return Forecast(setting, placed, plans, timing, params, nbytes)
-
-
-def message_nbytes(plan: Plan, number: int) -> int:
-    """Of a message, which always has room for the largest micro-batch."""
-    node = plan.graph.nodes[plan.messages[number].node]
-    rows = plan.rows if node.layer.batched else 1
-    return rows * math.prod(node.shape) * type_of(plan.graph, node, plan.dtype).itemsize

@@ -8,7 +8,6 @@ import numpy as np
 from dpnn.backends.base import Backend, Group, Step
 from dpnn.native import denormals_flushed
 from dpnn.nn.graph import Graph
-from dpnn.nn.layer import Input
 from dpnn.plan.costs import Costs, Time, multiply_adds, question
 from dpnn.plan.memory import Arena, Buffers, Layout
 from dpnn.plan.placement import Placement, shardable
@@ -38,8 +37,7 @@ def measured(graph: Graph, parts: int, backends: Sequence[Backend], rows: int) -
     found: dict[str, Time] = {}
     work = seconds = 0.0
     for one in (graph, spread(graph, Placement(parts, (0,) * len(graph.nodes), shards)).graph):
-        nodes = [node for node in one.nodes if not isinstance(node.layer, Input)]
-        for group in choose_groups(nodes, backends, "train"):
+        for group in choose_groups(one.nodes, backends, "train"):
             if question(group) in found or _is_summed(one, group):
                 continue
             found[question(group)] = time = _time(one, group, backends, rows)
@@ -73,7 +71,7 @@ def _seconds(graph: Graph, group: Group, backends: Sequence[Backend], rows: int)
     inside = {node.index for node in group.nodes}
     lone = Placed(graph, 2, tuple(int(node.index not in inside) for node in graph.nodes))
     plan = compile_plan(lone, 0, backends, "train", rows)
-    layout, arena = Layout(plan, backends[0].dtype), Arena()
+    layout, arena = Layout(plan), Arena()
     arena.reserve(layout.nbytes)
     arena.take(0, (layout.nbytes,), np.dtype(np.uint8)).fill(0)
     store = Store(group.nodes, backends[0].dtype)

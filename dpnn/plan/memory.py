@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpnn.backends.base import Group, Room, Step
-from dpnn.nn.graph import Graph, Node
+from dpnn.nn.graph import Node
 from dpnn.nn.join import Fork
 from dpnn.nn.layer import Input
 from dpnn.plan.instructions import Backward, Forward, Load, Loss, PostRecv, Recv, Send, Sent
@@ -63,20 +63,35 @@ class Arena:
         return self._block[offset : offset + nbytes].view(dtype).reshape(shape)
 
 
-def type_of(graph: Graph, node: Node, dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The type of a node's output, where the backend computes in `dtype`."""
+def shape_of(plan: Plan, node: Node) -> tuple[int, ...]:
+    """The shape of a node's output, with room for the largest micro-batch."""
+    return (plan.rows, *node.shape) if node.layer.batched else node.shape
+
+
+def type_of(plan: Plan, node: Node) -> np.dtype[Any]:
+    """The type of a node's output."""
     while isinstance(node.layer, Fork):
-        node = graph.nodes[node.inputs[0]]
+        node = plan.graph.nodes[node.inputs[0]]
     name = node.layer.holds if isinstance(node.layer, Input) else node.layer.dtype
-    return dtype if name == "float" else np.dtype(name)
+    return plan.dtype if name == "float" else np.dtype(name)
+
+
+def output_nbytes(plan: Plan, node: Node) -> int:
+    """Of a node's output, or of a gradient by it."""
+    return math.prod(shape_of(plan, node)) * type_of(plan, node).itemsize
+
+
+def message_nbytes(plan: Plan, number: int) -> int:
+    """Of a message: always all rows."""
+    return output_nbytes(plan, plan.graph.nodes[plan.messages[number].node])
 
 
 class Layout:
     """The offset of every buffer of a plan in the arena, and the views that share another buffer's place."""
 
-    def __init__(self, plan: Plan, dtype: np.dtype[Any], rooms: bool = True) -> None:
+    def __init__(self, plan: Plan, rooms: bool = True) -> None:
         """`rooms`: also what ops want beside arrays; backends may have to time something to know that."""
-        self.plan, self.graph, self.rows, self.dtype = plan, plan.graph, plan.rows, dtype
+        self.plan, self.graph, self.dtype = plan, plan.graph, plan.dtype
         self._same: dict[Key, Key] = {}
         for group in plan.groups:
             node = group.nodes[-1]
@@ -94,11 +109,11 @@ class Layout:
 
     def shape(self, node: Node) -> tuple[int, ...]:
         """The shape of a node's output, with room for the largest micro-batch."""
-        return (self.rows, *node.shape) if node.layer.batched else node.shape
+        return shape_of(self.plan, node)
 
     def type(self, node: Node) -> np.dtype[Any]:
         """The type of a node's output."""
-        return type_of(self.graph, node, self.dtype)
+        return type_of(self.plan, node)
 
     def root(self, key: Key) -> Key:
         """The buffer that a view shares the place of; a buffer of its own is its own root."""
@@ -193,7 +208,7 @@ class Layout:
         source = node if position < 0 else self.graph.nodes[node.inputs[position]]
         if source.layer.collected:
             return 0
-        return math.prod(self.shape(source)) * self.type(source).itemsize
+        return output_nbytes(self.plan, source)
 
 
 def _alike(plan: Plan) -> bool:
@@ -291,7 +306,7 @@ class Buffers:
         node = layout.graph.nodes[message.node]
         if node.layer.collected:
             raise RuntimeError(f"{node.name} is summed over the replicas, and can't cross to another part")
-        nbytes = math.prod(layout.shape(node)) * layout.type(node).itemsize
+        nbytes = output_nbytes(layout.plan, node)
         return self._arena.take(layout.offset(message.key, self._slot) or 0, (nbytes,), np.dtype(np.uint8))
 
     def _array(self, key: Key, node: Node) -> Array:

@@ -63,8 +63,9 @@ def order_of(placed: Placed, microbatches: int, trains: bool, pipeline: Pipeline
     """The tasks of each part in their order, and how many micro-batches it has in flight at once; read only."""
     segments = _segments(placed, trains)
     slots = _slots(placed.parts, segments, microbatches, pipeline if trains else "sequence")
+    plain = len({part for part, _ in segments}) == len(segments)
     orders: list[list[Task]] = [[] for _ in range(placed.parts)]
-    schedule = _Schedule(segments, slots, full=pipeline == "gpipe")
+    schedule = _Schedule(segments, slots, full=plain or pipeline == "gpipe")
     for micro in range(microbatches):
         schedule.add(micro, microbatches)
     for part, task in schedule.run():
@@ -129,10 +130,9 @@ class _Schedule:
     """A list schedule: whoever can begin first begins, with what comes first in its order of preference."""
 
     def __init__(self, segments: dict[tuple[int, int], _Segment], slots: Sequence[int], full: bool) -> None:
-        """`full`: backward always waits until all slots are taken."""
+        """`full`: backward waits until all slots are taken."""
         self._segments, self._slots = segments, slots
-        visits = Counter(part for part, _ in segments)
-        self._full = [full or max(visits.values()) == 1 for _ in slots]
+        self._full = full
         self._missing: dict[tuple[int, Task], int] = {}
         self._followers: dict[tuple[int, Task], list[tuple[int, Task]]] = defaultdict(list)
         self._ready: list[dict[Task, float]] = [{} for _ in slots]
@@ -142,8 +142,9 @@ class _Schedule:
     def add(self, micro: int, microbatches: int) -> None:
         """The tasks of a micro-batch; in their order.
 
-        In a plain pipeline backward waits until all slots are taken: were it assumed costs that decide, a part whose
-        neighbours are faster than assumed would go backward too early, and keep them waiting for its forward.
+        In a plain pipeline (one segment a part) backward waits until all slots are taken: were it assumed costs that
+        decide, a part whose neighbours are faster than assumed would go backward too early, and keep them waiting for
+        its forward.
         """
         for (part, level), segment in self._segments.items():
             needs = [(other, Task(micro, False, below)) for other, below in segment.after]
@@ -152,7 +153,7 @@ class _Schedule:
             self._need(part, Task(micro, False, level), needs)
             if segment.trained:
                 needs = [(other, Task(micro, True, above)) for other, above in segment.gradients]
-                last = min(micro + self._slots[part], microbatches) - 1 if self._full[part] else micro
+                last = min(micro + self._slots[part], microbatches) - 1 if self._full else micro
                 needs += [(part, Task(last, False, own)) for other, own in self._segments if other == part]
                 if micro:
                     needs.append((part, Task(micro - 1, True, level)))

@@ -11,6 +11,7 @@ from dpnn.errors import JobError
 from dpnn.nn.conv import Conv
 from dpnn.nn.dense import Dense
 from dpnn.nn.graph import Block, Graph, Node
+from dpnn.nn.layer import Layer
 from dpnn.nn.norm import BatchNormalize, BatchSums
 from dpnn.plan.costs import n_params
 
@@ -107,7 +108,7 @@ def by_branches(graph: Graph, parts: int, loads: Loads) -> Placement:
     for block in outer_blocks(graph):
         runs = [run for run in block.branches if run[0] < run[1]]
         widest = max(widest, (block.name, len(runs)), key=lambda item: item[1])
-        spread_branches(block, range(parts), loads, part_of)
+        spread_branches(block, parts, loads, part_of)
     if widest[1] < parts:
         what = f"the widest, {widest[0]}, has {widest[1]} branches" if widest[1] else "the network has none"
         raise JobError(
@@ -127,9 +128,9 @@ def outer_blocks(graph: Graph) -> list[Block]:
     return [block for block in graph.blocks if not any(inside(block, other) for other in graph.blocks)]
 
 
-def spread_branches(block: Block, parts: Sequence[int], loads: Loads, part_of: list[int]) -> None:
-    """Write into `part_of` where the branches of a block go: the longest first, the first one to parts[0]."""
-    load = dict.fromkeys(parts, 0.0)
+def spread_branches(block: Block, parts: int, loads: Loads, part_of: list[int]) -> None:
+    """Write into `part_of` where the branches of a block go: the longest first, to who has least."""
+    load = dict.fromkeys(range(parts), 0.0)
     runs = [(float(loads.work[lo:hi].sum()), lo, hi) for lo, hi in block.branches if lo < hi]
     for seconds, lo, hi in sorted(runs, key=lambda run: -run[0]):
         part = min(load, key=lambda part: load[part])
@@ -156,11 +157,11 @@ def by_filters(graph: Graph, parts: int, loads: Loads) -> Placement:
 
 def shardable(graph: Graph, parts: int) -> list[Node]:
     """The layers that have at least `parts` filters to share out."""
-    return [node for node in graph.nodes if _filters(node) >= max(parts, 2)]
+    return [node for node in graph.nodes if filters_of(node.layer) >= max(parts, 2)]
 
 
-def _filters(node: Node) -> int:
-    layer = node.layer
+def filters_of(layer: Layer) -> int:
+    """How many filters (or units) a layer has to share out: 0 where it can't be."""
     if isinstance(layer, Conv):
         return layer.filters if layer.groups == 1 else 0
     return layer.units if isinstance(layer, Dense) else 0
@@ -184,7 +185,7 @@ def by_names(graph: Graph, parts: int, patterns: Mapping[str, Pattern]) -> Place
             part_of[node.index] = wanted
             continue
         part_of[node.index] = wanted[0]
-        if _filters(node) >= len(wanted) > 1:
+        if filters_of(node.layer) >= len(wanted) > 1:
             shards[node.index] = tuple(wanted)
         elif node.params and len(wanted) > 1:
             raise JobError(

@@ -113,11 +113,7 @@ def compile_plan(
     `rows`: the most samples of a micro-batch. `pieces`: what its store holds (training only). `bucket_nbytes`: a
     bucket is closed when it is at least so large. `grains`: buckets are exchanged after every micro-batch.
     """
-    wanted = [
-        node
-        for node in placed.nodes(part)
-        if not isinstance(node.layer, Input) and not (mode == "eval" and node.training_only)
-    ]
+    wanted = [node for node in placed.nodes(part) if not (mode == "eval" and node.training_only)]
     groups = choose_groups(wanted, backends, mode)
     messages = messages_of(placed, mode)
     orders, slots = order_of(placed, microbatches, mode == "train", "sequence" if grains else pipeline)
@@ -147,8 +143,8 @@ def compile_plan(
 
 
 def choose_groups(nodes: Sequence[Node], backends: Sequence[Backend], mode: Mode) -> list[Group]:
-    """Each node in one group: the first backend in the list is asked first, the next for what it declined."""
-    left = list(nodes)
+    """Each node, save inputs, in one group: the first backend is asked first, the next for what it declined."""
+    left = [node for node in nodes if not isinstance(node.layer, Input)]
     groups: list[Group] = []
     for backend in backends:
         found = backend.groups(left, mode)
@@ -211,12 +207,8 @@ class _Lists:
                 self._gradients_come.setdefault(message.node, []).append(message.number)
             elif message.target == part:
                 self._comes[message.node] = message.number
-        self._collected = {
-            node.index: self._graph.readers(node)[0][0].index
-            for group in groups
-            for node in group.nodes
-            if node.layer.collected and mode == "train"
-        }
+        nodes = [node for group in groups for node in group.nodes]
+        self._collected = {node.index for node in nodes if node.layer.collected and mode == "train"}
 
     def passes(self, order: Sequence[Task], slots: int, grains: bool) -> list[list[Instruction]]:
         """The tasks one after the other, in one list; with `grains` a list for each micro-batch."""

@@ -21,7 +21,7 @@ from dpnn.nn.graph import Graph, Node, Param, make_node
 from dpnn.nn.join import Add, Concat, Fork
 from dpnn.nn.layer import Input, Layer
 from dpnn.nn.pointwise import ReLU
-from dpnn.plan.placement import Placement
+from dpnn.plan.placement import Placement, filters_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def spread(graph: Graph, placement: Placement) -> Placed:
 
 def shard_cuts(layer: Layer, shards: int) -> list[int]:
     """Where the filters (or units) of each shard of a layer begin, and their number."""
-    n = layer.filters if isinstance(layer, Conv) else layer.units if isinstance(layer, Dense) else 0
+    n = filters_of(layer)
     return [n * i // shards for i in range(shards + 1)]
 
 

@@ -112,7 +112,7 @@ def build() -> Callable[..., Built]:
         nodes = placed.nodes(0)
         store = store or Store(nodes, backend.dtype)
         plan = compile_plan(placed, 0, [backend], mode, rows, microbatches, store.pieces, bucket_nbytes)
-        layout, arena, strategy = Layout(plan, backend.dtype), Arena(), Recorder()
+        layout, arena, strategy = Layout(plan), Arena(), Recorder()
         arena.reserve(layout.nbytes)
         executor = Executor(layout, store, arena, 7, Alone, strategy if mode == "train" else None)
         return Built(graph, plan, layout, store, executor, strategy)

@@ -14,7 +14,7 @@ from dpnn.plan.instructions import Backward, Forward, Load, Loss, PostRecv, Recv
 from dpnn.plan.memory import ALIGNMENT, BACKWARD, FORWARD, KEPT, Buffers, Life, pack
 
 from .conftest import SHAPE, wide
-from .lists import TYPE, graph_of, plans_over
+from .lists import graph_of, plans_over
 from .parts import random_network, random_placement
 
 ROWS, MUCH = 3, 1 << 20
@@ -43,7 +43,7 @@ def layout_of(*backends, mode="train", sync=False):
     placed = Placed.whole(graph)
     nodes = placed.nodes(0)
     pieces = Store(nodes, F32).pieces
-    return Layout(compile_plan(placed, 0, backends, mode, ROWS, 2 if mode == "train" else 1, pieces, 400), F32)
+    return Layout(compile_plan(placed, 0, backends, mode, ROWS, 2 if mode == "train" else 1, pieces, 400))
 
 
 def buffers_of(layout):
@@ -233,7 +233,7 @@ def test_what_is_alive_in_several_slots_never_overlaps(seed, pipeline):
     placement = random_placement(rng, graph, rng.randint(2, 4))
     in_flight = 0
     for plan in plans_over(graph, placement, microbatches=4, pipeline=pipeline):
-        layout = Layout(plan, TYPE)
+        layout = Layout(plan)
         in_flight = max(in_flight, plan.slots)
         lives = []
         for key, slot, first, last in lives_of(layout):

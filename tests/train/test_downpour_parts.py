@@ -3,17 +3,15 @@
 import os
 import signal
 import time
-from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dpnn import cli
-from dpnn.observe import metrics
 
-SAMPLES, LIMIT_S = 231, 10
-NETWORKS = Path(__file__).parent / "networks.py"
+from .test_downpour import LONG, NETWORKS, SAMPLES, every_sample, read, seen_ids, words
+
+LIMIT_S = 10
 DOWNPOUR = (
     "train.global_batch=0", "parallel.strategy=downpour", "parallel.parts=2", "parallel.servers=2",
     "parallel.timeout_s=20",
@@ -23,29 +21,6 @@ PLAIN = (
     "train.replica_batch=7", *DOWNPOUR,
 )  # fmt: skip
 LENET = ("model.name=lenet", "model.kernel=3", "model.batchnorm=true", "model.dropout=0.3")
-LONG = ("train.epochs=2000", "train.eval_every=0")
-
-
-def words(*settings: str) -> list[str]:
-    return [word for setting in settings for word in ("--set", setting)]
-
-
-def read(folder: Path, kind: str) -> list[dict]:
-    return [line for line in metrics.read(folder / "metrics.jsonl") if line["kind"] == kind]
-
-
-def seen_ids(folder: Path) -> Counter:
-    """(epoch, sample) of every batch that was trained on."""
-    seen = Counter()
-    for path in folder.iterdir():
-        for line in path.read_text().splitlines():
-            epoch, _, *ids = map(int, line.split())
-            seen.update((epoch, sample) for sample in ids)
-    return seen
-
-
-def every_sample(epochs: int) -> Counter:
-    return Counter((epoch, sample) for epoch in range(epochs) for sample in range(SAMPLES))
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ class Side:
         placed, dtype = Placed.whole(graph), backends[0].dtype
         self.store = Store(placed.nodes(0), dtype)
         plan = compile_plan(placed, 0, backends, mode, rows, microbatches, self.store.pieces, 1 << 12)
-        layout, arena = Layout(plan, dtype), Arena()
+        layout, arena = Layout(plan), Arena()
         arena.reserve(layout.nbytes)
         self.onlooker = Onlooker() if mode == "train" else None
         self.executor = Executor(layout, self.store, arena, 7, lambda array: Nobody(), self.onlooker)

@@ -42,7 +42,7 @@ class Run:
         placed, dtype = Placed.whole(graph), np.dtype(np.float32)
         self.store = Store(placed.nodes(0), dtype)
         plan = compile_plan(placed, 0, backends, "train", rows, 1, self.store.pieces, 1 << 20)
-        layout, arena = Layout(plan, dtype), Arena()
+        layout, arena = Layout(plan), Arena()
         arena.reserve(layout.nbytes)
         self.executor = Executor(layout, self.store, arena, 0, lambda array: Nobody(), Descent(self.store, lr))
         self.losses: list[float] = []

@@ -35,7 +35,7 @@ def main() -> None:
     store, backends = Store(nodes, np.dtype(np.float32)), [OneDNN(Team(2)), Reference(np.float32)]
     store.draw(0)
     plan = compile_plan(placed, 0, backends, "train", rows // microbatches, microbatches, store.pieces)
-    layout, arena = Layout(plan, store.params.dtype), Arena()
+    layout, arena = Layout(plan), Arena()
     arena.reserve(layout.nbytes)
     executor = Executor(layout, store, arena, 0, lambda array: Alone(), Alone())
     rng = np.random.default_rng(0)
