@@ -130,11 +130,13 @@ def test_stopped_and_resumed_on_other_workers_and_servers_every_sample_is_seen_o
     run, seen = job(), tmp_path / "seen"
     seen.mkdir()
     command = ("train", run.path, *words(*DOWNPOUR, "train.replica_batch=2", "train.eval_every=0", "train.epochs=2"))
+    workers = 0
     for ranks, servers, fault, code in (
         (4, 1, "* 9 SIGTERM", 75), (3, 2, "0 9 SIGUSR1", 75), (3, 1, "- 0 -", 0),
     ):  # fmt: skip
         line = (*command, *words(f"parallel.servers={servers}"))
-        ended = mpirun(ranks, *line, script=watched, env={"SEEN": seen, "FAULT": fault})
+        workers += ranks - servers  # all take part, also those that come late
+        ended = mpirun(ranks, *line, script=watched, env={"SEEN": seen, "TOGETHER": str(workers), "FAULT": fault})
         assert ended.returncode == code, ended.stderr
         if code:
             (end,) = read(run.out, "end")[-1:]

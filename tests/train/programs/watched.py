@@ -1,6 +1,7 @@
 """`dpnn` with an eye on the training batches, and a fault at one of them.
 
 SEEN      a folder: each process writes a line "epoch step id id ..." for every batch that it trains on.
+TOGETHER  a number: no process goes on from its first batch before so many have written into SEEN.
 FAULT     "RANK STEP DEED": at its training batch number STEP (from 0, in this process) the rank, or every rank ("*"),
           does DEED: a signal's name, sent to itself; "raise"; "infinite" (its samples become so); or "truncate PATH".
 """
@@ -8,6 +9,7 @@ FAULT     "RANK STEP DEED": at its training batch number STEP (from 0, in this p
 import os
 import signal
 import sys
+import time
 
 from dpnn import cli
 from dpnn.data import Batch, Loader
@@ -33,6 +35,11 @@ def watched_next(loader: Loader) -> Batch:
 def note(batch: Batch) -> None:
     with open(f"{os.environ['SEEN']}/{os.getpid()}", "a") as file:
         print(batch.epoch, batch.step, *batch.ids.tolist(), file=file)
+    end = time.monotonic() + 15
+    while STATE["batches"] == 0 and len(os.listdir(os.environ["SEEN"])) < int(os.environ.get("TOGETHER", "0")):
+        if time.monotonic() > end:
+            raise TimeoutError(f"only {len(os.listdir(os.environ['SEEN']))} processes came to their first batch")
+        time.sleep(0.01)
 
 
 def do(deed: str, batch: Batch) -> None:
