@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpnn.comm.faults import reported, wait
+from dpnn.comm.faults import duplicate, reported, wait
 from dpnn.comm.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ class Edges:
         model = mesh.model
         self.nbytes = 0
         self._limit_s = limit_s
-        self._model, duplicated = model.Idup()
-        wait(duplicated.Test, f"{model.size} parts to prepare their messages", limit_s)
+        self._model = duplicate(model, f"{model.size} parts to prepare their messages", limit_s)
         self._crews: dict[tuple[int, ...], MPI.Comm] = {(): self._model}
         for crew in crews:
             self._crews[crew] = mesh.among(crew)

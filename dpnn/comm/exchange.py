@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpnn.comm.faults import wait
+from dpnn.comm.faults import duplicate
 from dpnn.comm.node import Node
 from dpnn.native import Call, Kernels
 
@@ -29,11 +29,8 @@ class Lines:
     def __init__(self, across: "MPI.Comm", limit_s: float) -> None:
         """Collective over `across`."""
         self.size, self.rank = across.size, across.rank
-        self.pieces, first = across.Idup()
-        self.sums, second = across.Idup()
-        self.small, third = across.Idup()
-        for duplicated in (first, second, third):
-            wait(duplicated.Test, f"{across.size} nodes to prepare their sums", limit_s)
+        whom = f"{across.size} nodes to prepare their sums"
+        self.pieces, self.sums, self.small = (duplicate(across, whom, limit_s) for _ in range(3))
 
     def lengths(self, n: int) -> NDArray[np.int64]:
         """The lengths of the nodes' pieces of n numbers."""

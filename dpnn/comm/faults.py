@@ -11,8 +11,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 from dpnn.errors import DpnnError, RankError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 _EAGER_S = 1e-3
 """How long a wait only gives way to other processes: most answers come within it."""
@@ -41,6 +45,16 @@ def wait(test: Callable[[], object], whom: str, limit_s: float) -> None:
             os.sched_yield()
         else:
             time.sleep(_NAP_S if waited < _LONG_S else _LONG_NAP_S)
+
+
+def duplicate(comm: "MPI.Comm", whom: str, limit_s: float) -> "MPI.Comm":
+    """A duplicate of a communicator. Collective; RankError where that takes longer than `limit_s` seconds.
+
+    One at a time: Open MPI 5 hangs now and then where a rank has several on their way.
+    """
+    copy, request = comm.Idup()
+    wait(request.Test, whom, limit_s)
+    return copy
 
 
 def tested(test: Callable[[], object], whom: str) -> bool:

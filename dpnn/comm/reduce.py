@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from dpnn.comm.exchange import Exchange, Lines, Swap, plain, rounded
-from dpnn.comm.faults import tested, wait
+from dpnn.comm.faults import duplicate, tested, wait
 from dpnn.comm.node import Node
 from dpnn.native import Call
 
@@ -70,8 +70,7 @@ class BucketReducer:
         self._pending: deque[MPI.Request] = deque()
         self._sum, self._in_place = MPI.SUM, MPI.IN_PLACE
         self._whom = f"the sum of the {what} over {comm.size} ranks"
-        self._comm, duplicated = comm.Idup()
-        wait(duplicated.Test, f"{comm.size} replicas to prepare their sums", limit_s)
+        self._comm = duplicate(comm, f"{comm.size} replicas to prepare their sums", limit_s)
 
     def start(self, lo: int, hi: int) -> None:
         """Begin to sum flat[lo:hi], which nobody touches until `finish`."""

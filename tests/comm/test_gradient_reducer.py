@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dpnn.comm import reduce as module
+from dpnn.comm.faults import duplicate
 from dpnn.comm.node import Node
 from dpnn.comm.reduce import GradientReducer, allreduce, measured_bucket
 from dpnn.errors import RankError
@@ -255,7 +256,7 @@ def test_a_replica_that_does_not_prepare_is_a_rank_error(world, node_of):
             GradientReducer(node, lambda lo, hi: None, 0.2)
     world.comm.barrier()
     if world.rank == late:
-        GradientReducer(node, lambda lo, hi: None, 60).close()
+        duplicate(node.across, "the others, who have begun", 60)  # what they began is ended: it is collective
     else:
         assert raised.value.exit_code == 4
     world.comm.barrier()

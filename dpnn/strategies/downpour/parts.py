@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dpnn.comm.faults import wait
+from dpnn.comm.faults import duplicate, wait
 from dpnn.comm.reduce import BucketReducer
 
 if TYPE_CHECKING:
@@ -63,8 +63,7 @@ class Parts(Alone):
         self._told, self._sum = np.zeros(len(Note._fields)), np.zeros(1)
         self._telling = BucketReducer(model, self._told, limit_s, "losses of a replica's parts")
         self._summing = BucketReducer(model, self._sum, limit_s, "norms of a replica's parts")
-        self._comm, duplicated = model.Idup()
-        wait(duplicated.Test, f"{model.size} parts to prepare their messages", limit_s)
+        self._comm = duplicate(model, f"{model.size} parts to prepare their messages", limit_s)
 
     def tell(self, note: Note) -> None:
         """Begin to tell all parts."""
