@@ -12,13 +12,20 @@ import pytest
 
 from dpnn import nn
 from dpnn.backends.base import Array, Backend, Group, Mode, Op, Step
+from dpnn.backends.cuda import Cuda
 from dpnn.backends.onednn import OneDNN
 from dpnn.backends.reference import Reference
 from dpnn.team import Team
 
+from .cuda.shim import Shim
+
 ONEDNN = OneDNN(Team(2))
-BACKENDS: dict[str, Callable[[Any], Backend]] = {"reference": Reference, "onednn": lambda dtype: ONEDNN}
-DTYPES = {"reference": (np.float32, np.float64), "onednn": (np.float32,)}
+BACKENDS: dict[str, Callable[[Any], Backend]] = {
+    "reference": Reference,
+    "onednn": lambda dtype: ONEDNN,
+    "cuda": lambda dtype: Cuda(Shim()),
+}
+DTYPES = {"reference": (np.float32, np.float64), "onednn": (np.float32,), "cuda": (np.float32,)}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,70 @@
+"""What this backend needs of a GPU, and no more: memory, copies, kernels. `Gpu` has them by CuPy, the tests' by NumPy.
+
+All that is asked of a device is done in order, later: kernels, copies and zeros form one queue, and `read` waits for
+its end.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from dpnn.backends.base import Array
+
+Grid = tuple[int, ...]
+Test = Callable[[], bool]
+"""Whether something that was started is done."""
+
+
+class Kernel(Protocol):
+    """One kernel of a file.
+
+    Arguments: arrays stand for their first byte and None for NULL, an int is passed as `int`, a float as `float`, a
+    NumPy scalar as what it is (np.int64 as `long long`). `shared`: bytes of dynamic shared memory.
+    """
+
+    def __call__(self, grid: Grid, block: Grid, *arguments: object, shared: int = 0) -> None: ...
+
+
+class Device(Protocol):
+    """One GPU, or what stands for it. Arrays are CuPy's, or NumPy's."""
+
+    about: str
+    """Which device it is."""
+    processors: int
+    """Multiprocessors: how many blocks run side by side at least."""
+
+    def empty(self, nbytes: int) -> Array:
+        """Memory of the device, uint8, aligned to 256 bytes."""
+        ...
+
+    def zero(self, array: Array) -> None:
+        """Set an array, contiguous in memory, to zeros."""
+        ...
+
+    def kernel(self, file: str, name: str) -> Kernel:
+        """A kernel of kernels/FILE."""
+        ...
+
+    def pinned(self, nbytes: int) -> Array:
+        """Memory of the host, uint8, that copies may run to and from while other work goes on."""
+        ...
+
+    def pin(self, array: Array) -> None:
+        """Make memory of the host, from anywhere, such memory, as far as that goes."""
+        ...
+
+    def pull(self, array: Array, buf: Array) -> Test:
+        """Start to copy an array of the device, as it will be in the queue's order, into one of the host."""
+        ...
+
+    def push(self, buf: Array, array: Array) -> Test:
+        """Start to copy an array of the host into one of the device, in the queue's order."""
+        ...
+
+    def read(self, array: Array) -> Any:
+        """An array as one of NumPy's, once all that was asked for is done."""
+        ...
+
+
+def blocks(n: int, each: int = 256) -> Grid:
+    """A grid of enough blocks for n things, `each` a block."""
+    return (max(1, -(-n // each)),)
