@@ -101,7 +101,7 @@ class Ours:
         """The network's output for other images, (rows, classes); in mode "eval"."""
         batch, counts, total = self._step
         self.executor.run(batch._replace(x=x), counts, total)
-        return self.executor.scores[: batch.rows]
+        return self.executor.results[0][: batch.rows]
 
     def backends(self) -> str:
         """Which backends compute how many of the groups, and why not the best one."""

@@ -17,7 +17,7 @@ from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
 from dpnn.comm.world import World, start
 from dpnn.data import Batch
-from dpnn.evaluate import Model, choose_backends, kernels_of, segments_of
+from dpnn.evaluate import Model, choose_backends, segments_of
 from dpnn.nn import Network, Shape
 from dpnn.optim import STATES, Optimizer, Segment
 from dpnn.plan import Placed
@@ -105,7 +105,7 @@ class Line:
         with deadline(LIMIT_S, "laying a line", world.fail):
             comm = world.comm.Split(0 if world.rank in members else 1, world.rank)
         team = Team(1)
-        kernels = kernels_of(choose_backends(job.backend, team)[0])
+        kernels = choose_backends(job.backend, team)[0][0].kernels
 
         def make(params: np.ndarray, grads: np.ndarray, state: dict[str, np.ndarray]) -> Optimizer | Nothing:
             return Optimizer(job.optimizer, segments, params, grads, team, kernels, state) if applies else Nothing()
@@ -273,7 +273,7 @@ class Together:
         mesh = Mesh(world)
         job = config.parse(JOB.format(batch="replica_batch", rows=rows, rate=RATE, limit=LIMIT_S, parallel=""))
         team = Team(1)
-        kernels = kernels_of(choose_backends(job.backend, team)[0])
+        kernels = choose_backends(job.backend, team)[0][0].kernels
         node = Node(mesh, n, np.dtype(np.float32), STATES[job.optimizer.name], kernels, LIMIT_S)
         whole = [Segment(0, n, decay=True, statistic=0.0)]
         optimizer = Optimizer(job.optimizer, whole, node.params, node.sums, team, kernels, node.state)

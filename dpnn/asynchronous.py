@@ -26,7 +26,7 @@ from dpnn.comm.ranks import Ranks
 from dpnn.comm.world import World
 from dpnn.data import Leases, Loader, Run, Sampler, check_shards, no_samples
 from dpnn.errors import NotFiniteError, Stopped
-from dpnn.evaluate import Array, Evaluator, Model, check_alike, choose_backends, kernels_of, segments_of
+from dpnn.evaluate import Array, Evaluator, Model, check_alike, choose_backends, segments_of
 from dpnn.native import denormals_flushed
 from dpnn.nn.init import draw
 from dpnn.observe.folder import RunFolder
@@ -100,7 +100,7 @@ def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Star
     pieces, segments = clip(whole, lo, hi), cut(segments_of(whole), lo, hi)
     team = Team(job.backend.threads or world.threads())
     backends, _ = choose_backends(job.backend, team)
-    kernels = kernels_of(backends)
+    kernels = backends[0].kernels
 
     params = np.zeros(hi - lo, backends[0].dtype)
     state = {name: np.zeros_like(params) for name in STATES[job.optimizer.name]}

@@ -37,8 +37,9 @@ def speeds(mesh: Mesh, model: Model, rows: int, limit_s: float) -> Array:
     """
     executor = model.executor(model.training(rows), lambda array: Nobody(), Nobody(), mesh=mesh)
     batch = no_samples(0, 0)
-    for images, labels, ids in executor.inputs[:1]:
-        batch = Batch(np.zeros_like(images), np.zeros_like(labels), np.zeros_like(ids), rows, 0, 0, None)
+    for inputs in executor.inputs[:1]:
+        images, labels, ids = (np.zeros_like(wire.buf) for wire in inputs)
+        batch = Batch(images, labels, ids, rows, 0, 0, None)
     times = []
     for _ in range(_STEPS):
         begin = perf_counter()

@@ -28,7 +28,6 @@ from dpnn.comm.share import share
 from dpnn.comm.world import World
 from dpnn.data import Loader, Manifest, Sampler, no_samples
 from dpnn.errors import DataError, JobError
-from dpnn.native import Kernels
 from dpnn.nn import Network
 from dpnn.optim import Segment, merge
 from dpnn.plan import Arena, Executor, Layout, Piece, Placed, Plan, Store, Strategy, Sum, compile_plan
@@ -63,7 +62,7 @@ class Model:
         self.placed, self.part, self.graph = placed, part, placed.graph
         self.team = Team(job.backend.threads or threads)
         self.backends, self.note = choose_backends(job.backend, self.team)
-        self.kernels = kernels_of(self.backends)
+        self.kernels = self.backends[0].kernels
         self.dtype = self.backends[0].dtype
         self.store = Store(placed.nodes(part), self.dtype)
         self.arena = Arena()
@@ -147,11 +146,6 @@ def check_alike(ranks: Ranks, model: Model) -> None:
     ranks.agree(JobError(told) if kind != first else None)
 
 
-def kernels_of(backends: Sequence[Backend]) -> Kernels | None:
-    """Our compiled kernels, where the best backend has them."""
-    return backends[0].kernels if isinstance(backends[0], OneDNN) else None
-
-
 def segments_of(pieces: Sequence[Piece]) -> tuple[Segment, ...]:
     """How the numbers of a network are updated."""
     return merge(Segment(piece.offset, piece.end, piece.spec.decay, piece.spec.statistic) for piece in pieces)
@@ -214,8 +208,9 @@ class Evaluator:
         executor.run(batch, [(rows, rows)], total=1)
         if loader is not None:
             loader.release(batch)
-        if executor.scores is not None and executor.labels is not None:
-            better = n_better(executor.scores[:rows], executor.labels[:rows])
+        if (results := executor.results) is not None:
+            scores, labels = results
+            better = n_better(scores[:rows], labels[:rows])
             self._sums += (rows, (better >= 1).sum(), (better >= 5).sum(), 0.0)
         self._sums[3] += executor.loss
 

@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from dpnn.backends.memory import Array, Memory
+from dpnn.native import Kernels
 from dpnn.nn.graph import Node
 
-Array = NDArray[Any]
+__all__ = ["Array", "Backend", "Edge", "Group", "Mode", "Op", "Room", "Slot", "Step", "put"]
+
 Mode = Literal["train", "eval"]
 
 
@@ -145,6 +147,10 @@ class Backend(Protocol):
     memory is a matter of their strides. A plan follows the first of its backends; all others take what comes."""
     about: str
     """Which library it computes with, and where that was found; empty where there is none to tell."""
+    memory: Memory
+    """Where the arrays lie that it computes with. A plan's backends have one memory."""
+    kernels: Kernels | None
+    """Our compiled CPU kernels, for what is done on the host; None where there are none."""
     choices: dict[str, str]
     """What it chose by timing, by a name for the question; what stands here before `room` is asked isn't timed."""
 

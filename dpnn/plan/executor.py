@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpnn.backends.base import Op, Step
+from dpnn.backends.memory import Wire
 from dpnn.data import Batch
 from dpnn.native import denormals_flushed
 from dpnn.plan.instructions import (
@@ -110,6 +111,7 @@ class Executor:
         edges: Edges | None = None,
     ) -> None:
         self.plan = plan = layout.plan
+        self._memory = memory = arena.memory
         self.dtype = layout.dtype
         self.place = 0
         """Number of the instruction that is being executed: what a post-mortem reads."""
@@ -121,17 +123,17 @@ class Executor:
         self._counts: Sequence[tuple[int, int]] = ()
         self._sums: dict[tuple[Key, int], tuple[int, int]] = {}
         self._summed, collected = self._collected_arrays(plan)
-        self._sum = sum_over(self._summed) if sum_over and self._sums else None
+        self._sum = sum_over(self._summed.buf) if sum_over and self._sums else None
         self._slots = [
             Buffers(layout, slot, arena, store, collected[slot], step) for slot, step in enumerate(self._steps)
         ]
         self._calls_of: dict[object, Call] = self._message_calls()
         graph, part, part_of = plan.graph, plan.part, plan.placed.part_of
-        self.inputs: list[tuple[Array, ...]] = []
+        self.inputs: list[tuple[Wire, ...]] = []
         """Where images, labels and ids of a micro-batch lie, for each slot; empty on a part that doesn't read."""
         if part == plan.placed.reader:
             nodes = [graph.nodes[i] for i in (graph.images, graph.labels, graph.ids)]
-            self.inputs = [tuple(map(slot.output, nodes)) for slot in self._slots]
+            self.inputs = [tuple(memory.wire(slot.output(node)) for node in nodes) for slot in self._slots]
         losses = [graph.nodes[i] for i in graph.losses if part_of[i] == part]
         losses = [node for node in losses if plan.mode == "train" or not node.training_only]
         self._losses = [[slot.output(node) for node in losses] for slot in self._slots]
@@ -139,12 +141,9 @@ class Executor:
             [group.backend.build(group, slot, plan.mode) for group in plan.groups] for slot in self._slots
         ]
         self._outputs = [[slot.output(group.nodes[-1]) for group in plan.groups] for slot in self._slots]
-        self.scores: Array | None = None
-        """The network's output, (rows, classes), and the labels to it; None on a part that doesn't have them."""
-        self.labels: Array | None = None
+        self._results: list[Array] = []
         if part == plan.placed.writer:
-            self.scores = self._slots[0].output(graph.nodes[graph.output])
-            self.labels = self._slots[0].output(graph.nodes[layout.labels])
+            self._results = [self._slots[0].output(graph.nodes[node]) for node in (graph.output, layout.labels)]
         self._calls = list(self._bind())
 
     @_QUIET
@@ -163,6 +162,14 @@ class Executor:
             for place, call in enumerate(self._calls):
                 self.place = place
                 call()
+
+    @property
+    def results(self) -> tuple[Array, Array] | None:
+        """The network's output, (rows, classes), and the labels to it; None on a part that doesn't have them."""
+        if not self._results:
+            return None
+        scores, labels = map(self._memory.read, self._results)
+        return scores, labels
 
     @_QUIET
     def not_finite(self) -> str | None:
@@ -190,7 +197,7 @@ class Executor:
                 case Collected(_, slot, False):
                     call()
                     lo, hi = self._sums[self._sum_key(step), slot]
-                    foreign = foreign or not np.isfinite(self._summed[lo:hi]).all()
+                    foreign = foreign or not np.isfinite(self._summed.buf[lo:hi]).all()
                 case Forward(group, slot):
                     call()
                     nodes, output = self.plan.groups[group].nodes, self._outputs[slot][group]
@@ -202,18 +209,18 @@ class Executor:
     def _finite(self, array: Array, slot: int, rows: int | None = None) -> bool:
         """Whether what the last micro-batch in a slot wrote into an array is finite."""
         written = array[: self._steps[slot].rows if rows is None else rows] if array.ndim else array
-        return array.dtype.kind != "f" or bool(np.isfinite(written).all())
+        return array.dtype.kind != "f" or bool(np.isfinite(self._memory.read(written)).all())
 
-    def _collected_arrays(self, plan: Plan) -> tuple[Array, list[dict[Key, Array]]]:
+    def _collected_arrays(self, plan: Plan) -> tuple[Wire, list[dict[Key, Array]]]:
         """One flat array for all outputs and gradients that are summed over the replicas, and views of it by slot."""
         collects = dict.fromkeys(step for step in plan.instructions if isinstance(step, Collect))
         shapes = [(self._sum_key(step), step.slot, plan.graph.nodes[step.node].shape) for step in collects]
-        flat = np.zeros(sum(math.prod(shape) for _, _, shape in shapes), np.float64)
+        flat = self._memory.lift(np.zeros(sum(math.prod(shape) for _, _, shape in shapes), np.float64))
         offset, views = 0, [dict[Key, Array]() for _ in range(plan.slots)]
         for key, slot, shape in shapes:
             end = offset + math.prod(shape)
             self._sums[key, slot] = (offset, end)
-            views[slot][key] = flat[offset:end].reshape(shape)
+            views[slot][key] = flat.array[offset:end].reshape(shape)
             offset = end
         return flat, views
 
@@ -235,13 +242,14 @@ class Executor:
         for message in mine:
             for slot, buffers in enumerate(self._slots):
                 # Slots are taken in turn on both parts, and MPI keeps the order: the number alone is the tag.
-                number, buffer, what = message.number, buffers.message(message), self._what(message)
+                number, wire = message.number, self._memory.wire(buffers.message(message))
+                buffer, what = wire.buf, self._what(message)
                 if message.source == plan.part:
                     start, end = edges.send(message.crew, message.target, number, buffer, what)
-                    calls |= {Send(number, slot): start, Sent(number, slot): end}
+                    calls |= {Send(number, slot): _all(wire.pull, wire.wait, start), Sent(number, slot): end}
                 else:
                     start, end = edges.receive(message.crew, message.source, number, buffer, what)
-                    calls |= {PostRecv(number, slot): start, Recv(number, slot): end}
+                    calls |= {PostRecv(number, slot): _all(wire.wait, start), Recv(number, slot): _all(end, wire.push)}
         return calls
 
     def _what(self, message: Message) -> str:
@@ -277,9 +285,11 @@ class Executor:
             case Loss(slot, last):
                 return partial(self._add_losses, slot, last)
             case Collect(_, slot, _) if self._sum is not None:
-                return partial(self._sum.start, *self._sums[self._sum_key(step), slot])
-            case Collected() if self._sum is not None:
-                return self._sum.finish
+                lo, hi = self._sums[self._sum_key(step), slot]
+                wire = self._summed
+                return _all(partial(wire.pull, lo, hi), wire.wait, partial(self._sum.start, lo, hi))
+            case Collected(_, slot, _) if self._sum is not None:
+                return _all(self._sum.finish, partial(self._summed.push, *self._sums[self._sum_key(step), slot]))
             case Open(lo, hi) if strategy is not None:
                 return partial(strategy.open, lo, hi)
             case Ready(lo, hi) if strategy is not None:
@@ -296,13 +306,23 @@ class Executor:
             return
         lo = sum(rows for rows, _ in self._counts[:micro])
         hi = lo + step.rows
-        images, labels, ids = self.inputs[slot]
-        images[: step.rows] = batch.x[lo:hi]
-        labels[: step.rows] = batch.labels[lo:hi]
-        ids[: step.rows] = batch.ids[lo:hi]
+        for wire, values in zip(self.inputs[slot], (batch.x, batch.labels, batch.ids), strict=True):
+            wire.wait()
+            wire.buf[: step.rows] = values[lo:hi]
+            wire.push(0, step.rows)
 
     def _add_losses(self, slot: int, last: bool) -> None:
         for loss in self._losses[slot]:
-            self.loss += float(loss)
+            self.loss += float(self._memory.read(loss))
         if last and self._strategy is not None:
             self._strategy.tell(self.loss)
+
+
+def _all(*calls: Call) -> Call:
+    """The calls as one."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run

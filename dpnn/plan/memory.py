@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpnn.backends.base import Group, Room, Step
+from dpnn.backends.memory import ALIGNMENT, HOST, Memory
 from dpnn.nn.graph import Node
 from dpnn.nn.join import Fork
 from dpnn.nn.layer import Input
@@ -23,7 +24,6 @@ from dpnn.plan.schedule import Plan
 from dpnn.plan.store import Store
 
 Array = NDArray[Any]
-ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 
 Key = tuple[int, int]
 """(node, -1): the output of a node. (node, position): the gradient by one of its inputs. (last node of a group, KEPT
@@ -42,10 +42,10 @@ class Life:
 
 
 class Arena:
-    """One aligned block of memory; `reserve` before `take`, so that it is allocated once."""
+    """One aligned block of a backend's memory; `reserve` before `take`, so that it is allocated once."""
 
-    def __init__(self) -> None:
-        self._nbytes = 0
+    def __init__(self, memory: Memory = HOST) -> None:
+        self.memory, self._nbytes = memory, 0
         self._block: Array | None = None
 
     def reserve(self, nbytes: int) -> None:
@@ -57,8 +57,7 @@ class Arena:
     def take(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """An array over the arena's bytes from `offset` on."""
         if self._block is None:
-            raw = np.empty(self._nbytes + ALIGNMENT, np.uint8)
-            self._block = raw[-raw.ctypes.data % ALIGNMENT :]
+            self._block = self.memory.empty(self._nbytes)
         nbytes = math.prod(shape) * dtype.itemsize
         return self._block[offset : offset + nbytes].view(dtype).reshape(shape)
 

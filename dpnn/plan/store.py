@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dpnn.backends.memory import HOST, Memory, Wire
 from dpnn.errors import DataError
 from dpnn.nn.graph import Node
 from dpnn.nn.init import draw
@@ -62,18 +63,38 @@ def clip(pieces: Sequence[Piece], lo: int, hi: int) -> tuple[Piece, ...]:
 
 
 class Store:
-    """The flat arrays `params` and `grads` of the parameters of `nodes`, and views of them by name."""
+    """The flat arrays `params` and `grads` of the parameters of `nodes`, on the host and where a backend computes."""
 
-    def __init__(self, nodes: Sequence[Node], dtype: np.dtype[Any]) -> None:
+    def __init__(self, nodes: Sequence[Node], dtype: np.dtype[Any], memory: Memory = HOST) -> None:
         self.pieces = lay(nodes)
         n = self.pieces[-1].end if self.pieces else 0
         self.params: Array = np.zeros(n, dtype)
         self.grads: Array = np.zeros(n, dtype)
         self._pieces = {(piece.name, piece.lo): piece for piece in self.pieces}
+        self._memory, self._wires = memory, dict[str, Wire]()
 
     def place(self, params: Array, grads: Array) -> None:
-        """Keep them in these arrays from now on; before anything is bound to the old ones. Values aren't moved."""
+        """Keep them in these arrays of the host from now on; before anything is bound to the old ones.
+
+        Values aren't moved.
+        """
         self.params, self.grads = params, grads
+        self._wires.clear()
+
+    @property
+    def params_wire(self) -> Wire:
+        """Between `params` and the backend's; who changes the one or reads the other pushes, or pulls."""
+        return self._wire("params", self.params)
+
+    @property
+    def grads_wire(self) -> Wire:
+        """Between `grads` and the backend's."""
+        return self._wire("grads", self.grads)
+
+    def _wire(self, name: str, flat: Array) -> Wire:
+        if name not in self._wires:  # made when it is first needed: a device has no room for arrays that are replaced
+            self._wires[name] = self._memory.lift(flat)
+        return self._wires[name]
 
     @property
     def n_trained(self) -> int:
@@ -81,12 +102,12 @@ class Store:
         return sum(piece.hi - piece.lo for piece in self.pieces if piece.spec.statistic == 0)
 
     def param(self, name: str, lo: int = 0) -> Array:
-        """The parameter, or my piece of it from `lo` on, as a view in its own shape."""
-        return self._view(self.params, name, lo)
+        """The parameter, or my piece of it from `lo` on, as the backend sees it: a view in its own shape."""
+        return self._view(self.params_wire.array, name, lo)
 
     def grad(self, name: str, lo: int = 0) -> Array:
         """Its gradient, likewise."""
-        return self._view(self.grads, name, lo)
+        return self._view(self.grads_wire.array, name, lo)
 
     def _view(self, flat: Array, name: str, lo: int) -> Array:
         piece = self._pieces[name, lo]

@@ -85,10 +85,10 @@ def test_evaluation_gives_the_same_scores_for_any_batch(build, batch):
     samples = batch(4)
     evaluation = build(wide(), mode="eval", store=training.store)
     evaluation.executor.run(samples, [(4, 4)], 1)
-    scores = evaluation.executor.scores[:4].copy()
+    scores = evaluation.executor.results[0][:4].copy()
     half = samples._replace(x=samples.x[2:], labels=samples.labels[2:], ids=samples.ids[2:], rows=2)
     evaluation.executor.run(half, [(2, 2)], 1)
-    assert np.allclose(evaluation.executor.scores[:2], scores[2:], rtol=1e-12)
+    assert np.allclose(evaluation.executor.results[0][:2], scores[2:], rtol=1e-12)
 
 
 def test_the_first_layer_that_is_not_finite_is_named(build, batch):

@@ -13,7 +13,10 @@ from dpnn.backends.base import Group, Mode, Op, Room, Slot
 from dpnn.backends.cuda import pointwise
 from dpnn.backends.cuda.device import Device
 from dpnn.backends.cuda.groups import groups_of
+from dpnn.backends.cuda.memory import DeviceMemory
 from dpnn.backends.cuda.op import KernelOp
+from dpnn.backends.memory import Memory
+from dpnn.native import Kernels
 from dpnn.nn.graph import Node
 from dpnn.nn.layer import Layer
 from dpnn.nn.pointwise import ReLU
@@ -30,8 +33,10 @@ class Cuda:
     dtype = np.dtype(np.float32)
     channels_last = True
 
-    def __init__(self, device: Device) -> None:
-        self.device = device
+    def __init__(self, device: Device, kernels: Kernels | None = None) -> None:
+        """`kernels`: our CPU kernels, for sums over the host's memory."""
+        self.device, self.kernels = device, kernels
+        self.memory: Memory = DeviceMemory(device)
         self.about = device.about
         self.choices: dict[str, str] = {}
 

@@ -4,14 +4,11 @@ All that is asked of a device is done in order, later: kernels, copies and zeros
 its end.
 """
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
-from dpnn.backends.base import Array
+from dpnn.backends.memory import Array, Group, Test
 
 Grid = tuple[int, ...]
-Test = Callable[[], bool]
-"""Whether something that was started is done."""
 
 
 class Kernel(Protocol):
@@ -62,6 +59,14 @@ class Device(Protocol):
 
     def read(self, array: Array) -> Any:
         """An array as one of NumPy's, once all that was asked for is done."""
+        ...
+
+    def ident(self) -> bytes:
+        """A name for a new group of devices (NCCL's unique id); empty where they can't form one."""
+        ...
+
+    def group(self, ident: bytes, size: int, rank: int) -> Group | None:
+        """This device in a group of `size` (NCCL); collective. None where `ident` is empty."""
         ...
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from dpnn.backends.base import Group, Mode, Op, Room, Slot
+from dpnn.backends.memory import HOST, Memory
 from dpnn.backends.onednn import conv, dense, join, lrn, mix, pool
 from dpnn.backends.onednn.choices import Choices
 from dpnn.backends.onednn.conv import Kit
@@ -56,24 +57,25 @@ class OneDNN:
     name = "onednn"
     dtype = np.dtype(np.float32)
     channels_last = True
+    memory: Memory = HOST
 
     def __init__(self, team: Team, bfloat16: bool = False) -> None:
-        self.kernels = Kernels(team.size)
+        self.kernels: Kernels | None = (kernels := Kernels(team.size))
         self.library = Library(team.size)
         if bfloat16 and not self.library.has_bfloat16:
             raise Unavailable(
                 f"this processor's {self.library.isa} has no bfloat16 (AVX-512 BF16 or AMX has); "
                 'use backend.precision = "float32"'
             )
-        self._tools = Tools(self.kernels, team)
+        self._tools = Tools(kernels, team)
         threadpool_limits(1, "blas")  # the team's threads multiply matrices side by side, each its own
         library = self.library
-        name = f"onednn-{library.version}-{library.isa}-{self.kernels.level}-{team.size}"
+        name = f"onednn-{library.version}-{library.isa}-{kernels.level}-{team.size}"
         self.choices: dict[str, str] = {}
         self.about = f"oneDNN {library.version} ({library.isa}) from {library.path}"
         algorithms: list[Algorithm] = [Direct(library, bfloat16)]
         if not bfloat16:
-            algorithms += [Unfold(team), Winograd(self.kernels)]
+            algorithms += [Unfold(team), Winograd(kernels)]
         self._kit = Kit(self._tools, algorithms, Choices(name, self.choices))
 
     def groups(self, nodes: Sequence[Node], mode: Mode) -> list[Group]:

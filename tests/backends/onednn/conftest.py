@@ -39,6 +39,7 @@ class Watched:
     def __init__(self, decisions: Decisions) -> None:
         self.name, self.dtype, self.channels_last = ONEDNN.name, ONEDNN.dtype, ONEDNN.channels_last
         self.about, self.choices = ONEDNN.about, ONEDNN.choices
+        self.memory, self.kernels = ONEDNN.memory, ONEDNN.kernels
         self.decisions = decisions
 
     def groups(self, nodes: Sequence[Node], mode: Mode) -> list[Group]:
@@ -136,7 +137,7 @@ class Onlooker(Nobody):
     """A strategy that keeps the scores, whose place other buffers take in the backward pass."""
 
     def tell(self, loss: float) -> None:
-        self.scores = self.executor.scores.copy()
+        self.scores = self.executor.results[0].copy()
 
 
 class Side:
@@ -159,7 +160,7 @@ class Side:
     @property
     def scores(self) -> Array:
         """Of the last micro-batch."""
-        return self.onlooker.scores if self.onlooker else self.executor.scores
+        return self.onlooker.scores if self.onlooker else self.executor.results[0]
 
 
 class Pair:

@@ -1,0 +1,129 @@
+"""Where a backend's arrays lie, and how numbers get from there to MPI, files and Python, and back (DESIGN, section 4).
+
+On a CPU both are one: a wire's two arrays are the same, and nothing is copied.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Test = Callable[[], bool]
+"""Whether a copy that was started is there."""
+ALIGNMENT = 64
+"""Bytes: a cache line, and the widest vector register."""
+
+
+class Wire(Protocol):
+    """Numbers in a backend's memory, and the same in the host's: at any time at most one of the two is the newer."""
+
+    array: Array
+    """Where the backend computes."""
+    buf: Array
+    """Of the same shape and order in memory: what MPI, files and Python may touch."""
+
+    def pull(self, lo: int = 0, hi: int | None = None) -> Test:
+        """Start to bring array[lo:hi] to buf, once all is computed that was asked for so far.
+
+        Nothing that writes the array may be asked for before the test was true.
+        """
+        ...
+
+    def push(self, lo: int = 0, hi: int | None = None) -> Test:
+        """Start to bring buf[lo:hi] to array: before all that is asked for from now on. buf stays until then."""
+        ...
+
+    def wait(self) -> None:
+        """Return when all that was started is there."""
+        ...
+
+
+class Group(Protocol):
+    """Devices that sum among themselves."""
+
+    def sum(self, array: Array) -> None:
+        """Sum an array over all devices, in place, in the order of what the backend was asked for."""
+        ...
+
+
+class Memory(Protocol):
+    """The memory that a backend computes in."""
+
+    name: str
+    """Of the device, unlike that of every other one in the cluster; empty for the host."""
+
+    def empty(self, nbytes: int) -> Array:
+        """A block of bytes, (nbytes,) uint8, aligned to ALIGNMENT."""
+        ...
+
+    def wire(self, array: Array) -> Wire:
+        """A wire between an array of this memory and a new one of the host."""
+        ...
+
+    def lift(self, buf: Array) -> Wire:
+        """A wire between an array of the host, contiguous, and a new one of this memory; nothing is copied yet."""
+        ...
+
+    def read(self, array: Array) -> Array:
+        """An array of this memory as the host sees it, when all is computed that was asked for."""
+        ...
+
+    def group(self, ident: bytes, size: int, rank: int) -> Group | None:
+        """This device in a group of `size`, all different; None where the devices have no way of their own.
+
+        Collective where there is one. `ident`: what the first of them drew by `ident()`.
+        """
+        ...
+
+    def ident(self) -> bytes:
+        """A name for a new group."""
+        ...
+
+
+class HostWire:
+    """One array that is both."""
+
+    def __init__(self, array: Array) -> None:
+        self.array = self.buf = array
+
+    def pull(self, lo: int = 0, hi: int | None = None) -> Test:
+        return _there
+
+    def push(self, lo: int = 0, hi: int | None = None) -> Test:
+        return _there
+
+    def wait(self) -> None:
+        pass
+
+
+class HostMemory:
+    """NumPy's."""
+
+    name = ""
+
+    def empty(self, nbytes: int) -> Array:
+        raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+        return raw[-raw.ctypes.data % ALIGNMENT :][:nbytes]
+
+    def wire(self, array: Array) -> Wire:
+        return HostWire(array)
+
+    lift = wire
+
+    def read(self, array: Array) -> Array:
+        return array
+
+    def group(self, ident: bytes, size: int, rank: int) -> Group | None:
+        return None
+
+    def ident(self) -> bytes:
+        return b""
+
+
+HOST = HostMemory()
+
+
+def _there() -> bool:
+    return True
