@@ -20,13 +20,14 @@ from dpnn.comm.node import Node
 from dpnn.comm.world import start
 from dpnn.data import Batch, no_samples
 from dpnn.evaluate import Model, choose_backends, segments_of
-from dpnn.optim import STATES, Optimizer
+from dpnn.optim import STATES
 from dpnn.plan import Costs, Placement, Setting, measured, spread
 from dpnn.plan.forecast import message_nbytes
 from dpnn.plan.placement import Pattern
 from dpnn.plan.schedule import Backward, Forward, Send
 from dpnn.planning import forecasts, read, written
 from dpnn.strategies.allreduce import Allreduce
+from dpnn.strategies.flats import Flats
 from dpnn.team import Team
 
 NETWORKS = {**PLAIN, "googlenet_heads": (models.googlenet(1000, PHOTO, heads=True), PHOTO)}
@@ -91,11 +92,13 @@ class Parts:
         placed = spread(graph, setting.placement)
         model = Model(job, placed, mesh.part, 1)
         store, states = model.store, STATES[job.optimizer.name]
-        node = Node(mesh, store.params.size, model.dtype, states, model.kernels, job.parallel.timeout_s)
-        store.place(node.params, node.grads)
+        node = Node(mesh, store.size, model.dtype, states, model.kernels, job.parallel.timeout_s)
+        flats = Flats.of(model.memory, node)
+        store.place(flats.params, flats.grads)
         fill(store)
-        args = (node.params, node.sums, model.team, model.kernels, node.state)
-        self._strategy = Allreduce(mesh, node, Optimizer(job.optimizer, segments_of(store.pieces), *args), job)
+        segments = segments_of(store.pieces)
+        optimizer = flats.optimizer(job.optimizer, segments, node.sums, model.team, model.arithmetic)
+        self._strategy = Allreduce(mesh, node, flats, optimizer, job)
         self._strategy.rate, self._strategy.samples = RATE, rows
         cuts = [rows * i // microbatches for i in range(microbatches + 1)]
         counts = [(hi - lo, hi - lo) for lo, hi in pairwise(cuts)]

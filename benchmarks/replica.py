@@ -13,9 +13,10 @@ from dpnn.comm.world import World, start
 from dpnn.data import Batch
 from dpnn.evaluate import Model, segments_of
 from dpnn.nn import Network, Shape
-from dpnn.optim import STATES, Optimizer
+from dpnn.optim import STATES
 from dpnn.plan import Placed
 from dpnn.strategies.allreduce import Allreduce
+from dpnn.strategies.flats import Flats
 
 
 class Replica:
@@ -38,13 +39,14 @@ class Replica:
         segments = segments_of(store.pieces)
         states, limit_s = STATES[job.optimizer.name], job.parallel.timeout_s
         places = stack_places(grains, mesh.replicas)
-        self.node = node = Node(mesh, store.params.size, model.dtype, states, model.kernels, limit_s, partials=places)
-        store.place(node.params, node.grads)
-        optimizer = Optimizer(job.optimizer, segments, node.params, node.sums, model.team, model.kernels, node.state)
+        self.node = node = Node(mesh, store.size, model.dtype, states, model.kernels, limit_s, partials=places)
+        flats = Flats.of(model.memory, node)
+        store.place(flats.params, flats.grads)
+        optimizer = flats.optimizer(job.optimizer, segments, node.sums, model.team, model.arithmetic)
         if mesh.replica == 0:
             store.draw(job.seed)
         node.share(node.params)
-        self._strategy = Allreduce(mesh, node, optimizer, job)
+        self._strategy = Allreduce(mesh, node, flats, optimizer, job)
         self._strategy.rate, self._strategy.samples = RATE, rows
         measured = measured_bucket(node, limit_s)
         self.bucket_nbytes = world.first(lambda: measured)

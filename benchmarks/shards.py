@@ -18,6 +18,7 @@ from dpnn.comm.node import Node
 from dpnn.comm.world import World, start
 from dpnn.data import Batch
 from dpnn.evaluate import Model, choose_backends, segments_of
+from dpnn.memory import HOST
 from dpnn.nn import Network, Shape
 from dpnn.optim import STATES, Optimizer, Segment
 from dpnn.plan import Placed
@@ -25,6 +26,7 @@ from dpnn.strategies.allreduce import Allreduce
 from dpnn.strategies.downpour.order import Order
 from dpnn.strategies.downpour.server import Server
 from dpnn.strategies.downpour.worker import Worker
+from dpnn.strategies.flats import Flats
 from dpnn.team import Team
 
 LIMIT_S = 60.0
@@ -276,8 +278,9 @@ class Together:
         kernels = choose_backends(job.backend, team)[0][0].kernels
         node = Node(mesh, n, np.dtype(np.float32), STATES[job.optimizer.name], kernels, LIMIT_S)
         whole = [Segment(0, n, decay=True, statistic=0.0)]
-        optimizer = Optimizer(job.optimizer, whole, node.params, node.sums, team, kernels, node.state)
-        self._strategy = Allreduce(mesh, node, optimizer, job)
+        flats = Flats.of(HOST, node)
+        optimizer = flats.optimizer(job.optimizer, whole, node.sums, team, kernels)
+        self._strategy = Allreduce(mesh, node, flats, optimizer, job)
         self._strategy.rate, self._strategy.samples = RATE, rows
         self._n, self._world = n, world
 

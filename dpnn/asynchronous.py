@@ -33,7 +33,7 @@ from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
 from dpnn.observe.metrics import Metrics
 from dpnn.optim import STATES, Optimizer, cut, schedule
-from dpnn.plan import clip, fill, lay, spread
+from dpnn.plan import Strategy, clip, fill, lay, spread
 from dpnn.prepare import Start
 from dpnn.state import sliced
 from dpnn.strategies.downpour.cut import Cut
@@ -43,6 +43,7 @@ from dpnn.strategies.downpour.parts import Parts
 from dpnn.strategies.downpour.protocol import Tag, deal
 from dpnn.strategies.downpour.server import Server
 from dpnn.strategies.downpour.worker import Worker
+from dpnn.strategies.mirrored import Mirrored
 from dpnn.team import Team
 
 
@@ -171,7 +172,7 @@ class Replica:
             if manifest:
                 check = partial(check_shards, path, manifest, mesh.replica, mesh.replicas)
                 crew.check(check if self.reads else lambda: None)
-        self.model = model = Model(job, course.placed, mesh.part, world.threads())
+        self.model = model = Model(job, course.placed, mesh.part, world.threads(), world.node.rank)
         if mesh.parts > 1:
             check_alike(crew, model)
         folder = RunFolder(start.folder)
@@ -199,7 +200,10 @@ class Replica:
         training, held_out = model.lay_out(
             crew, lambda: (model.training(rows, pieces), model.evaluation(rows) if evaluates else None)
         )
-        self.executor = model.executor(training, strategy=self.worker, eager=True, mesh=mesh)
+        strategy: Strategy = self.worker
+        if store.lifted:
+            strategy = Mirrored(self.worker, store.params_wire, store.grads_wire)
+        self.executor = model.executor(training, strategy=strategy, eager=True, mesh=mesh)
         self.alone = self.together = None
         if held_out and start.test:
             evaluation = model.executor(held_out, mesh=mesh)
@@ -249,6 +253,7 @@ class Replica:
         if known.steps != self.seen.steps:
             self._tell_step(Took(seconds, 0.0, seconds, 0.0))
         if self.together is not None and not stopped:
+            self.model.store.params_wire.push()
             scores = self.together.run(worker.tick)
             self.journal.scores(str(scores), -(-known.steps // course.epoch), self._steps(), **asdict(scores))
         self.mesh.crew.meet()  # nobody asks a server any more
@@ -317,6 +322,7 @@ class Replica:
         if worker.stop or worker.steps >= course.total or epoch // every <= self.evaluated // every:
             return
         worker.join()
+        self.model.store.params_wire.push()
         scores = evaluator.run(worker.tick)
         self.journal.scores(str(scores), epoch, self._steps(), **asdict(scores))
         self.evaluated = epoch

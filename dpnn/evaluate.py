@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from dpnn import checkpoint, config, models
 from dpnn.backends.base import Backend
+from dpnn.backends.cuda import Cuda, device_of_rank
 from dpnn.backends.onednn import OneDNN, Unavailable
 from dpnn.backends.reference import Reference
 from dpnn.checkpoint import Checkpoint
@@ -28,6 +29,7 @@ from dpnn.comm.share import share
 from dpnn.comm.world import World
 from dpnn.data import Loader, Manifest, Sampler, no_samples
 from dpnn.errors import DataError, JobError
+from dpnn.native import Kernels
 from dpnn.nn import Network
 from dpnn.optim import Segment, merge
 from dpnn.plan import Arena, Executor, Layout, Piece, Placed, Plan, Store, Strategy, Sum, compile_plan
@@ -58,14 +60,16 @@ class Scores:
 class Model:
     """A network on this rank: its graph, the parameters of my nodes, and the memory that its plans share."""
 
-    def __init__(self, job: config.Job, placed: Placed, part: int, threads: int) -> None:
+    def __init__(self, job: config.Job, placed: Placed, part: int, threads: int, local_rank: int | None = None) -> None:
         self.placed, self.part, self.graph = placed, part, placed.graph
         self.team = Team(job.backend.threads or threads)
-        self.backends, self.note = choose_backends(job.backend, self.team)
+        self.backends, self.note = choose_backends(job.backend, self.team, local_rank)
         self.kernels = self.backends[0].kernels
+        self.arithmetic = self.backends[0].arithmetic
         self.dtype = self.backends[0].dtype
-        self.store = Store(placed.nodes(part), self.dtype)
-        self.arena = Arena()
+        self.memory = self.backends[0].memory
+        self.store = Store(placed.nodes(part), self.dtype, self.memory)
+        self.arena = Arena(self.memory)
         self._job = job
 
     def training(self, rows: int, microbatches: int = 1, bucket_nbytes: int = 0, grains: bool = False) -> Layout:
@@ -121,12 +125,19 @@ class Model:
         return layout
 
 
-def choose_backends(options: config.Backend, team: Team) -> tuple[list[Backend], str]:
+def choose_backends(options: config.Backend, team: Team, local_rank: int | None = None) -> tuple[list[Backend], str]:
     """The backends to ask, best first, each on the rank's threads; and a line on why not the best.
 
-    The reference comes last: it computes what the others decline. JobError where the one asked for can't be had.
+    `local_rank`: the rank's number on its node, where it computes and may have a GPU. On the CPU the reference comes
+    last: it computes what the others decline. JobError where the one asked for can't be had.
     """
     threadpool_limits(team.size)
+    if options.may_use_gpu and local_rank is not None:
+        try:
+            return [Cuda(device_of_rank(local_rank), cpu_kernels(team))], ""
+        except Unavailable as error:
+            if options.name == "cuda":
+                raise JobError(f"this job needs a GPU: {error}") from error
     reference = Reference(np.float64 if options.precision == "float64" else np.float32)
     if options.name == "reference" or options.precision == "float64":
         return [reference], ""
@@ -136,6 +147,14 @@ def choose_backends(options: config.Backend, team: Team) -> tuple[list[Backend],
         if options.needs_onednn:
             raise JobError(f"this job needs the onednn backend: {error}") from error
         return [reference], f"computing on the reference backend, which is slow: {error}"
+
+
+def cpu_kernels(team: Team) -> Kernels | None:
+    """Our compiled CPU kernels, where they were built."""
+    try:
+        return Kernels(team.size)
+    except Unavailable:
+        return None
 
 
 def check_alike(ranks: Ranks, model: Model) -> None:
@@ -239,10 +258,11 @@ def evaluate(world: World, path: str, overrides: Sequence[str]) -> int:
     job, limit_s = source.job, source.job.parallel.timeout_s
     mesh = Mesh(world)
     placed = Placed.whole(models.graph(job, source.network, source.test.network_shape))
-    model = Model(job, placed, mesh.part, world.threads())
+    model = Model(job, placed, mesh.part, world.threads(), world.node.rank)
     if found is not None:
         model.store.fill(model.store.params, found.params, path)
     share(mesh.data, model.store.params, limit_s)
+    model.store.params_wire.push()
     if world.rank == 0 and model.note:
         print(model.note, file=sys.stderr)
     executor = model.executor(model.lay_out(world, lambda: model.evaluation(MOST_ROWS)))

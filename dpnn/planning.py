@@ -68,7 +68,7 @@ def settle(world: World, folder: RunFolder, job: config.Job, graph: Graph, rows:
     threads = job.backend.threads or world.threads()
 
     def chosen() -> tuple[str, Costs]:
-        backends, _ = choose_backends(job.backend, Team(threads))
+        backends, _ = choose_backends(job.backend, Team(threads), world.node.rank)
         costs = measured(graph, job.parallel.parts, backends, rows)
         costs = replace(costs, latency=latency, crossing=bandwidth)
         return written(forecasts(job, graph, rows, backends, costs)[0][1].setting), costs

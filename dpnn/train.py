@@ -29,7 +29,7 @@ from dpnn.errors import NotFiniteError, Stopped
 from dpnn.evaluate import Evaluator, Model, check_alike, segments_of
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
-from dpnn.optim import STATES, Optimizer, schedule
+from dpnn.optim import STATES, schedule
 from dpnn.plan import Costs, n_params, spread
 from dpnn.planning import COSTS, is_open, settle
 from dpnn.prepare import Start, prepare
@@ -37,6 +37,7 @@ from dpnn.state import hand_out, save
 from dpnn.strategies.allreduce import Allreduce
 from dpnn.strategies.average import Average
 from dpnn.strategies.base import Strategy
+from dpnn.strategies.flats import Flats
 
 STRATEGIES: dict[str, type[Allreduce] | type[Average]] = {"allreduce": Allreduce, "average": Average}
 
@@ -119,7 +120,7 @@ class Training:
         self.total_steps = start.steps + max(0, self.end - self.at)
 
         # The network, and its parameters, drawn or those of the checkpoint: the first replica's, on all.
-        self.model = model = Model(job, placed, mesh.part, world.threads())
+        self.model = model = Model(job, placed, mesh.part, world.threads(), world.node.rank)
         if mesh.parts > 1:
             check_alike(world, model)
         self.folder = RunFolder(start.folder)
@@ -127,21 +128,22 @@ class Training:
         segments = segments_of(model.store.pieces)
         strategy = STRATEGIES[job.parallel.strategy]
         self.node = node = Node(
-            mesh, model.store.params.size, model.dtype, STATES[job.optimizer.name], model.kernels, limit_s,
+            mesh, model.store.size, model.dtype, STATES[job.optimizer.name], model.kernels, limit_s,
             strategy.together, partials=stack_places(job.train.grains, mesh.replicas),
         )  # fmt: skip
-        model.store.place(node.params, node.grads)
-        gradient = node.sums if strategy.together else node.grads
-        self.optimizer = Optimizer(
-            job.optimizer, segments, node.params, gradient, model.team, model.kernels, node.state
-        )
+        store = model.store
+        flats = Flats.of(model.memory, node)
+        store.place(flats.params, flats.grads)
+        sums = node.sums if strategy.together else node.grads
+        optimizer = flats.optimizer(job.optimizer, segments, sums, model.team, model.arithmetic)
         self.rate = schedule(job.schedule, job.optimizer.lr, sampler.steps, self.end)
         if start.steps:
-            hand_out(mesh, model.store.pieces, {"": node.params, **self.optimizer.state}, found, limit_s)
+            hand_out(mesh, store.pieces, {"": node.params, **node.state}, found, limit_s)
         elif mesh.replica == 0:
-            model.store.draw(job.seed)
+            store.draw(job.seed)
         for flat in (node.params, *(node.state.values() if start.steps else ())):
             node.share(flat)
+        flats.push()
 
         if job.train.balance:
             self._balance()
@@ -149,7 +151,7 @@ class Training:
         # The strategy, and the two plans: a training step, and a forward pass over held-out samples.
         self.microbatches = job.train.grains // mesh.replicas or job.parallel.microbatches
         rows = sampler.max_micro_rows(mesh.replicas, self.microbatches)
-        self.strategy: Strategy = strategy(mesh, node, self.optimizer, job)
+        self.strategy: Strategy = strategy(mesh, node, flats, optimizer, job)
         evaluates = start.test and job.train.eval_every
         bucket_nbytes = self._bucket_nbytes()
         training, held_out = model.lay_out(
@@ -188,7 +190,7 @@ class Training:
         question = f"lanes {mesh.replicas}x{mesh.parts}"
         if question not in choices:
             rows = self.sampler.max_micro_rows(mesh.replicas, job.parallel.microbatches)
-            trial = Model(job, self.placed, mesh.part, self.world.threads())
+            trial = Model(job, self.placed, mesh.part, self.world.threads(), self.world.node.rank)
             cuts = deal(speeds(mesh, trial, rows, job.parallel.timeout_s), self.sampler.lanes)
             choices[question] = self.world.first(lambda: " ".join(map(str, cuts)))
         self.sampler.deal([int(cut) for cut in choices[question].split()])
@@ -280,7 +282,7 @@ class Training:
         """Write a checkpoint, on the first replica."""
         job, place = self.job, (self.epoch, self.step, self.steps)
         path = save(
-            self.folder.checkpoints, self.mesh, self.model.store, self.optimizer.state, place, self.start.info(),
+            self.folder.checkpoints, self.mesh, self.model.store, self.node.state, place, self.start.info(),
             job.output.keep, job.parallel.timeout_s,
         )  # fmt: skip
         if self.world.rank == 0:
@@ -301,7 +303,7 @@ class Training:
             mpi=library.version(), ranks=world.size, replicas=self.mesh.replicas, parts=self.mesh.parts,
             microbatches=self.microbatches, parameters=graph.n_params, seed=job.seed, backend=backends,
             threads=job.backend.threads or world.threads(), global_batch=start.global_batch, lanes=start.lanes,
-            from_step=self.steps, library=self.model.backends[0].about,
+            from_step=self.steps, library=self.model.backends[0].about, sums_by=self.strategy.sums_by,
         )  # fmt: skip
         if COSTS in start.chosen:
             found = Costs.load(start.chosen[COSTS])

@@ -13,7 +13,7 @@ FLOORS = {
     room: floor
     for floor, rooms in enumerate(
         [
-            ("errors", "config", "philox", "team", "native"),
+            ("errors", "config", "philox", "team", "native", "memory"),
             ("nn", "backends", "comm", "data"),
             ("models", "plan", "optim"),
             ("strategies", "checkpoint", "observe", "state"),

@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from dpnn.backends.memory import Array, Memory
+from dpnn.memory import Array, Memory
 from dpnn.native import Kernels
 from dpnn.nn.graph import Node
 
@@ -151,6 +151,8 @@ class Backend(Protocol):
     """Where the arrays lie that it computes with. A plan's backends have one memory."""
     kernels: Kernels | None
     """Our compiled CPU kernels, for what is done on the host; None where there are none."""
+    arithmetic: Any
+    """What updates flat arrays in its memory; None: NumPy does."""
     choices: dict[str, str]
     """What it chose by timing, by a name for the question; what stands here before `room` is asked isn't timed."""
 

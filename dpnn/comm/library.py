@@ -1,9 +1,11 @@
 """Loading the MPI library, and refusing a launcher that doesn't belong to it."""
 
+import ctypes
 import os
+import re
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -79,3 +81,31 @@ def version() -> str:
     from mpi4py import MPI
 
     return MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
+
+
+def takes_device_memory() -> bool:
+    """Whether the MPI library says that it may be given addresses of a GPU's memory: another one would crash on them.
+
+    MPI 4.1 lists what it takes; Open MPI and MPICH answer a query of their own.
+    """
+    from mpi4py import MPI
+
+    info = MPI.COMM_WORLD.Get_info()
+    try:
+        if "cuda" in (info.Get("mpi_memory_alloc_kinds") or ""):
+            return True
+    finally:
+        info.Free()
+    query = getattr(ctypes.CDLL(None), "MPIX_Query_cuda_support", None) or _query_of_loaded()
+    return query is not None and query() == 1
+
+
+def _query_of_loaded() -> Callable[[], int] | None:
+    """The query of the library that mpi4py has loaded, where it isn't among the process's own symbols."""
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        paths = {line.split()[-1] for line in maps if re.search(r"/libmpi[^/]*\.so", line)}
+    for path in sorted(paths):
+        query: Callable[[], int] | None = getattr(ctypes.CDLL(path), "MPIX_Query_cuda_support", None)
+        if query is not None:
+            return query
+    return None

@@ -153,11 +153,16 @@ class Parallel(Table, frozen=True, kw_only=True):
 class Backend(Table, frozen=True, kw_only=True):
     """[backend]: how layers are computed. float64 is for checking, on the reference only."""
 
-    name: Literal["auto", "onednn", "reference"] = "auto"
+    name: Literal["auto", "cuda", "onednn", "reference"] = "auto"
     threads: CountOr0 = 0
     """0: the rank's share of the node's cores."""
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     """bfloat16: products of convolutions only; arrays stay float32."""
+
+    @property
+    def may_use_gpu(self) -> bool:
+        """Whether it computes on a GPU, where there is one."""
+        return self.name in ("auto", "cuda") and self.precision == "float32"
 
     @property
     def needs_onednn(self) -> bool:

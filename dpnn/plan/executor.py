@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpnn.backends.base import Op, Step
-from dpnn.backends.memory import Wire
 from dpnn.data import Batch
+from dpnn.memory import Wire
 from dpnn.native import denormals_flushed
 from dpnn.plan.instructions import (
     Backward,

@@ -6,6 +6,7 @@ from time import perf_counter
 import numpy as np
 
 from dpnn.backends.base import Backend, Group, Step
+from dpnn.memory import Memory, wait_for
 from dpnn.native import denormals_flushed
 from dpnn.nn.graph import Graph
 from dpnn.plan.costs import Costs, Time, multiply_adds, question
@@ -71,28 +72,30 @@ def _seconds(graph: Graph, group: Group, backends: Sequence[Backend], rows: int)
     inside = {node.index for node in group.nodes}
     lone = Placed(graph, 2, tuple(int(node.index not in inside) for node in graph.nodes))
     plan = compile_plan(lone, 0, backends, "train", rows)
-    layout, arena = Layout(plan), Arena()
+    memory = backends[0].memory
+    layout, arena = Layout(plan), Arena(memory)
     arena.reserve(layout.nbytes)
     arena.take(0, (layout.nbytes,), np.dtype(np.uint8)).fill(0)
-    store = Store(group.nodes, backends[0].dtype)
+    store = Store(group.nodes, backends[0].dtype, memory)
     buffers = Buffers(layout, 0, arena, store, {}, Step(rows=rows, batch=rows, total=rows))
     times = [0.0, 0.0]
     for mine in plan.groups:
         op = mine.backend.build(mine, buffers, "train")
         with denormals_flushed():
             if not mine.forward_view:
-                times[0] += _fastest(op.forward)
+                times[0] += _fastest(op.forward, memory)
             if not mine.backward_view and any(node.needs_grad for node in mine.nodes):
-                times[1] += _fastest(op.backward)
+                times[1] += _fastest(op.backward, memory)
     return times[0], times[1]
 
 
-def _fastest(call: Callable[[], None]) -> float:
+def _fastest(call: Callable[[], None], memory: Memory) -> float:
     times, other = [], np.empty(_CACHES, np.uint8)
     for _ in range(_CALLS[1]):
         other.fill(0)
         begin = perf_counter()
         call()
+        wait_for(memory)
         times.append(perf_counter() - begin)
         if sum(times) > _LONG_S and len(times) >= _CALLS[0]:
             break

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpnn.backends.base import Group, Room, Step
-from dpnn.backends.memory import ALIGNMENT, HOST, Memory
+from dpnn.memory import ALIGNMENT, HOST, Memory
 from dpnn.nn.graph import Node
 from dpnn.nn.join import Fork
 from dpnn.nn.layer import Input

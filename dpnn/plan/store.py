@@ -8,13 +8,14 @@ from the graph and the placement only, so equal parts of all replicas have equal
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpnn.backends.memory import HOST, Memory, Wire
 from dpnn.errors import DataError
+from dpnn.memory import HOST, Memory, Wire
 from dpnn.nn.graph import Node
 from dpnn.nn.init import draw
 from dpnn.nn.layer import ParamSpec
@@ -67,34 +68,39 @@ class Store:
 
     def __init__(self, nodes: Sequence[Node], dtype: np.dtype[Any], memory: Memory = HOST) -> None:
         self.pieces = lay(nodes)
-        n = self.pieces[-1].end if self.pieces else 0
-        self.params: Array = np.zeros(n, dtype)
-        self.grads: Array = np.zeros(n, dtype)
+        self.size = self.pieces[-1].end if self.pieces else 0
+        """Of each flat array."""
+        self._dtype, self._memory = dtype, memory
         self._pieces = {(piece.name, piece.lo): piece for piece in self.pieces}
-        self._memory, self._wires = memory, dict[str, Wire]()
 
-    def place(self, params: Array, grads: Array) -> None:
-        """Keep them in these arrays of the host from now on; before anything is bound to the old ones.
+    def place(self, params: Wire, grads: Wire) -> None:
+        """Keep them in these arrays from now on; before anything is bound to others."""
+        self.params_wire, self.grads_wire = params, grads
 
-        Values aren't moved.
-        """
-        self.params, self.grads = params, grads
-        self._wires.clear()
-
-    @property
+    @cached_property
     def params_wire(self) -> Wire:
         """Between `params` and the backend's; who changes the one or reads the other pushes, or pulls."""
-        return self._wire("params", self.params)
+        return self._memory.lift(np.zeros(self.size, self._dtype))
 
-    @property
+    @cached_property
     def grads_wire(self) -> Wire:
         """Between `grads` and the backend's."""
-        return self._wire("grads", self.grads)
+        return self._memory.lift(np.zeros(self.size, self._dtype))
 
-    def _wire(self, name: str, flat: Array) -> Wire:
-        if name not in self._wires:  # made when it is first needed: a device has no room for arrays that are replaced
-            self._wires[name] = self._memory.lift(flat)
-        return self._wires[name]
+    @property
+    def params(self) -> Array:
+        """On the host."""
+        return self.params_wire.buf
+
+    @property
+    def grads(self) -> Array:
+        """On the host."""
+        return self.grads_wire.buf
+
+    @property
+    def lifted(self) -> bool:
+        """Whether the backend computes elsewhere than on the host."""
+        return self.params_wire.array is not self.params
 
     @property
     def n_trained(self) -> int:

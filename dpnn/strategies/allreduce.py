@@ -13,12 +13,14 @@ import numpy as np
 
 from dpnn import config
 from dpnn.comm.grains import GrainReducer
+from dpnn.comm.lifted import GrainsOverHost, Reducer, lifted
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
 from dpnn.comm.progress import progress
 from dpnn.comm.reduce import BucketReducer, GradientReducer
 from dpnn.errors import NotFiniteError
 from dpnn.optim import Optimizer
+from dpnn.strategies.flats import Flats
 
 
 class Allreduce:
@@ -26,7 +28,7 @@ class Allreduce:
 
     together = True
 
-    def __init__(self, mesh: Mesh, node: Node, optimizer: Optimizer, job: config.Job) -> None:
+    def __init__(self, mesh: Mesh, node: Node, flats: Flats, optimizer: Optimizer, job: config.Job) -> None:
         limit_s = job.parallel.timeout_s
         self.rate, self.stop, self.loss, self.samples = 0.0, False, 0.0, 0
         self.wait_s = self.update_s = 0.0
@@ -37,12 +39,9 @@ class Allreduce:
         self._squares = np.zeros(1)  # of the gradient: of my shares, then of all
         self._late: list[tuple[int, int]] = []
         """What arrived before it could be used."""
-        self._grains = job.train.reproducible
-        self._gradients = (
-            GrainReducer(node, job.train.grains, self._arrived, limit_s)
-            if self._grains
-            else GradientReducer(node, self._arrived, limit_s, rounds=job.parallel.wire == "bfloat16")
-        )
+        self._node, self._flats, self._all = node, flats, flats.lifted or job.train.reproducible
+        """The last: whether each replica adds up all squares, not only those of its share."""
+        self._gradients, self.sums_by = self._reducer(job, limit_s)
         self._progress = progress(node.data, len(node.groups))
         self._telling = BucketReducer(mesh.crew.comm, self._told, limit_s, "losses")
         self._norms = [BucketReducer(comm, self._squares, limit_s, "norms") for comm in (node.comm, mesh.model)]
@@ -96,15 +95,29 @@ class Allreduce:
             self._progress.close()
 
     def gather(self) -> None:
-        """All replicas always have the same parameters."""
+        """All replicas always have the same parameters, so one of each node brings them to the host."""
+        if self._node.comm.rank == 0:
+            self._flats.pull()
 
     def release(self) -> None:
         """Nothing was changed."""
 
+    def _reducer(self, job: config.Job, limit_s: float) -> tuple[Reducer, str]:
+        """What sums the gradients; and by which way, where they lie on devices. Collective over the replicas."""
+        node, flats = self._node, self._flats
+        told = (lambda lo, hi: None) if flats.lifted else self._arrived
+        if job.train.reproducible:
+            grains = GrainReducer(node, job.train.grains, told, limit_s)
+            if not flats.lifted:
+                return grains, ""
+            return GrainsOverHost(grains, node, flats.memory, flats.grads, self._arrived, limit_s), "host"
+        host = GradientReducer(node, told, limit_s, rounds=job.parallel.wire == "bfloat16")
+        return lifted(node, flats.memory, flats.grads, host, self._arrived, limit_s) if flats.lifted else (host, "")
+
     def _arrived(self, lo: int, hi: int) -> None:
         """Update by the sums of [lo, hi), unless the loss may not be finite, or all sums have to be known."""
         known = self._has_told and self._telling.poke()
-        if self._clips and not self._grains:
+        if self._clips and not self._all:
             self._squares[0] += self._optimizer.sum_of_squares(lo, hi)
         if self._clips or not known or not math.isfinite(self._told[0]):
             self._late.append((lo, hi))
@@ -118,10 +131,10 @@ class Allreduce:
 
     def _clip_scale(self) -> float:
         """What brings the norm of the whole gradient, over the shares of a node and the parts, under the limit."""
-        if self._grains:  # shares depend on the number of ranks: each rank adds all
+        if self._all:
             self._gradients.settle()
             self._squares[0] = self._optimizer.sum_of_squares(0, self._n)
-        for norms in self._norms[self._grains :]:
+        for norms in self._norms[self._all :]:
             norms.start(0, 1)
             norms.finish()
         return self._optimizer.clip_scale(float(self._squares[0]))

@@ -14,12 +14,13 @@ from time import perf_counter
 import numpy as np
 
 from dpnn import config
-from dpnn.backends.base import Array
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
 from dpnn.comm.reduce import BucketReducer, GradientReducer
 from dpnn.errors import NotFiniteError
+from dpnn.memory import Array, Wire
 from dpnn.optim import Optimizer
+from dpnn.strategies.flats import Flats
 
 _TELL_STEPS = 8
 """Steps from one telling to the next."""
@@ -29,13 +30,14 @@ class Average:
     """Each replica's own SGD; `gather` makes the mean of all, for who wants to read the parameters."""
 
     together = False
+    sums_by = ""
 
-    def __init__(self, mesh: Mesh, node: Node, optimizer: Optimizer, job: config.Job) -> None:
+    def __init__(self, mesh: Mesh, node: Node, flats: Flats, optimizer: Optimizer, job: config.Job) -> None:
         limit_s = job.parallel.timeout_s
         self.rate, self.stop, self.loss, self.samples = 0.0, False, 0.0, 0
         self.wait_s = self.update_s = 0.0
         self._every, self._state = job.parallel.every, job.parallel.state
-        self._node, self._optimizer, self._clips = node, optimizer, job.optimizer.clip > 0
+        self._node, self._flats, self._optimizer, self._clips = node, flats, optimizer, job.optimizer.clip > 0
         self._steps, self._taken = 0, 0
         """Steps since the start; samples since the last average."""
         self._bad = False
@@ -50,8 +52,8 @@ class Average:
         self._samples = np.zeros(1)
         self._weighing = BucketReducer(mesh.data, self._samples, limit_s, "samples taken")
         self._sum = GradientReducer(node, lambda lo, hi: None, limit_s)
-        self._own: list[tuple[Array, Array]] = []
-        """While the mean is read: arrays, and what this replica had in them."""
+        self._own: list[tuple[Wire, Array]] = []
+        """While the mean is read: what was averaged, and what this replica had there."""
 
     def begin(self) -> None:
         """Nothing is under way that the step could disturb."""
@@ -101,14 +103,16 @@ class Average:
     def gather(self) -> None:
         """Until `release` the parameters, and what the optimizer keeps, are the mean over all replicas. Collective."""
         self._telling.finish()
-        arrays = [self._node.params, *self._node.state.values()]
-        self._own = [(array, array.copy()) for array in arrays]
-        self._to_mean(arrays)
+        self._flats.pull()
+        self._own = [(wire, wire.buf.copy()) for wire in self._flats.kept]
+        self._to_mean(self._flats.kept)
 
     def release(self) -> None:
         """Back to this replica's own."""
-        for array, own in self._own:
-            np.copyto(array, own)
+        for wire, own in self._own:
+            wire.wait()
+            np.copyto(wire.buf, own)
+            wire.push()
         self._own = []
 
     def _hear(self, asked: bool) -> None:
@@ -130,16 +134,22 @@ class Average:
         return self._optimizer.clip_scale(float(self._norm[0]))
 
     def _average(self) -> None:
-        state = list(self._node.state.values())
-        self._to_mean([self._node.params, *(state if self._state == "average" else ())])
-        for array in state if self._state == "reset" else ():
-            array.fill(0.0)
+        params, state = self._flats.params, list(self._flats.state.values())
+        averaged = [params, *(state if self._state == "average" else ())]
+        for wire in averaged:
+            wire.pull()
+        self._to_mean(averaged)
+        for wire in state if self._state == "reset" else ():
+            wire.wait()
+            wire.buf.fill(0.0)
+            wire.push()
         self._taken = 0
 
-    def _to_mean(self, arrays: list[Array]) -> None:
-        """Arrays of this replica become the mean of all, weighted by the samples that each took since the last average.
+    def _to_mean(self, wires: list[Wire]) -> None:
+        """What is on the host of this replica's arrays becomes the mean of all, there and where it is computed with.
 
-        The gradients' memory is where they meet.
+        Replicas are weighted by the samples that each took since the last average; the gradients' memory is where they
+        meet.
         """
         node = self._node
         self._samples[0] = self._taken
@@ -148,10 +158,12 @@ class Average:
         total = float(self._samples[0])
         if not total:
             return  # nothing has changed since
-        for array in arrays:
-            np.multiply(array, array.dtype.type(self._taken / total), out=node.grads)
-            self._sum.start(0, array.size)
+        for wire in wires:
+            wire.wait()
+            np.multiply(wire.buf, wire.buf.dtype.type(self._taken / total), out=node.grads)
+            self._sum.start(0, wire.buf.size)
             self._sum.finish()
             self._sum.settle()  # all shares are summed
-            np.copyto(array, node.sums)
+            np.copyto(wire.buf, node.sums)
+            wire.push()
             self._sum.settle()  # all have read them

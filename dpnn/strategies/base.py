@@ -16,6 +16,8 @@ class Strategy(plan.Strategy, Protocol):
     """Of this replica in the step; set before it."""
     stop: bool
     """Before a step: this rank wants to stop. After it: some rank did, and all know."""
+    sums_by: str
+    """By which way gradients on devices are summed over the replicas; empty on the host."""
     loss: float
     """After a step: its loss over all replicas."""
     wait_s: float

@@ -34,10 +34,11 @@ from dpnn.nn import (
     ReLU,
     SoftmaxCrossEntropy,
 )
-from dpnn.optim import STATES, Optimizer
+from dpnn.optim import STATES
 from dpnn.plan import Placement, spread
 from dpnn.plan.placement import settled
 from dpnn.strategies.allreduce import Allreduce
+from dpnn.strategies.flats import Flats
 
 CLASSES, SHAPE = 5, (3, 8, 8)
 
@@ -98,16 +99,17 @@ def train(world: World, course: Course, placement: Placement | None = None) -> T
     placement = placement or Placement(1, (0,) * len(course.graph.nodes))
     job, mesh = course.job(), Mesh(world, placement.parts)
     placed = spread(course.graph, placement)
-    model = Model(job, placed, mesh.part, 1)
+    model = Model(job, placed, mesh.part, 1, 0)
     store, limit_s = model.store, job.parallel.timeout_s
-    node = Node(mesh, store.params.size, model.dtype, STATES["momentum"], model.kernels, limit_s)
-    store.place(node.params, node.grads)
+    node = Node(mesh, store.size, model.dtype, STATES["momentum"], model.kernels, limit_s)
+    flats = Flats.of(model.memory, node)
+    store.place(flats.params, flats.grads)
     if mesh.replica == 0:
         store.draw(3)
         store.params *= 1 + course.disturbance
     node.share(node.params)
-    args = (segments_of(store.pieces), node.params, node.sums, model.team, model.kernels, node.state)
-    strategy = Allreduce(mesh, node, Optimizer(job.optimizer, *args), job)
+    optimizer = flats.optimizer(job.optimizer, segments_of(store.pieces), node.sums, model.team, model.arithmetic)
+    strategy = Allreduce(mesh, node, flats, optimizer, job)
     strategy.rate = course.rate
     mine = range(course.rows * mesh.replica // mesh.replicas, course.rows * (mesh.replica + 1) // mesh.replicas)
     cuts = [len(mine) * i // course.microbatches for i in range(course.microbatches + 1)]

@@ -7,8 +7,10 @@ import pytest
 
 from dpnn import config
 from dpnn.errors import NotFiniteError
+from dpnn.memory import HOST
 from dpnn.optim import STATES, Optimizer, Segment
 from dpnn.strategies.allreduce import Allreduce
+from dpnn.strategies.flats import Flats
 from dpnn.team import Team
 
 N = 1000
@@ -54,8 +56,9 @@ class Replica:
 
     def __init__(self, world, mesh, node, options: config.Optimizer) -> None:
         self.rank, self.node = world.rank, node
-        self.optimizer = Optimizer(options, SEGMENTS, node.params, node.sums, Team(1), node.kernels, node.state)
-        self.strategy = Allreduce(mesh, node, self.optimizer, job(options))
+        flats = Flats.of(HOST, node)
+        self.optimizer = flats.optimizer(options, SEGMENTS, node.sums, Team(1), node.kernels)
+        self.strategy = Allreduce(mesh, node, flats, self.optimizer, job(options))
         self.strategy.rate = 0.1
         if world.rank == 0:
             node.params[:] = start()

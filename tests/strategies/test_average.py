@@ -6,8 +6,10 @@ import pytest
 from dpnn import config
 from dpnn.comm.node import Node
 from dpnn.errors import NotFiniteError
-from dpnn.optim import Optimizer, Segment
+from dpnn.memory import HOST
+from dpnn.optim import Segment
 from dpnn.strategies.average import Average
+from dpnn.strategies.flats import Flats
 from dpnn.team import Team
 
 N, STEPS, RATE, MOMENTUM = 101, 6, 0.1, 0.9
@@ -59,8 +61,9 @@ def average(node_of, mesh_of):
         job, mesh = config.parse(JOB.format(every=every, state=state)), mesh_of(where)
         node = node_of(where, n=N, mesh=mesh, together=False)
         segments = [Segment(0, N, False, 0.0)]
-        optimizer = Optimizer(job.optimizer, segments, node.params, node.grads, Team(1), node.kernels, node.state)
-        return Average(mesh, node, optimizer, job), node
+        flats = Flats.of(HOST, node)
+        optimizer = flats.optimizer(job.optimizer, segments, node.grads, Team(1), node.kernels)
+        return Average(mesh, node, flats, optimizer, job), node
 
     return make
 

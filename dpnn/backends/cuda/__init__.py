@@ -15,7 +15,7 @@ from dpnn.backends.cuda.device import Device
 from dpnn.backends.cuda.groups import groups_of
 from dpnn.backends.cuda.memory import DeviceMemory
 from dpnn.backends.cuda.op import KernelOp
-from dpnn.backends.memory import Memory
+from dpnn.memory import Memory
 from dpnn.native import Kernels
 from dpnn.nn.graph import Node
 from dpnn.nn.layer import Layer
@@ -24,6 +24,16 @@ from dpnn.nn.pointwise import ReLU
 _OPS: dict[type[Layer], type[KernelOp[Any]]] = {
     ReLU: pointwise.ReLUOp,
 }
+
+
+def device_of_rank(local_rank: int) -> Device:
+    """The GPU of a rank, by its number on the node: ranks take those that they see in turn.
+
+    Unavailable, with the reason, where there is none.
+    """
+    from dpnn.backends.cuda.gpu import opened, visible
+
+    return opened(local_rank % visible())
 
 
 class Cuda:
@@ -37,6 +47,7 @@ class Cuda:
         """`kernels`: our CPU kernels, for sums over the host's memory."""
         self.device, self.kernels = device, kernels
         self.memory: Memory = DeviceMemory(device)
+        self.arithmetic = None
         self.about = device.about
         self.choices: dict[str, str] = {}
 

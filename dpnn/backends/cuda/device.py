@@ -6,7 +6,7 @@ its end.
 
 from typing import Any, Protocol
 
-from dpnn.backends.memory import Array, Group, Test
+from dpnn.memory import Array, Group, Test
 
 Grid = tuple[int, ...]
 
@@ -61,12 +61,16 @@ class Device(Protocol):
         """An array as one of NumPy's, once all that was asked for is done."""
         ...
 
+    def mark(self) -> Test:
+        """Whether all is done that was asked for before this call."""
+        ...
+
     def ident(self) -> bytes:
         """A name for a new group of devices (NCCL's unique id); empty where they can't form one."""
         ...
 
-    def group(self, ident: bytes, size: int, rank: int) -> Group | None:
-        """This device in a group of `size` (NCCL); collective. None where `ident` is empty."""
+    def group(self, ident: bytes, size: int, rank: int) -> Group:
+        """This device in a group of `size` (NCCL); collective."""
         ...
 
 

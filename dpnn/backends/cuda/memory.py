@@ -4,7 +4,7 @@ from collections.abc import Callable
 from time import sleep
 
 from dpnn.backends.cuda.device import Device
-from dpnn.backends.memory import Array, Group, Test, Wire
+from dpnn.memory import Array, Group, Test, Wire
 
 
 class DeviceWire:
@@ -58,6 +58,13 @@ class DeviceMemory:
         self._device.zero(array)
         return DeviceWire(self._device, array, buf)
 
+    def couple(self, array: Array, buf: Array) -> Wire:
+        self._device.pin(buf)
+        return DeviceWire(self._device, array, buf)
+
+    def mark(self) -> Test:
+        return self._device.mark()
+
     def read(self, array: Array) -> Array:
         found: Array = self._device.read(array)
         return found
@@ -65,7 +72,7 @@ class DeviceMemory:
     def ident(self) -> bytes:
         return self._device.ident()
 
-    def group(self, ident: bytes, size: int, rank: int) -> Group | None:
+    def group(self, ident: bytes, size: int, rank: int) -> Group:
         return self._device.group(ident, size, rank)
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from dpnn.backends.base import Group, Mode, Op, Room, Slot
-from dpnn.backends.memory import HOST, Memory
 from dpnn.backends.onednn import conv, dense, join, lrn, mix, pool
 from dpnn.backends.onednn.choices import Choices
 from dpnn.backends.onednn.conv import Kit
@@ -23,6 +22,7 @@ from dpnn.backends.onednn.library import Library
 from dpnn.backends.onednn.op import Tools
 from dpnn.backends.onednn.unfold import Unfold
 from dpnn.backends.onednn.winograd import Winograd
+from dpnn.memory import HOST, Memory
 from dpnn.native import Kernels, Unavailable
 from dpnn.nn.conv import Conv
 from dpnn.nn.dense import Dense
@@ -60,7 +60,9 @@ class OneDNN:
     memory: Memory = HOST
 
     def __init__(self, team: Team, bfloat16: bool = False) -> None:
-        self.kernels: Kernels | None = (kernels := Kernels(team.size))
+        kernels = Kernels(team.size)
+        self.kernels: Kernels | None = kernels
+        self.arithmetic = kernels
         self.library = Library(team.size)
         if bfloat16 and not self.library.has_bfloat16:
             raise Unavailable(

@@ -6,7 +6,6 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from dpnn.backends.base import Group, Mode, Op, Room, Slot
-from dpnn.backends.memory import HOST, Memory
 from dpnn.backends.reference.conv import ConvOp
 from dpnn.backends.reference.dense import DenseOp
 from dpnn.backends.reference.join import AddOp, ConcatOp, ForkOp, ViewOp
@@ -14,6 +13,7 @@ from dpnn.backends.reference.loss import SigmoidCrossEntropyOp, SoftmaxCrossEntr
 from dpnn.backends.reference.norm import BatchNormalizeOp, BatchNormOp, BatchSumsOp, LocalResponseNormOp
 from dpnn.backends.reference.pointwise import DropoutOp, ReLUOp
 from dpnn.backends.reference.pool import AvgPoolOp, GlobalAvgPoolOp, MaxPoolOp
+from dpnn.memory import HOST, Memory
 from dpnn.native import Kernels
 from dpnn.nn.conv import Conv
 from dpnn.nn.dense import Dense
@@ -54,6 +54,7 @@ class Reference:
     about = ""
     memory: Memory = HOST
     kernels: Kernels | None = None
+    arithmetic = None
 
     def __init__(self, dtype: DTypeLike = np.float32) -> None:
         self.dtype = np.dtype(dtype)

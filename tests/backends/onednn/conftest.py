@@ -39,7 +39,7 @@ class Watched:
     def __init__(self, decisions: Decisions) -> None:
         self.name, self.dtype, self.channels_last = ONEDNN.name, ONEDNN.dtype, ONEDNN.channels_last
         self.about, self.choices = ONEDNN.about, ONEDNN.choices
-        self.memory, self.kernels = ONEDNN.memory, ONEDNN.kernels
+        self.memory, self.kernels, self.arithmetic = ONEDNN.memory, ONEDNN.kernels, ONEDNN.arithmetic
         self.decisions = decisions
 
     def groups(self, nodes: Sequence[Node], mode: Mode) -> list[Group]:

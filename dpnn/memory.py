@@ -4,6 +4,7 @@ On a CPU both are one: a wire's two arrays are the same, and nothing is copied.
 """
 
 from collections.abc import Callable
+from time import sleep
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,7 +45,11 @@ class Group(Protocol):
     """Devices that sum among themselves."""
 
     def sum(self, array: Array) -> None:
-        """Sum an array over all devices, in place, in the order of what the backend was asked for."""
+        """Start to sum an array over all devices, in place, once all is computed that was asked for so far."""
+        ...
+
+    def join(self) -> None:
+        """What is asked for from now on comes after all sums."""
         ...
 
 
@@ -52,7 +57,7 @@ class Memory(Protocol):
     """The memory that a backend computes in."""
 
     name: str
-    """Of the device, unlike that of every other one in the cluster; empty for the host."""
+    """Of the device, unlike that of every other one of the node; empty for the host."""
 
     def empty(self, nbytes: int) -> Array:
         """A block of bytes, (nbytes,) uint8, aligned to ALIGNMENT."""
@@ -66,19 +71,24 @@ class Memory(Protocol):
         """A wire between an array of the host, contiguous, and a new one of this memory; nothing is copied yet."""
         ...
 
+    def couple(self, array: Array, buf: Array) -> Wire:
+        """A wire between an array of this memory and one of the host, both contiguous."""
+        ...
+
+    def mark(self) -> Test:
+        """Whether all is computed that was asked for before this call."""
+        ...
+
     def read(self, array: Array) -> Array:
         """An array of this memory as the host sees it, when all is computed that was asked for."""
         ...
 
-    def group(self, ident: bytes, size: int, rank: int) -> Group | None:
-        """This device in a group of `size`, all different; None where the devices have no way of their own.
-
-        Collective where there is one. `ident`: what the first of them drew by `ident()`.
-        """
+    def ident(self) -> bytes:
+        """A name for a new group of devices; empty where they can't sum among themselves."""
         ...
 
-    def ident(self) -> bytes:
-        """A name for a new group."""
+    def group(self, ident: bytes, size: int, rank: int) -> Group:
+        """This device in a group of `size`, all different. Collective; `ident`: drawn by the first of them."""
         ...
 
 
@@ -112,14 +122,20 @@ class HostMemory:
 
     lift = wire
 
+    def couple(self, array: Array, buf: Array) -> Wire:
+        raise TypeError("on the host both are one array")
+
+    def mark(self) -> Test:
+        return _there
+
     def read(self, array: Array) -> Array:
         return array
 
-    def group(self, ident: bytes, size: int, rank: int) -> Group | None:
-        return None
-
     def ident(self) -> bytes:
         return b""
+
+    def group(self, ident: bytes, size: int, rank: int) -> Group:
+        raise TypeError("only devices form groups")
 
 
 HOST = HostMemory()
@@ -127,3 +143,10 @@ HOST = HostMemory()
 
 def _there() -> bool:
     return True
+
+
+def wait_for(memory: Memory) -> None:
+    """Return when all is computed that was asked for."""
+    test = memory.mark()
+    while not test():
+        sleep(0)

@@ -1,0 +1,222 @@
+"""The sum of gradients that lie on devices, over replicas: among the devices, by MPI from there, or over the host.
+
+Each has the calls of a GradientReducer, and tells `arrived` of what every replica then has whole: [lo, hi) of the
+gradients on its own device.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from dpnn.comm import library
+from dpnn.comm.faults import wait
+from dpnn.comm.node import Node
+from dpnn.comm.reduce import BucketReducer, GradientReducer
+from dpnn.memory import Group, Memory, Test, Wire
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+Arrived = Callable[[int, int], object]
+_NAME = 512
+"""Bytes of a device's name, with its node's."""
+_IDENT = 256
+"""Bytes for the name of a group of devices."""
+
+
+class Reducer(Protocol):
+    """What sums gradients bucket by bucket, of whichever memory."""
+
+    def start(self, lo: int, hi: int) -> None:
+        """My grads[lo:hi] are asked for."""
+        ...
+
+    def poke(self) -> object:
+        """Go on with what is under way."""
+        ...
+
+    def finish(self) -> None:
+        """Return once all has arrived."""
+        ...
+
+    def settle(self) -> None:
+        """Return once all replicas of the node have used what arrived."""
+        ...
+
+
+class Alone:
+    """One replica: its gradients are the sums."""
+
+    def __init__(self, arrived: Arrived) -> None:
+        self._arrived = arrived
+
+    def start(self, lo: int, hi: int) -> None:
+        self._arrived(lo, hi)
+
+    def poke(self) -> None: ...
+    def finish(self) -> None: ...
+    def settle(self) -> None: ...
+
+
+class Among:
+    """Devices that sum among themselves, while the next ones are computed."""
+
+    def __init__(self, group: Group, grads: Wire, arrived: Arrived) -> None:
+        self._group, self._grads, self._arrived = group, grads.array, arrived
+        self._started: list[tuple[int, int]] = []
+
+    def start(self, lo: int, hi: int) -> None:
+        self._group.sum(self._grads[lo:hi])
+        self._started.append((lo, hi))
+
+    def poke(self) -> None: ...
+
+    def finish(self) -> None:
+        self._group.join()
+        for lo, hi in self._started:
+            self._arrived(lo, hi)
+        self._started.clear()
+
+    def settle(self) -> None: ...
+
+
+class Later:
+    """Starts each bucket in turn, once something about it is true."""
+
+    def __init__(self, start: Callable[[int, int], object], limit_s: float) -> None:
+        self._start, self._limit_s = start, limit_s
+        self._waiting: deque[tuple[Test, int, int]] = deque()
+
+    def add(self, test: Test, lo: int, hi: int) -> None:
+        """One more bucket."""
+        self._waiting.append((test, lo, hi))
+
+    def poke(self) -> bool:
+        """Start what can be; whether all was."""
+        while self._waiting and self._waiting[0][0]():
+            _, lo, hi = self._waiting.popleft()
+            self._start(lo, hi)
+        return not self._waiting
+
+    def finish(self) -> None:
+        """Start the rest."""
+        if not self.poke():
+            wait(self.poke, "this rank's device to compute its gradients", self._limit_s)
+
+
+class FromDevices:
+    """MPI sums where the gradients lie: only for a library that says that it can."""
+
+    def __init__(self, comm: "MPI.Comm", memory: Memory, grads: Wire, arrived: Arrived, limit_s: float) -> None:
+        """Collective over `comm`."""
+        self._reducer = BucketReducer(comm, grads.array, limit_s)
+        self._memory, self._arrived = memory, arrived
+        self._later = Later(self._reducer.start, limit_s)
+        self._started: list[tuple[int, int]] = []
+
+    def start(self, lo: int, hi: int) -> None:
+        self._later.add(self._memory.mark(), lo, hi)
+        self._started.append((lo, hi))
+        self.poke()
+
+    def poke(self) -> None:
+        self._later.poke()
+        self._reducer.poke()
+
+    def finish(self) -> None:
+        self._later.finish()
+        self._reducer.finish()
+        for lo, hi in self._started:
+            self._arrived(lo, hi)
+        self._started.clear()
+
+    def settle(self) -> None: ...
+
+
+class OverHost:
+    """Buckets are copied to the host while others are computed, summed there, and the sums copied back.
+
+    `reducer` sums them, on `node.grads`.
+    """
+
+    def __init__(
+        self, reducer: GradientReducer, node: Node, memory: Memory, grads: Wire, arrived: Arrived, limit_s: float
+    ) -> None:
+        self._reducer, self._grads, self._arrived, self._n = reducer, grads, arrived, node.grads.size
+        self._sums = memory.couple(grads.array, node.sums)
+        self._later = Later(reducer.start, limit_s)
+        self._used = True
+        """Whether the last sums were copied back."""
+
+    def start(self, lo: int, hi: int) -> None:
+        self._later.add(self._grads.pull(lo, hi), lo, hi)
+        self.poke()
+
+    def poke(self) -> None:
+        self._later.poke()
+        self._reducer.poke()
+
+    def finish(self) -> None:
+        self._later.finish()
+        self._reducer.finish()
+        self._reducer.settle()  # all shares are summed
+        self._sums.push()
+        self._used = False
+        self._arrived(0, self._n)
+
+    def settle(self) -> None:
+        if not self._used:
+            self._sums.wait()
+            self._reducer.settle()  # all have read them
+            self._used = True
+
+
+class GrainsOverHost(OverHost):
+    """The same for grains: each is added on the host before the next one is computed."""
+
+    def start(self, lo: int, hi: int) -> None:
+        self._grads.pull(lo, hi)
+        self._grads.wait()
+        self._reducer.start(lo, hi)
+
+
+def lifted(
+    node: Node, memory: Memory, grads: Wire, host: GradientReducer, arrived: Arrived, limit_s: float
+) -> tuple[Reducer, str]:
+    """The best way to sum the gradients of all replicas, and its name for the log; collective over them.
+
+    `host`: what sums them on the host, where nothing better is there.
+    """
+    if node.replicas == 1:
+        return Alone(arrived), ""
+    group = group_of(node.data, memory, limit_s)
+    if group is not None:
+        return Among(group, grads, arrived), "nccl"
+    if library.takes_device_memory():
+        return FromDevices(node.data, memory, grads, arrived, limit_s), "mpi"
+    return OverHost(host, node, memory, grads, arrived, limit_s), "host"
+
+
+def group_of(comm: "MPI.Comm", memory: Memory, limit_s: float) -> Group | None:
+    """The group of all ranks' devices; None where two ranks share one, or they can't sum among themselves. Collective.
+
+    Two ranks on one device might wait for each other for ever: NCCL forbids it.
+    """
+    from mpi4py import MPI
+
+    names = np.zeros((comm.size, _NAME), np.uint8)
+    mine = np.zeros(_NAME, np.uint8)
+    ident = np.zeros(_IDENT, np.uint8)
+    name = f"{MPI.Get_processor_name()} {memory.name}".encode()[:_NAME] if memory.name else b""
+    mine[: len(name)] = np.frombuffer(name, np.uint8)
+    wait(comm.Iallgather(mine, names).Test, "all ranks to name their devices", limit_s)
+    if comm.rank == 0:
+        drawn = memory.ident()
+        ident[: len(drawn) + 1] = np.frombuffer(bytes([len(drawn)]) + drawn, np.uint8)
+    wait(comm.Ibcast(ident, 0).Test, "the first rank to name the group of devices", limit_s)
+    n = int(ident[0])
+    if n == 0 or not names.any(axis=1).all() or len(np.unique(names, axis=0)) < comm.size:
+        return None
+    return memory.group(ident[1 : 1 + n].tobytes(), comm.size, comm.rank)
