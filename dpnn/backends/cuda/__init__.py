@@ -10,16 +10,25 @@ from typing import Any
 import numpy as np
 
 from dpnn.backends.base import Group, Mode, Op, Room, Slot
-from dpnn.backends.cuda import pointwise
+from dpnn.backends.cuda import loss, lrn, pointwise, pool
 from dpnn.backends.cuda.device import Device
 from dpnn.backends.cuda.groups import groups_of
 from dpnn.backends.cuda.op import KernelOp
 from dpnn.nn.graph import Node
 from dpnn.nn.layer import Layer
+from dpnn.nn.loss import SigmoidCrossEntropy, SoftmaxCrossEntropy
+from dpnn.nn.norm import LocalResponseNorm
 from dpnn.nn.pointwise import ReLU
+from dpnn.nn.pool import AvgPool, GlobalAvgPool, MaxPool
 
 _OPS: dict[type[Layer], type[KernelOp[Any]]] = {
+    AvgPool: pool.AvgPoolOp,
+    GlobalAvgPool: pool.GlobalAvgPoolOp,
+    LocalResponseNorm: lrn.LocalResponseNormOp,
+    MaxPool: pool.MaxPoolOp,
     ReLU: pointwise.ReLUOp,
+    SigmoidCrossEntropy: loss.SigmoidCrossEntropyOp,
+    SoftmaxCrossEntropy: loss.SoftmaxCrossEntropyOp,
 }
 
 
