@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpnn.backends.base import Group, Mode, Op, Room, Slot
-from dpnn.backends.cuda import pointwise
+from dpnn.backends.cuda import loss, lrn, pointwise, pool
 from dpnn.backends.cuda.device import Device
 from dpnn.backends.cuda.groups import groups_of
 from dpnn.backends.cuda.memory import DeviceMemory
@@ -19,10 +19,19 @@ from dpnn.memory import Memory
 from dpnn.native import Kernels
 from dpnn.nn.graph import Node
 from dpnn.nn.layer import Layer
+from dpnn.nn.loss import SigmoidCrossEntropy, SoftmaxCrossEntropy
+from dpnn.nn.norm import LocalResponseNorm
 from dpnn.nn.pointwise import ReLU
+from dpnn.nn.pool import AvgPool, GlobalAvgPool, MaxPool
 
 _OPS: dict[type[Layer], type[KernelOp[Any]]] = {
+    AvgPool: pool.AvgPoolOp,
+    GlobalAvgPool: pool.GlobalAvgPoolOp,
+    LocalResponseNorm: lrn.LocalResponseNormOp,
+    MaxPool: pool.MaxPoolOp,
     ReLU: pointwise.ReLUOp,
+    SigmoidCrossEntropy: loss.SigmoidCrossEntropyOp,
+    SoftmaxCrossEntropy: loss.SoftmaxCrossEntropyOp,
 }
 
 
