@@ -10,15 +10,25 @@ from typing import Any
 import numpy as np
 
 from dpnn.backends.base import Group, Mode, Op, Room, Slot
-from dpnn.backends.cuda import pointwise
+from dpnn.backends.cuda import join, norm, pointwise
 from dpnn.backends.cuda.device import Device
 from dpnn.backends.cuda.groups import groups_of
 from dpnn.backends.cuda.op import KernelOp
 from dpnn.nn.graph import Node
+from dpnn.nn.join import Add, Concat, Fork
 from dpnn.nn.layer import Layer
-from dpnn.nn.pointwise import ReLU
+from dpnn.nn.norm import BatchNorm, BatchNormalize, BatchSums
+from dpnn.nn.pointwise import Dropout, Flatten, ReLU
 
 _OPS: dict[type[Layer], type[KernelOp[Any]]] = {
+    Add: join.AddOp,
+    BatchNorm: norm.BatchNormOp,
+    BatchNormalize: norm.BatchNormalizeOp,
+    BatchSums: norm.BatchSumsOp,
+    Concat: join.ConcatOp,
+    Dropout: pointwise.DropoutOp,
+    Flatten: join.FlattenOp,
+    Fork: join.ForkOp,
     ReLU: pointwise.ReLUOp,
 }
 
