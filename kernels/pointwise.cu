@@ -2,15 +2,45 @@
 //
 // relu           y = max(x, 0)                        n numbers   bound by memory: reads 4 n bytes, writes 4 n
 // relu_gradient  dx = dy where y > 0, else 0          n numbers   bound by memory: reads 8 n bytes, writes 4 n
+// dropout        y = scale x where kept, else 0       n numbers   bound by memory: reads 4 n bytes, writes 4 n
 //
-// A thread takes every (gridDim.x * blockDim.x)-th number.
+// Of relu and relu_gradient a thread takes every (gridDim.x * blockDim.x)-th number.
 #include "device.cuh"
+#include "philox.cuh"
 
 KERNEL(256) relu(const float* x, float* y, long long n) {
-    for (long long i = blockIdx.x * 256ll + threadIdx.x; i < n; i += gridDim.x * 256ll) y[i] = x[i] > 0.f ? x[i] : 0.f;
+    for (long long i = blockIdx.x * 256ll + threadIdx.x; i < n; i += gridDim.x * 256ll) y[i] = x[i] < 0.f ? 0.f : x[i];
 }
 
 // dx may be dy.
 KERNEL(256) relu_gradient(const float* y, const float* dy, float* dx, long long n) {
     for (long long i = blockIdx.x * 256ll + threadIdx.x; i < n; i += gridDim.x * 256ll) dx[i] = y[i] > 0.f ? dy[i] : 0.f;
+}
+
+// Activations (rows, pixels, channels). A number is kept where its word is at least `threshold`: words are numbered in
+// the canonical order (channels, pixels). A thread has four neighbouring pixels of one channel, which share a call of
+// the generator, or two where their words don't begin at a multiple of 4; neighbouring threads have neighbouring
+// channels. Backward draws the words again: dx is made of dy as y of x.
+KERNEL(256) dropout(const float* x, const unsigned long long* ids, float* y, unsigned int seed, unsigned int epoch,
+                    unsigned int purpose, unsigned int threshold, float scale, int rows, int pixels, int channels) {
+    const int thread = blockIdx.x * 256 + threadIdx.x, channel = thread % channels, first = thread / channels * 4;
+    if (first >= pixels) return;
+    const int count = min(4, pixels - first), number = channel * pixels + first, shift = number % 4;
+    for (int row = blockIdx.y; row < rows; row += gridDim.y) {
+        unsigned int words[8];
+        const dpnn::Words low = dpnn::by_sample(seed, epoch, purpose, ids[row], number / 4);
+        for (int i = 0; i < 4; ++i) words[i] = words[4 + i] = low.w[i];
+        if (shift + count > 4) {
+            const dpnn::Words high = dpnn::by_sample(seed, epoch, purpose, ids[row], number / 4 + 1);
+            for (int i = 0; i < 4; ++i) words[4 + i] = high.w[i];
+        }
+        // words[i] = words[i + shift], by fixed indices: an array with others would lie in memory
+        if (shift & 1)
+            for (int i = 0; i < 6; ++i) words[i] = words[i + 1];
+        if (shift & 2)
+            for (int i = 0; i < 4; ++i) words[i] = words[i + 2];
+        const long long at = (static_cast<long long>(row) * pixels + first) * channels + channel;
+        for (int i = 0; i < 4; ++i)
+            if (i < count) y[at + i * channels] = x[at + i * channels] * (words[i] >= threshold ? scale : 0.f);
+    }
 }

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpnn.backends.base import Group, Mode, Op, Room, Slot
-from dpnn.backends.cuda import loss, lrn, pointwise, pool
+from dpnn.backends.cuda import join, loss, lrn, norm, pointwise, pool
 from dpnn.backends.cuda.device import Device
 from dpnn.backends.cuda.groups import groups_of
 from dpnn.backends.cuda.memory import DeviceMemory
@@ -18,14 +18,23 @@ from dpnn.backends.cuda.op import KernelOp
 from dpnn.memory import Memory
 from dpnn.native import Kernels
 from dpnn.nn.graph import Node
+from dpnn.nn.join import Add, Concat, Fork
 from dpnn.nn.layer import Layer
 from dpnn.nn.loss import SigmoidCrossEntropy, SoftmaxCrossEntropy
-from dpnn.nn.norm import LocalResponseNorm
-from dpnn.nn.pointwise import ReLU
+from dpnn.nn.norm import BatchNorm, BatchNormalize, BatchSums, LocalResponseNorm
+from dpnn.nn.pointwise import Dropout, Flatten, ReLU
 from dpnn.nn.pool import AvgPool, GlobalAvgPool, MaxPool
 
 _OPS: dict[type[Layer], type[KernelOp[Any]]] = {
+    Add: join.AddOp,
     AvgPool: pool.AvgPoolOp,
+    BatchNorm: norm.BatchNormOp,
+    BatchNormalize: norm.BatchNormalizeOp,
+    BatchSums: norm.BatchSumsOp,
+    Concat: join.ConcatOp,
+    Dropout: pointwise.DropoutOp,
+    Flatten: join.FlattenOp,
+    Fork: join.ForkOp,
     GlobalAvgPool: pool.GlobalAvgPoolOp,
     LocalResponseNorm: lrn.LocalResponseNormOp,
     MaxPool: pool.MaxPoolOp,
