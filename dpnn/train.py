@@ -123,6 +123,8 @@ class Training:
         self.model = model = Model(job, placed, mesh.part, world.threads(), world.node.rank)
         if mesh.parts > 1:
             check_alike(world, model)
+        names = world.node.allgather(model.memory.name)
+        self.ranks_a_device = names.count(model.memory.name) if model.memory.name else 0
         self.folder = RunFolder(start.folder)
         model.choices.update({**world.first(self.folder.read_choices), **start.chosen})
         segments = segments_of(model.store.pieces)
@@ -310,6 +312,9 @@ class Training:
             self.journal.event("costs", f"costs measured: {found}; `dpnn plan` of a job file assumes {Costs()}")
         if self.model.note:
             self.journal.event("slow_backend", self.model.note)
+        if self.ranks_a_device > 1:
+            shared = f"{self.ranks_a_device} ranks of this node share {self.model.memory.name}: they compute in turn"
+            self.journal.event("shared_device", shared)
         if self.node.note:
             self.journal.event(
                 "no_shared_memory", f"gradients are summed by MPI, not in shared memory: {self.node.note}"
