@@ -1,107 +1,144 @@
-// Runs CUDA C++ kernels on the CPU for tests: one fiber per CUDA thread, one block at a time per OS thread.
+// What CUDA gives a kernel, for a C++ compiler: kernels/*.cu are compiled behind this file, and run by shim.cc.
+//
+// A float atomicAdd is missing on purpose (sums are to be deterministic), and so is all that no kernel uses.
 #pragma once
-#include <cmath>
-#include <csetjmp>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <algorithm>
-#include <tuple>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#include <type_traits>
 #include <utility>
-#include <vector>
-#include <ucontext.h>
+
 #define __global__
 #define __device__
 #define __host__
 #define __constant__ static
+#define __shared__ static  // the linker gathers all static memory of the kernels (shim.py); shim.cc poisons it
 #define __forceinline__ inline
-#define __noinline__
+#define __noinline__ __attribute__((noinline))
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
-#define __shared__ static thread_local
-#define __CUDA_CPU_SHIM__ 1
-struct dim3 { unsigned x, y, z; constexpr dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {} };
-struct uint3 { unsigned x, y, z; };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(16) int4 { int x, y, z, w; };
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
-using std::min; using std::max;
+#define DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(shim::dynamic)
+
+#define VECTOR(T, name)                                                          \
+    struct alignas(2 * sizeof(T)) name##2 { T x, y; };                           \
+    struct alignas(4 * sizeof(T)) name##4 { T x, y, z, w; };                     \
+    inline name##2 make_##name##2(T x, T y) { return {x, y}; }                   \
+    inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+VECTOR(float, float)
+VECTOR(double, double)
+VECTOR(int, int)
+VECTOR(unsigned, uint)
+VECTOR(unsigned char, uchar)
+
+struct Index { unsigned x, y, z; };
+extern Index threadIdx, blockIdx, blockDim, gridDim;
+constexpr int warpSize = 32;
+
 namespace shim {
-enum Wait { RUN, BLOCK, WARP, DONE };
-struct Fiber { jmp_buf jb; ucontext_t uc; char* stack; uint3 tid; Wait wait; int line; bool started; };
-struct State { std::vector<Fiber> f; jmp_buf home; ucontext_t home_uc; unsigned cur, n; void (*tramp)(void*); void* body;
-               std::vector<char> dyn; uint64_t lane[32 * 32][1]; std::vector<char*> stacks; };
-inline thread_local State S;
-inline thread_local int errors;
-constexpr size_t STACK = 64 << 10;
+
+extern unsigned char dynamic[];      // the block's dynamic shared memory
+enum Wait { RUNS, AT_BLOCK, AT_WARP, ENDED };
+
+void meet(Wait where, int line);     // returns when all threads of the block or of the warp are here
+void sync_warp(unsigned mask, int line);
+unsigned enter_shuffle(unsigned mask, uint64_t mine, int line);
+uint64_t from_lane(unsigned which, unsigned lane, int line);  // `which` is what enter_shuffle returned
+
+// An argument's kind and size in bytes, as shim.py packs them.
+template <class T>
+constexpr unsigned kind() {
+    const char c = std::is_pointer_v<T> ? 'P' : std::is_floating_point_v<T> ? 'f' : std::is_integral_v<T> ? 'i' : 'V';
+    return unsigned(c) << 16 | unsigned(sizeof(T));
 }
-inline thread_local uint3 threadIdx, blockIdx; inline thread_local dim3 blockDim, gridDim; constexpr int warpSize = 32;
-namespace shim {
-inline void yield(Wait w, int line) {                       // park this fiber, go back to the scheduler
-  Fiber& me = S.f[S.cur]; me.wait = w; me.line = line;
-  if (!_setjmp(me.jb)) _longjmp(S.home, 1);
+
+struct Kernel {
+    void (*call)(void** arguments);
+    unsigned threads, n_arguments;  // threads: those of its launch bounds
+    const unsigned* kinds;
+};
+
+template <auto F>
+struct Signature;
+template <class... A, void (*F)(A...)>
+struct Signature<F> {
+    static constexpr unsigned n = sizeof...(A), kinds[] = {kind<A>()..., 0};
+    template <size_t... I>
+    __attribute__((no_sanitize("thread"))) static void pass(void** arguments, std::index_sequence<I...>) {
+        F(*static_cast<std::remove_cv_t<A>*>(arguments[I])...);
+    }
+    static void call(void** arguments) { pass(arguments, std::index_sequence_for<A...>()); }
+};
+#define SHIM_EXPORT(name, threads)                                                             \
+    extern "C" __attribute__((visibility("default"))) const shim::Kernel shim_##name = {       \
+        shim::Signature<&name>::call, threads, shim::Signature<&name>::n, shim::Signature<&name>::kinds};
+
+template <class T>
+T shuffle(unsigned mask, T value, unsigned lane, int line) {
+    static_assert(sizeof(T) <= 8);
+    uint64_t bits = 0;
+    memcpy(&bits, &value, sizeof(T));
+    const unsigned which = enter_shuffle(mask, bits, line);
+    bits = from_lane(which, lane, line);
+    memcpy(&value, &bits, sizeof(T));
+    return value;
 }
-inline void entry() { S.tramp(S.body); S.f[S.cur].wait = DONE; _longjmp(S.home, 1); }
-inline void resume(unsigned i) {
-  S.cur = i; Fiber& f = S.f[i]; threadIdx = f.tid;
-  if (_setjmp(S.home)) return;                              // a fiber came back
-  if (f.started) _longjmp(f.jb, 1);
-  f.started = true;
-  getcontext(&f.uc); f.uc.uc_stack.ss_sp = f.stack; f.uc.uc_stack.ss_size = STACK; f.uc.uc_link = nullptr;
-  makecontext(&f.uc, entry, 0); setcontext(&f.uc);
+
+inline unsigned own_lane() { return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32; }
+
+}  // namespace shim
+
+// Whoever calls a barrier is named by its line.
+#define LINE int line = __builtin_LINE()
+inline void __syncthreads(LINE) { shim::meet(shim::AT_BLOCK, line); }
+inline void __syncwarp(unsigned mask = ~0u, LINE) { shim::sync_warp(mask, line); }
+template <class T> T __shfl_sync(unsigned mask, T v, int from, LINE) { return shim::shuffle(mask, v, from % 32u, line); }
+template <class T> T __shfl_xor_sync(unsigned mask, T v, int by, LINE) {
+    return shim::shuffle(mask, v, shim::own_lane() ^ by, line);
 }
-inline bool release(unsigned a, unsigned b, Wait w) {       // all live fibers of [a,b) parked at w: let them go
-  int line = -1; unsigned live = 0;
-  for (unsigned i = a; i < b; i++) { Fiber& f = S.f[i]; if (f.wait == DONE) continue; if (f.wait != w) return false;
-    if (line >= 0 && f.line != line && w == BLOCK) { if (!errors++) fprintf(stderr, "shim: divergent __syncthreads: lines %d and %d\n", line, f.line); }
-    line = f.line; live++; }
-  for (unsigned i = a; i < b; i++) if (S.f[i].wait == w) S.f[i].wait = RUN;
-  return live > 0;
+template <class T> T __shfl_down_sync(unsigned mask, T v, unsigned by, LINE) {
+    return shim::shuffle(mask, v, shim::own_lane() + by < 32 ? shim::own_lane() + by : shim::own_lane(), line);
 }
-inline void run_block() {
-  for (unsigned i = 0; i < S.n; i++) { S.f[i].wait = RUN; S.f[i].started = false; }
-  for (;;) {
-    bool live = false, moved = false;
-    for (unsigned j = 0; j < S.n; j++) { unsigned i = getenv("SHIM_REVERSE") ? S.n - 1 - j : j; if (S.f[i].wait == RUN) { resume(i); moved = true; } }
-    for (unsigned a = 0; a < S.n; a += 32) moved |= release(a, std::min(a + 32, S.n), WARP);
-    moved |= release(0, S.n, BLOCK);
-    for (unsigned i = 0; i < S.n; i++) live |= S.f[i].wait != DONE;
-    if (!live) return;
-    if (!moved) { fprintf(stderr, "shim: deadlock (mixed barriers)\n"); errors++; return; }
-  }
+template <class T> T __shfl_up_sync(unsigned mask, T v, unsigned by, LINE) {
+    return shim::shuffle(mask, v, shim::own_lane() >= by ? shim::own_lane() - by : shim::own_lane(), line);
 }
-template <class B> void launch(dim3 g, dim3 b, size_t smem, B&& body) {
-  S.n = b.x * b.y * b.z; gridDim = g; blockDim = b; S.f.resize(S.n);
-  while (S.stacks.size() < S.n) S.stacks.push_back((char*)malloc(STACK));
-  for (unsigned i = 0; i < S.n; i++) { S.f[i].stack = S.stacks[i]; S.f[i].tid = {i % b.x, i / b.x % b.y, i / (b.x * b.y)}; }
-  S.dyn.resize(smem + 16); S.body = &body; S.tramp = [](void* p) { (*(std::remove_reference_t<B>*)p)(); };
-  for (unsigned z = 0; z < g.z; z++) for (unsigned y = 0; y < g.y; y++) for (unsigned x = 0; x < g.x; x++) {
-    blockIdx = {x, y, z}; memset(S.dyn.data(), 0xFF, S.dyn.size()); run_block(); }   // 0xFF.. = NaN poison
+unsigned __ballot_sync(unsigned mask, int predicate, LINE);
+inline int __any_sync(unsigned mask, int predicate, LINE) { return __ballot_sync(mask, predicate, line) != 0; }
+inline int __all_sync(unsigned mask, int predicate, LINE) { return __ballot_sync(mask, !predicate, line) == 0; }
+#undef LINE
+
+void device_copy(void* target, const void* source, int bytes, int room);
+void device_close_copies();
+void device_copies_arrived(int last);
+
+int atomicAdd(int* target, int value);
+unsigned atomicAdd(unsigned* target, unsigned value);
+unsigned long long atomicAdd(unsigned long long* target, unsigned long long value);
+float atomicAdd(float*, float) = delete;
+double atomicAdd(double*, double) = delete;
+
+// Reads and writes with a hint to the caches.
+#define READ(name) template <class T> T name(const T* source) { return *source; }
+#define WRITE(name) template <class T> void name(T* target, T value) { *target = value; }
+READ(__ldg) READ(__ldca) READ(__ldcg) READ(__ldcs)
+WRITE(__stwb) WRITE(__stcg) WRITE(__stcs) WRITE(__stwt)
+template <class T> constexpr T min(T a, T b) { return b < a ? b : a; }
+template <class T> constexpr T max(T a, T b) { return a < b ? b : a; }
+inline float min(float a, float b) { return fminf(a, b); }
+inline float max(float a, float b) { return fmaxf(a, b); }
+inline double min(double a, double b) { return fmin(a, b); }
+inline double max(double a, double b) { return fmax(a, b); }
+inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
+inline double rsqrt(double x) { return 1. / sqrt(x); }
+inline float __expf(float x) { return expf(x); }
+inline float __logf(float x) { return logf(x); }
+inline float __powf(float x, float y) { return powf(x, y); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
+inline int __float_as_int(float x) { int y; memcpy(&y, &x, 4); return y; }
+inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    return (unsigned long long)((unsigned __int128)a * b >> 64);
 }
-template <class... A> void call(void (*k)(A...), dim3 g, dim3 b, size_t smem, void** args) {
-  launch(g, b, smem, [&] { [&]<size_t... I>(std::index_sequence<I...>) { k(*(std::remove_cv_t<A>*)args[I]...); }(std::index_sequence_for<A...>{}); });
-}
-template <class T> T shfl(T v, unsigned src, int line) {    // warp-collective exchange
-  unsigned me = S.cur; memcpy(S.lane[me], &v, sizeof(T)); yield(WARP, line);
-  unsigned s = (me & ~31u) | (src & 31); T r; memcpy(&r, S.lane[s < S.n ? s : me], sizeof(T)); yield(WARP, line); return r;
-}
-}
-#define __syncthreads() shim::yield(shim::BLOCK, __LINE__)
-#define __syncwarp(...) shim::yield(shim::WARP, __LINE__)
-#define __shfl_down_sync(m, v, d) shim::shfl(v, std::min((shim::S.cur & 31) + (d), 31u), __LINE__)
-#define __shfl_xor_sync(m, v, x) shim::shfl(v, (shim::S.cur & 31) ^ (x), __LINE__)
-#define __shfl_sync(m, v, s) shim::shfl(v, (s), __LINE__)
-#define DYNAMIC_SHARED(T, name) T* name = (T*)(((uintptr_t)shim::S.dyn.data() + 15) & ~(uintptr_t)15)
-template <class T> inline T __ldg(const T* p) { return *p; }
-template <class T> inline T atomicAdd(T* p, T v) { T o = *p; *p = o + v; return o; }
-inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
-inline float __expf(float x) { return std::exp(x); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline void device_copy(void* to, const void* from, int n, int room) { memset(to, 0, room); memcpy(to, from, n); }
-inline void device_close_copies() {}
-inline void device_copies_arrived(int) {}
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-#define SHIM_EXPORT(k) extern "C" int k##_cpu(const unsigned* gb, size_t smem, void** args) { shim::errors = 0; \
-  shim::call(&k, dim3(gb[0], gb[1], gb[2]), dim3(gb[3], gb[4], gb[5]), smem, args); return shim::errors; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
+inline int __ffs(int x) { return __builtin_ffs(x); }

@@ -1,0 +1,17 @@
+"""Devices for tests of kernels: what a kernel writes may depend on none of this."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from .shim import Shim
+
+WAYS = {"forward": {}, "backward": {"reverse": True}, "shuffled": {"seed": 0}, "watched": {"watch": True}}
+
+
+@pytest.fixture(params=WAYS)
+def shim(request: pytest.FixtureRequest) -> Iterator[Shim]:
+    """The stand-in for a GPU, with its threads in different orders, and with every access watched."""
+    device = Shim(**WAYS[request.param])
+    yield device
+    device.check()
