@@ -22,10 +22,12 @@
 #define __CUDA_CPU_SHIM__ 1
 struct dim3 { unsigned x, y, z; constexpr dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {} };
 struct uint3 { unsigned x, y, z; };
+struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) int4 { int x, y, z, w; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 using std::min; using std::max;
 namespace shim {
@@ -95,8 +97,11 @@ template <class T> T shfl(T v, unsigned src, int line) {    // warp-collective e
 #define __shfl_sync(m, v, s) shim::shfl(v, (s), __LINE__)
 #define DYNAMIC_SHARED(T, name) T* name = (T*)(((uintptr_t)shim::S.dyn.data() + 15) & ~(uintptr_t)15)
 template <class T> inline T __ldg(const T* p) { return *p; }
+template <class T> inline void __stwb(T* p, T v) { *p = v; }
 template <class T> inline T atomicAdd(T* p, T v) { T o = *p; *p = o + v; return o; }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
+inline float __uint_as_float(unsigned u) { float x; memcpy(&x, &u, 4); return x; }
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline void device_copy(void* to, const void* from, int n, int room) { memset(to, 0, room); memcpy(to, from, n); }
