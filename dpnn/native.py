@@ -6,13 +6,14 @@ Each call runs on all of the rank's threads, which are OpenMP's, and lets other 
 import ctypes
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, c_double, c_float, c_int64, c_void_p
+from ctypes import POINTER, addressof, c_char, c_double, c_float, c_int64, c_void_p
 from functools import cache, partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 Call = Callable[[], object]
 
@@ -37,6 +38,7 @@ _TABLE: dict[str, tuple[Any, ...]] = {
     "maxpool_gradient": (_P, _P, _P, _P),
     "descend": (_I, _P, _P, _P, _F, _F, _F, _F, _I),
     "adagrad": (_I, _P, _P, _P, _F, _F, _F, _F),
+    "blend": (_I, _P, _P, _F),
     "add": (_I, _I, _PP, _P),
     "squares": (_I, _P),
     "publish": (_P, _I),
@@ -69,15 +71,19 @@ class Kernels:
             setattr(self, name, function)
 
     def call(self, name: str, *arguments: object) -> Any:
-        """Call a kernel once, with addresses (None for NULL) and numbers; what it returns."""
-        return getattr(self, name)(*arguments)
+        """Call a kernel once; what it returns.
+
+        Arrays stand for their first byte, sequences of arrays for lists of these, None for NULL.
+        """
+        return getattr(self, name)(*map(_argument, arguments))
+
+    def sum_of_squares(self, arrays: Iterable[NDArray[Any]]) -> float:
+        """Of all numbers of some float32 arrays, in float64."""
+        return float(sum(self.call("squares", array.size, array) for array in arrays))
 
     def bind(self, name: str, *arguments: object) -> Call:
-        """A call of a kernel. Arrays stand for their first byte, sequences of arrays for lists of these, None for NULL.
-
-        The arrays live as long as the call.
-        """
-        call = partial(getattr(self, name), *(_argument(value) for value in arguments))
+        """The same call, to be made often. The arrays live as long as it does."""
+        call = partial(getattr(self, name), *map(_argument, arguments))
         call.arrays = arguments  # type: ignore[attr-defined]
         return call
 
@@ -109,10 +115,18 @@ def set_openmp(threads: int) -> None:
 
 def _argument(value: object) -> object:
     if isinstance(value, np.ndarray):
-        return value.ctypes.data
+        return _address(value)
     if isinstance(value, list | tuple):
-        return (c_void_p * max(1, len(value)))(*(array.ctypes.data for array in value))
+        return (c_void_p * max(1, len(value)))(*map(_address, value))
     return value
+
+
+def _address(array: NDArray[Any]) -> int:
+    """Of its first byte; `array.ctypes.data`, but in a third of the time where that can be."""
+    try:
+        return addressof(c_char.from_buffer(array.data))
+    except (TypeError, ValueError):  # read only, or with gaps, or empty
+        return array.ctypes.data
 
 
 @cache

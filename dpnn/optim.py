@@ -1,9 +1,9 @@
 """Optimizers over flat arrays, and the learning rate of every step.
 
-An optimizer walks the flat arrays of parameters and gradients in blocks that stay in the cache, by a table of
-segments. Every number is updated by itself, in the arrays' own type, so the walk may be cut anywhere without changing
-a bit: the rank's threads each take a run of it. In float32 the kernel in kernels/descend.c does the same in one pass.
-With g the gradient times the scale of clipping, plus weight decay times p where the segment decays:
+An optimizer walks the flat arrays of parameters and gradients by a table of segments. Every number is updated by
+itself, in the arrays' own type, so the walk may be cut anywhere without changing a bit. How the numbers of a segment
+are updated is an `Arithmetic`'s business. With g the gradient times the scale of clipping, plus weight decay times p
+where the segment decays:
     sgd        p -= rate g
     momentum   m = momentum m + g;  p -= rate m                     as PyTorch's SGD
     nesterov   m = momentum m + g;  p -= rate (g + momentum m)      likewise
@@ -16,13 +16,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpnn import config
-from dpnn.native import Kernels
 from dpnn.team import Team
 
 Array = NDArray[Any]
@@ -72,11 +71,125 @@ def cut(segments: Iterable[Segment], lo: int, hi: int) -> tuple[Segment, ...]:
     return tuple(replace(segment, lo=max(lo, segment.lo) - lo, hi=min(hi, segment.hi) - lo) for segment in inside)
 
 
+class Arithmetic(Protocol):
+    """How runs of n numbers of flat arrays are updated.
+
+    Three have this form: `InNumPy` below in any type; in float32 the C kernels (`dpnn.native.Kernels`), and those of a
+    device (`dpnn.backends.cuda.flat.Flat`). p are parameters, g gradients, m momentum (None: there is none), s squares:
+        "descend", n, p, g, m, rate, scale, decay, momentum, nesterov
+        "adagrad", n, p, g, s, rate, scale, decay, epsilon
+        "blend", n, p, g, share                                        running statistics
+    """
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Update a run as `name` says."""
+        ...
+
+    def sum_of_squares(self, arrays: Iterable[Array]) -> float:
+        """Of all numbers of some arrays, in float64."""
+        ...
+
+
+class InNumPy:
+    """The arithmetic in NumPy: in blocks that stay in the cache; the rank's threads each take a run of them."""
+
+    def __init__(self, team: Team, dtype: np.dtype[Any]) -> None:
+        self._team = team
+        self._scratch = np.empty((team.size, 2, _BLOCK), dtype)
+        self._wide = np.empty(_BLOCK, np.float64)
+
+    def call(self, name: str, n: int, *arguments: Any) -> None:
+        update: Callable[..., None] = getattr(self, f"_{name}")
+        runs = self._team.cut(n, least=_BLOCK)
+        self._team.run([[partial(_in_blocks, update, run, self._scratch[i], arguments)] for i, run in enumerate(runs)])
+
+    def sum_of_squares(self, arrays: Iterable[Array]) -> float:
+        total = 0.0
+        for array in arrays:
+            for at in range(0, array.size, _BLOCK):
+                wide = self._wide[: min(_BLOCK, array.size - at)]
+                np.copyto(wide, array[at : at + wide.size])
+                np.multiply(wide, wide, out=wide)
+                total += float(np.add.reduce(wide))
+        return total
+
+    def _descend(
+        self,
+        scratch: Array,
+        p: Array,
+        g: Array,
+        m: Array | None,
+        rate: float,
+        scale: float,
+        decay: float,
+        momentum: float,
+        nesterov: bool,
+    ) -> None:
+        changed, work = scratch
+        step = _scaled(p, g, scale, decay, scratch)
+        if m is not None:
+            np.multiply(m, momentum, out=m)
+            np.add(m, step, out=m)
+            if nesterov:
+                np.multiply(m, momentum, out=work)
+                step = np.add(step, work, out=changed)
+            else:
+                step = m
+        np.multiply(step, rate, out=work)
+        np.subtract(p, work, out=p)
+
+    def _adagrad(
+        self,
+        scratch: Array,
+        p: Array,
+        g: Array,
+        s: Array,
+        rate: float,
+        scale: float,
+        decay: float,
+        epsilon: float,
+    ) -> None:
+        changed, work = scratch
+        step = _scaled(p, g, scale, decay, scratch)
+        np.multiply(step, step, out=work)
+        np.add(s, work, out=s)
+        np.sqrt(s, out=work)
+        np.add(work, epsilon, out=work)
+        np.divide(step, work, out=changed)
+        np.multiply(changed, rate, out=work)
+        np.subtract(p, work, out=p)
+
+    def _blend(self, scratch: Array, p: Array, g: Array, share: float) -> None:
+        new = scratch[0]
+        np.multiply(g, share, out=new)
+        np.multiply(p, 1.0 - share, out=p)
+        np.add(p, new, out=p)
+
+
+def _in_blocks(update: Callable[..., None], run: range, scratch: Array, arguments: Iterable[Any]) -> None:
+    """Update the numbers of a run, a block at a time; of the arguments those that are arrays are cut."""
+    for at in range(run.start, run.stop, _BLOCK):
+        end = min(at + _BLOCK, run.stop)
+        update(scratch[:, : end - at], *(x[at:end] if isinstance(x, np.ndarray) else x for x in arguments))
+
+
+def _scaled(p: Array, g: Array, scale: float, decay: float, scratch: Array) -> Array:
+    """The gradient times the scale, plus the decay times p: g itself, or in the first array of scratch."""
+    changed, work = scratch
+    if scale != 1.0:
+        g = np.multiply(g, scale, out=changed)
+    if decay:
+        np.multiply(p, decay, out=work)
+        g = np.add(g, work, out=changed)
+    return g
+
+
 class Optimizer:
     """Updates `params` from `grads`, two flat arrays of n numbers that `segments` cover from 0 to n.
 
-    `state` holds what is kept from step to step, flat arrays as long as `params`, by the names in STATES. It is made
-    where it isn't given.
+    `kernels` compute where the arrays are float32, else NumPy does. `state` holds what is kept from step to step, flat
+    arrays as long as `params`, by the names in STATES. It is made where it isn't given; where arrays are a device's it
+    has to be given.
     """
 
     def __init__(
@@ -86,7 +199,7 @@ class Optimizer:
         params: Array,
         grads: Array,
         team: Team,
-        kernels: Kernels | None = None,
+        kernels: Arithmetic | None = None,
         state: dict[str, Array] | None = None,
     ) -> None:
         # Without weight decay a decaying segment is like any other: fewer, longer segments are faster.
@@ -99,46 +212,30 @@ class Optimizer:
         self._options = options
         self._params, self._grads = params, grads
         self.state = state if state is not None else {name: np.zeros_like(params) for name in STATES[options.name]}
-        self._momentum, self._squares = self.state.get("momentum"), self.state.get("squares")
-        self._team = team
-        self._kernels = kernels if params.dtype == np.float32 else None
-        kept = self._momentum if self._squares is None else self._squares
-        self._addresses = [None if array is None else array.ctypes.data for array in (params, grads, kept)]
-        self._scratch = np.empty((team.size, 2, _BLOCK), params.dtype)
-        self._wide = np.empty(_BLOCK, np.float64)
+        self._kept = next((self.state[name] for name in STATES[options.name]), None)
+        self._arithmetic: Arithmetic = InNumPy(team, params.dtype)
+        if kernels is not None and params.dtype == np.float32:
+            self._arithmetic = kernels
 
     def apply(self, lo: int, hi: int, rate: float, scale: float = 1.0) -> None:
         """Update params[lo:hi]. `scale` multiplies the gradients (clipping); they are left as they are."""
-        if self._kernels is not None:
-            self._apply(lo, hi, rate, scale, 0)
-            return
-        runs = self._team.cut(hi - lo, least=_BLOCK)
-        self._team.run(
-            [[partial(self._apply, lo + run.start, lo + run.stop, rate, scale, i)] for i, run in enumerate(runs)]
-        )
-
-    def _apply(self, lo: int, hi: int, rate: float, scale: float, thread: int) -> None:
-        scratch = self._scratch[thread]
+        options, call = self._options, self._arithmetic.call
         for segment, start, end in self._pieces(lo, hi):
+            n, p, g = end - start, self._params[start:end], self._grads[start:end]
             if segment.statistic:
-                self._average(start, end, segment.statistic, scratch)
+                call("blend", n, p, g, segment.statistic)
+                continue
+            kept = None if self._kept is None else self._kept[start:end]
+            numbers = (rate, scale, options.weight_decay if segment.decay else 0.0)
+            if options.name == "adagrad":
+                call("adagrad", n, p, g, kept, *numbers, _EPSILON)
             else:
-                self._descend(start, end, rate, scale, segment.decay, scratch)
+                call("descend", n, p, g, kept, *numbers, options.momentum, options.nesterov)
 
     def sum_of_squares(self, lo: int, hi: int) -> float:
         """Of the trained gradients in [lo, hi), added up in float64."""
-        total = 0.0
-        for segment, start, end in self._pieces(lo, hi):
-            if self._kernels is not None:
-                piece = self._grads.ctypes.data + 4 * start
-                total += 0.0 if segment.statistic else self._kernels.call("squares", end - start, piece)
-                continue
-            for at in range(start, 0 if segment.statistic else end, _BLOCK):
-                wide = self._wide[: min(_BLOCK, end - at)]
-                np.copyto(wide, self._grads[at : at + wide.size])
-                np.multiply(wide, wide, out=wide)
-                total += float(np.add.reduce(wide))
-        return total
+        trained = ((start, end) for segment, start, end in self._pieces(lo, hi) if not segment.statistic)
+        return self._arithmetic.sum_of_squares(self._grads[start:end] for start, end in trained)
 
     def clip_scale(self, sum_of_squares: float) -> float:
         """What the gradients are multiplied by, so that their norm is at most `clip`."""
@@ -151,51 +248,6 @@ class Optimizer:
             if segment.lo >= hi:
                 break
             yield segment, max(lo, segment.lo), min(hi, segment.hi)
-
-    def _average(self, lo: int, hi: int, share: float, scratch: Array) -> None:
-        for at in range(lo, hi, _BLOCK):
-            p, new = self._params[at : min(at + _BLOCK, hi)], scratch[0, : min(_BLOCK, hi - at)]
-            np.multiply(self._grads[at : at + new.size], share, out=new)
-            np.multiply(p, 1.0 - share, out=p)
-            np.add(p, new, out=p)
-
-    def _descend(self, lo: int, hi: int, rate: float, scale: float, decay: bool, scratch: Array) -> None:
-        options = self._options
-        if self._kernels is not None:
-            arrays = [None if base is None else base + 4 * lo for base in self._addresses]
-            numbers = (rate, scale, options.weight_decay if decay else 0.0)
-            if self._squares is not None:
-                self._kernels.call("adagrad", hi - lo, *arrays, *numbers, _EPSILON)
-            else:
-                self._kernels.call("descend", hi - lo, *arrays, *numbers, options.momentum, options.nesterov)
-            return
-        for at in range(lo, hi, _BLOCK):
-            end = min(at + _BLOCK, hi)
-            p, g = self._params[at:end], self._grads[at:end]
-            changed, work = scratch[:, : end - at]
-            if scale != 1.0:
-                g = np.multiply(g, scale, out=changed)
-            if decay:
-                np.multiply(p, options.weight_decay, out=work)
-                g = np.add(g, work, out=changed)
-            if self._squares is not None:
-                s = self._squares[at:end]
-                np.multiply(g, g, out=work)
-                np.add(s, work, out=s)
-                np.sqrt(s, out=work)
-                np.add(work, _EPSILON, out=work)
-                g = np.divide(g, work, out=changed)
-            if self._momentum is not None:
-                m = self._momentum[at:end]
-                np.multiply(m, options.momentum, out=m)
-                np.add(m, g, out=m)
-                if options.nesterov:
-                    np.multiply(m, options.momentum, out=work)
-                    g = np.add(g, work, out=changed)
-                else:
-                    g = m
-            np.multiply(g, rate, out=work)
-            np.subtract(p, work, out=p)
 
 
 def schedule(options: config.Schedule, lr: float, steps_per_epoch: int, total_steps: int) -> Callable[[int], float]:

@@ -1,6 +1,7 @@
 /* Stochastic gradient descent over flat arrays, as dpnn/optim.py says, in one pass: with g = scale g + decay p
  *     momentum:  m = momentum m + g;  p -= rate m   (Nesterov: p -= rate (g + momentum m));   else p -= rate g
  *     Adagrad:   s = s + g^2;         p -= rate g / (sqrt(s) + epsilon)
+ * and, of running statistics, p = (1 - share) p + share g.
  * Bound by memory: 20 bytes a number with momentum or squares, 12 without.
  *
  * Other ranks have read p (workers fetch it, replicas share it): a line of it is in their caches too, and one that is
@@ -38,5 +39,14 @@ KERNEL void dpnn_adagrad(int64_t n, float *p, const float *g, float *s, float ra
         vec squares = load_some(s + i, left) + step * step;
         store_some(s + i, squares, left);
         store_some(p + i, old - rate * (step / (root(squares) + epsilon)), left);
+    }
+}
+
+KERNEL void dpnn_blend(int64_t n, float *p, const float *g, float share) {
+    float keep = 1 - share;
+#pragma omp parallel for schedule(static) if (n > WORTH)
+    for (long i = 0; i < n; i += LANES) {
+        long left = n - i;
+        store_some(p + i, keep * load_some(p + i, left) + share * load_some(g + i, left), left);
     }
 }

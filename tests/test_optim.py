@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dpnn import config, optim
+from dpnn.backends.cuda.flat import Flat
 from dpnn.native import Kernels
-from dpnn.optim import STATES, Optimizer, Segment, cut, merge, schedule
+from dpnn.optim import STATES, Arithmetic, Optimizer, Segment, cut, merge, schedule
 from dpnn.team import Team
+
+from .backends.cuda.shim import Shim
 
 Array = NDArray[Any]
 
@@ -38,13 +41,16 @@ KINDS = {
 }
 LIMITS = {"SSE41": "baseline", "AVX2": "avx2", "": "avx512"}
 """By the limit for oneDNN: the kernels that it leaves."""
+COMPILED = [*LIMITS, "device"]
 
 
 @pytest.fixture
-def kernels(request, monkeypatch) -> Kernels | None:
-    """The variant that a limit leaves; None for "numpy"."""
+def kernels(request, monkeypatch) -> Arithmetic | None:
+    """The variant that a limit leaves; those of a device, and None for "numpy"."""
     if request.param == "numpy":
         return None
+    if request.param == "device":
+        return Flat(Shim())
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", request.param)
     found = Kernels(2)
     if found.level != LIMITS[request.param]:
@@ -90,10 +96,10 @@ def test_three_steps_follow_the_formulas(kind: str, scale: float):
         np.testing.assert_allclose(state, kept, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("kernels", LIMITS, indirect=True)
+@pytest.mark.parametrize("kernels", COMPILED, indirect=True)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [1.0, 0.3])
-def test_kernels_follow_the_formulas_to_rounding(kernels: Kernels, kind: str, scale: float):
+def test_kernels_follow_the_formulas_to_rounding(kernels: Arithmetic, kind: str, scale: float):
     params, grads = numbers(0), numbers(1)
     optimizer = Optimizer(KINDS[kind], SEGMENTS, params, grads, Team(2), kernels)
     p, kept = params.astype(np.float64), np.zeros(N)
@@ -140,9 +146,9 @@ def test_any_split_gives_the_same_bits(cuts: list[int], kind: str, reverse: bool
     assert steps(bounds[::-1] if reverse else bounds) == steps([(0, N)])
 
 
-@pytest.mark.parametrize("kernels", [*LIMITS, "numpy"], indirect=True)
+@pytest.mark.parametrize("kernels", [*COMPILED, "numpy"], indirect=True)
 @pytest.mark.parametrize("kind", KINDS)
-def test_servers_that_hold_slices_get_the_bits_of_the_whole(kernels: Kernels | None, kind: str):
+def test_servers_that_hold_slices_get_the_bits_of_the_whole(kernels: Arithmetic | None, kind: str):
     bounds = [0, 1, 33_333, 70_050, 70_050, 70_101, 250_000, 299_300, 299_701, N]
     dtype = "float32" if kernels else "float64"
 
@@ -171,8 +177,8 @@ def test_a_cut_counts_from_its_own_start():
     assert cut(SEGMENTS, 100, 100) == cut(SEGMENTS, N, N) == cut([], 0, 0) == ()
 
 
-@pytest.mark.parametrize("kernels", [*LIMITS, "numpy"], indirect=True)
-def test_adagrad_leaves_a_number_without_gradients_where_it_is(kernels: Kernels | None):
+@pytest.mark.parametrize("kernels", [*COMPILED, "numpy"], indirect=True)
+def test_adagrad_leaves_a_number_without_gradients_where_it_is(kernels: Arithmetic | None):
     params, grads = numbers(0), numbers(1)
     grads[::3] = 0
     options = config.Optimizer(name="adagrad", lr=0.1)
@@ -215,9 +221,10 @@ def test_a_step_allocates_no_arrays(kind: str):
     assert peak < 8192, "bytes; a block of scratch would be 131,072"
 
 
-def test_the_norm_is_of_the_trained_gradients_in_float64():
+@pytest.mark.parametrize("kernels", [*COMPILED, "numpy"], indirect=True)
+def test_the_norm_is_of_the_trained_gradients_in_float64(kernels: Arithmetic | None):
     grads = np.full(N, 1e25, np.float32)  # its square is no float32
-    optimizer = Optimizer(KINDS["sgd"], SEGMENTS, numbers(0), grads, Team(2))
+    optimizer = Optimizer(KINDS["sgd"], SEGMENTS, numbers(0), grads, Team(2), kernels)
     assert optimizer.sum_of_squares(0, N) == pytest.approx(TRAINED * float(grads[0]) ** 2, rel=1e-12)
     assert optimizer.sum_of_squares(TRAINED - 10, N) == pytest.approx(10 * float(grads[0]) ** 2, rel=1e-12)
     assert optimizer.sum_of_squares(5, 5) == 0.0

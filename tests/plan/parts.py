@@ -106,7 +106,7 @@ def train(world: World, course: Course, placement: Placement | None = None) -> T
     store.place(flats.params, flats.grads)
     if mesh.replica == 0:
         store.draw(3)
-        store.params *= 1 + course.disturbance
+        np.multiply(store.params, 1 + course.disturbance, out=store.params)
     node.share(node.params)
     optimizer = flats.optimizer(job.optimizer, segments_of(store.pieces), node.sums, model.team, model.arithmetic)
     strategy = Allreduce(mesh, node, flats, optimizer, job)
