@@ -12,6 +12,7 @@ import numpy as np
 from dpnn.backends.base import Group, Mode, Op, Room, Slot
 from dpnn.backends.cuda import join, loss, lrn, norm, pointwise, pool
 from dpnn.backends.cuda.device import Device
+from dpnn.backends.cuda.flat import Flat
 from dpnn.backends.cuda.groups import groups_of
 from dpnn.backends.cuda.memory import DeviceMemory
 from dpnn.backends.cuda.op import KernelOp
@@ -65,7 +66,7 @@ class Cuda:
         """`kernels`: our CPU kernels, for sums over the host's memory."""
         self.device, self.kernels = device, kernels
         self.memory: Memory = DeviceMemory(device)
-        self.arithmetic = None
+        self.arithmetic = Flat(device)
         self.about = device.about
         self.choices: dict[str, str] = {}
 

@@ -11,7 +11,7 @@ from dpnn import cli, evaluate
 from dpnn.comm import library
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "backends" / "cuda"))
-from shim import Shim  # noqa: E402
+from shim import Shim
 
 
 class Ring:
