@@ -10,15 +10,19 @@ from typing import Any
 import numpy as np
 
 from dpnn.backends.base import Group, Mode, Op, Room, Slot
-from dpnn.backends.cuda import pointwise
+from dpnn.backends.cuda import conv, dense, pointwise
 from dpnn.backends.cuda.device import Device
 from dpnn.backends.cuda.groups import groups_of
 from dpnn.backends.cuda.op import KernelOp
+from dpnn.nn.conv import Conv
+from dpnn.nn.dense import Dense
 from dpnn.nn.graph import Node
 from dpnn.nn.layer import Layer
 from dpnn.nn.pointwise import ReLU
 
 _OPS: dict[type[Layer], type[KernelOp[Any]]] = {
+    Conv: conv.ConvOp,
+    Dense: dense.DenseOp,
     ReLU: pointwise.ReLUOp,
 }
 

@@ -33,7 +33,10 @@ enum Wait { RUN, BLOCK, WARP, DONE };
 struct Fiber { jmp_buf jb; ucontext_t uc; char* stack; uint3 tid; Wait wait; int line; bool started; };
 struct State { std::vector<Fiber> f; jmp_buf home; ucontext_t home_uc; unsigned cur, n; void (*tramp)(void*); void* body;
                std::vector<char> dyn; uint64_t lane[32 * 32][1]; std::vector<char*> stacks; };
+struct Copy { void* to; const void* from; int n, room, group; };
+struct Copies { std::vector<Copy> pending; int group = 0; };   // asynchronous copies of one thread
 inline thread_local State S;
+inline thread_local std::vector<Copies> copies;
 inline thread_local int errors;
 constexpr size_t STACK = 64 << 10;
 }
@@ -61,6 +64,7 @@ inline bool release(unsigned a, unsigned b, Wait w) {       // all live fibers o
   return live > 0;
 }
 inline void run_block() {
+  copies.assign(S.n, {});
   for (unsigned i = 0; i < S.n; i++) { S.f[i].wait = RUN; S.f[i].started = false; }
   for (;;) {
     bool live = false, moved = false;
@@ -99,9 +103,16 @@ template <class T> inline T atomicAdd(T* p, T v) { T o = *p; *p = o + v; return 
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float a, float b) { return a / b; }
-inline void device_copy(void* to, const void* from, int n, int room) { memset(to, 0, room); memcpy(to, from, n); }
-inline void device_close_copies() {}
-inline void device_copies_arrived(int) {}
+// Asynchronous copies are made as late as they may be: when a thread waits for their group.
+inline void device_copy(void* to, const void* from, int n, int room) {
+  auto& mine = shim::copies[shim::S.cur]; mine.pending.push_back({to, from, n, room, mine.group}); }
+inline void device_close_copies() { shim::copies[shim::S.cur].group++; }
+inline void device_copies_arrived(int last) {
+  auto& mine = shim::copies[shim::S.cur]; size_t left = 0;
+  for (auto& c : mine.pending) {
+    if (c.group >= mine.group - last) { mine.pending[left++] = c; continue; }
+    memset(c.to, 0, c.room); if (c.n) memcpy(c.to, c.from, c.n); }
+  mine.pending.resize(left); }
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 #define SHIM_EXPORT(k) extern "C" int k##_cpu(const unsigned* gb, size_t smem, void** args) { shim::errors = 0; \
   shim::call(&k, dim3(gb[0], gb[1], gb[2]), dim3(gb[3], gb[4], gb[5]), smem, args); return shim::errors; }
