@@ -220,8 +220,8 @@ def try_out(start: Start, ranks: int) -> None:
         raise JobError(
             f"{what}: {collected.name} sums over all replicas in the middle of a step; leave out sync = true"
         )
-    if job.backend.needs_onednn:
-        choose_backends(job.backend, Team(1))
+    if job.backend.name != "auto" or job.backend.needs_onednn:
+        choose_backends(job.backend, Team(1), local_rank=0)
 
 
 def check_loss(job: config.Job, train: Manifest) -> None:

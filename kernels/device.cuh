@@ -5,7 +5,8 @@
 // Activations are channels-last: (N, H, W, C) in memory, or (N, C); parameters are canonical.
 #pragma once
 
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// KERNEL(threads a block) or KERNEL(threads a block, blocks a multiprocessor holds at least).
+#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 
 #ifdef __CUDACC__
 // Shared memory whose size the launch says, 16-byte aligned.

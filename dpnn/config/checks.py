@@ -35,7 +35,7 @@ _NEEDS: dict[str, tuple[str, str | bool]] = {
 }
 
 
-_PRECISIONS = {"onednn": ("float32", "bfloat16"), "reference": ("float32", "float64")}
+_PRECISIONS = {"cuda": ("float32",), "onednn": ("float32", "bfloat16"), "reference": ("float32", "float64")}
 
 
 def check(job: Job) -> None:

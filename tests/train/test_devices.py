@@ -18,6 +18,7 @@ SMOOTH, HEADS = (f"model.name={NETWORKS}:{name}" for name in ("smooth", "heads")
 CLOSE = 1e-4
 """Of the largest number of an array, after a few steps in float32 added up in another order."""
 MOMENTUM = ("optimizer.name=momentum", "optimizer.lr=0.02", "optimizer.nesterov=true")
+AVERAGE = ("parallel.strategy=average", "parallel.every=2", HEADS)
 CASES = {
     "alone": (1, MOMENTUM, ""),
     "clipped": (1, (*MOMENTUM, "optimizer.clip=0.5", "parallel.microbatches=2"), ""),
@@ -26,12 +27,8 @@ CASES = {
     "allreduce-clipped": (2, (*MOMENTUM, "optimizer.clip=0.5"), ""),
     "allreduce-mpi": (2, MOMENTUM, "mpi"),
     "allreduce-nccl": (2, MOMENTUM, "nccl"),
-    "average": (2, ("parallel.strategy=average", "parallel.every=2", *MOMENTUM), ""),
-    "average-reset": (
-        2,
-        ("parallel.strategy=average", "parallel.every=2", "parallel.state=reset", *MOMENTUM, SMOOTH),
-        "",
-    ),
+    "average": (2, (*AVERAGE, *MOMENTUM), ""),
+    "average-reset": (2, (*AVERAGE, "parallel.state=reset", *MOMENTUM), ""),
     "depth": (2, ("parallel.parts=2", "parallel.placement=depth", "parallel.microbatches=2", HEADS), ""),
     "branches": (2, ("parallel.parts=2", "parallel.placement=branches", "parallel.microbatches=1"), ""),
     "filters": (2, ("parallel.parts=2", "parallel.placement=filters", "parallel.microbatches=1", SMOOTH), ""),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpnn.backends.base import Group, Mode, Op, Room, Slot
-from dpnn.backends.cuda import join, loss, lrn, norm, pointwise, pool
+from dpnn.backends.cuda import conv, dense, join, loss, lrn, norm, pointwise, pool
 from dpnn.backends.cuda.device import Device
 from dpnn.backends.cuda.flat import Flat
 from dpnn.backends.cuda.groups import groups_of
@@ -18,6 +18,8 @@ from dpnn.backends.cuda.memory import DeviceMemory
 from dpnn.backends.cuda.op import KernelOp
 from dpnn.memory import Memory
 from dpnn.native import Kernels
+from dpnn.nn.conv import Conv
+from dpnn.nn.dense import Dense
 from dpnn.nn.graph import Node
 from dpnn.nn.join import Add, Concat, Fork
 from dpnn.nn.layer import Layer
@@ -39,6 +41,8 @@ _OPS: dict[type[Layer], type[KernelOp[Any]]] = {
     GlobalAvgPool: pool.GlobalAvgPoolOp,
     LocalResponseNorm: lrn.LocalResponseNormOp,
     MaxPool: pool.MaxPoolOp,
+    Conv: conv.ConvOp,
+    Dense: dense.DenseOp,
     ReLU: pointwise.ReLUOp,
     SigmoidCrossEntropy: loss.SigmoidCrossEntropyOp,
     SoftmaxCrossEntropy: loss.SoftmaxCrossEntropyOp,
