@@ -1,7 +1,9 @@
 """What this backend needs of a GPU, and no more: memory, copies, kernels. `Gpu` has them by CuPy, the tests' by NumPy.
 
-All that is asked of a device is done in order, later: kernels, copies and zeros form one queue, and `read` waits for
-its end.
+All that is asked of a device is done in order, later: kernels, zeros and copies to it form one queue. Copies to the
+host begin in the queue's order and run beside what comes behind them. As with messages, until a copy says that it is
+done nobody writes what it reads, or reads or writes what it writes; only the queue may read what `push` writes. `read`
+waits for all. Both ends of a copy have one shape and type, and lie in memory alike, without gaps.
 """
 
 from collections.abc import Callable
@@ -53,11 +55,14 @@ class Device(Protocol):
         ...
 
     def pull(self, array: Array, buf: Array) -> Test:
-        """Start to copy an array of the device, as it will be in the queue's order, into one of the host."""
+        """Start to copy an array of the device, behind what the queue has now, into one of the host.
+
+        Work that is asked for later may read the array at once, and write it once the copy is done.
+        """
         ...
 
     def push(self, buf: Array, array: Array) -> Test:
-        """Start to copy an array of the host into one of the device, in the queue's order."""
+        """Start to copy an array of the host into one of the device, in the queue's order: later work finds it there."""
         ...
 
     def read(self, array: Array) -> Any:
