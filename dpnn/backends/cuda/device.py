@@ -62,7 +62,7 @@ class Device(Protocol):
         ...
 
     def push(self, buf: Array, array: Array) -> Test:
-        """Start to copy an array of the host into one of the device, in the queue's order: later work finds it there."""
+        """Start to copy an array of the host into one of the device, in the queue's order."""
         ...
 
     def read(self, array: Array) -> Any:
