@@ -73,3 +73,25 @@ class Device(Protocol):
 def blocks(n: int, each: int = 256) -> Grid:
     """A grid of enough blocks for n things, `each` a block."""
     return (max(1, -(-n // each)),)
+
+
+def order(array: Array) -> list[int]:
+    """An array's dimensions as they lie in memory, the outermost first."""
+    return sorted(range(array.ndim), key=lambda dim: -array.strides[dim])
+
+
+def layout(array: Array) -> tuple[object, ...]:
+    """How an array lies in memory: its type, shape and order. ValueError where there are gaps between its numbers."""
+    dims = [dim for dim in order(array) if array.shape[dim] != 1] if array.size else []
+    stride = array.itemsize
+    for dim in reversed(dims):
+        if array.strides[dim] != stride:
+            raise ValueError(f"an array with gaps in memory: shape {array.shape}, strides {array.strides}")
+        stride *= array.shape[dim]
+    return array.dtype, array.shape, dims
+
+
+def check_alike(target: Array, origin: Array) -> None:
+    """ValueError where two arrays, one to be copied to the other, don't lie alike."""
+    if layout(target) != layout(origin):
+        raise ValueError(f"can't copy between arrays that lie differently: {layout(origin)} and {layout(target)}")

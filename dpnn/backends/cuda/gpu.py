@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dpnn.backends.base import Array
-from dpnn.backends.cuda.device import Grid, Kernel, Test
+from dpnn.backends.cuda.device import Device, Grid, Kernel, Test, check_alike, layout, order
 from dpnn.backends.cuda.source import OPTIONS, source
 from dpnn.native import Unavailable
 
@@ -35,7 +35,7 @@ def visible() -> int:
     return count
 
 
-class Gpu:
+class Gpu(Device):
     """One GPU; `number` counts those that the process sees. Unavailable as `visible`, or where there is no such GPU."""
 
     def __init__(self, number: int = 0) -> None:
@@ -65,8 +65,9 @@ class Gpu:
         return array
 
     def zero(self, array: Array) -> None:
-        address, nbytes = _dense(array)[:2]
-        self._current().runtime.memsetAsync(address, 0, nbytes, self._queue.ptr)
+        layout(array)
+        if array.nbytes:
+            self._current().runtime.memsetAsync(_address(array), 0, array.nbytes, self._queue.ptr)
 
     def kernel(self, file: str, name: str) -> Kernel:
         self._current()
@@ -92,12 +93,12 @@ class Gpu:
         return np.frombuffer(cuda.PinnedMemoryPointer(memory, 0), np.uint8, nbytes)
 
     def pin(self, array: Array) -> None:
-        address, nbytes = _dense(array)[:2]
-        if nbytes == 0 or any(_inside(address, nbytes, known) for known in self._registered):
+        layout(array)
+        if array.nbytes == 0 or any(_inside(array, known) for known in self._registered):
             return
         runtime = self._current().runtime
         try:
-            runtime.hostRegister(address, nbytes, _PORTABLE)
+            runtime.hostRegister(_address(array), array.nbytes, _PORTABLE)
         except runtime.CUDARuntimeError:  # memory of a device, of a file, or beyond `ulimit -l`: copies are slower
             return
         self._registered.append(array)  # it may not be freed while it is registered
@@ -128,13 +129,10 @@ class Gpu:
         return event
 
     def _copy(self, target: Array, origin: Array, way: int, stream: Any) -> Test:
-        to, nbytes, layout = _dense(target)
-        start, _, origin_layout = _dense(origin)
-        if layout != origin_layout:
-            raise ValueError(f"can't copy between arrays that lie differently: {origin_layout} and {layout}")
+        check_alike(target, origin)
         runtime = self._current().runtime
-        if nbytes:
-            runtime.memcpyAsync(to, start, nbytes, way, stream.ptr)
+        if target.nbytes:
+            runtime.memcpyAsync(_address(target), _address(origin), target.nbytes, way, stream.ptr)
         event = self._mark(stream)
 
         def done() -> bool:
@@ -155,31 +153,20 @@ def _argument(value: object) -> object:
     return np.float32(value) if isinstance(value, float) else value
 
 
-def _order(array: Array) -> list[int]:
-    """The dimensions as they lie in memory, the outermost first."""
-    return sorted(range(array.ndim), key=lambda dim: -array.strides[dim])
-
-
-def _dense(array: Array) -> tuple[int, int, object]:
-    """An array's address, its bytes, and how it lies. ValueError where there is something between its numbers."""
-    dims = [dim for dim in _order(array) if array.shape[dim] != 1] if array.size else []
-    stride = array.itemsize
-    for dim in reversed(dims):
-        if array.strides[dim] != stride:
-            raise ValueError(f"an array with gaps in memory: shape {array.shape}, strides {array.strides}")
-        stride *= array.shape[dim]
-    address = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
-    return address, array.nbytes, (array.dtype, array.shape, dims)
+def _address(array: Array) -> int:
+    address: int = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    return address
 
 
 def _empty_like(array: Array) -> Array:
     """An array of NumPy's that lies in memory as one of the device does."""
-    order = _order(array)
-    return np.empty([array.shape[dim] for dim in order], array.dtype).transpose(np.argsort(order))
+    dims = order(array)
+    return np.empty([array.shape[dim] for dim in dims], array.dtype).transpose(np.argsort(dims))
 
 
-def _inside(address: int, nbytes: int, known: Array) -> bool:
-    return known.ctypes.data <= address and address + nbytes <= known.ctypes.data + known.nbytes
+def _inside(array: Array, known: Array) -> bool:
+    begin = _address(array) - _address(known)
+    return 0 <= begin <= known.nbytes - array.nbytes
 
 
 def _hidden() -> str:

@@ -236,12 +236,14 @@ def test_what_is_read_was_done_and_so_were_pulls(cupy):
 def test_arrays_keep_how_they_lie(cupy):
     device = Gpu()
     images = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 4, 5, 3).transpose(0, 3, 1, 2)
-    array = device.empty(images.nbytes).view(np.float32).reshape(2, 4, 5, 3).transpose(0, 3, 1, 2)
+    memory = device.empty(images.nbytes)
+    array = memory.view(np.float32).reshape(2, 4, 5, 3).transpose(0, 3, 1, 2)
     device.push(images, array)
     out = device.read(array)
     assert np.array_equal(out, images)
     assert out.strides == images.strides
     assert np.array_equal(device.read(array[1:, :, :, :]), images[1:])
+    assert device.read(memory.view(np.float32)[7:8].reshape(())) == images.transpose(0, 2, 3, 1).ravel()[7]
     for other in (images.copy(order="C"), images[:1], images.astype(np.float64)):
         with pytest.raises(ValueError, match="lie differently"):
             device.push(other, array)
