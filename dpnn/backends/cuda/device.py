@@ -1,7 +1,9 @@
 """What this backend needs of a GPU, and no more: memory, copies, kernels. `Gpu` has them by CuPy, the tests' by NumPy.
 
-All that is asked of a device is done in order, later: kernels, copies and zeros form one queue, and `read` waits for
-its end.
+All that is asked of a device is done in order, later: kernels, zeros and copies to it form one queue. Copies to the
+host begin in the queue's order and run beside what comes behind them. As with messages, until a copy says that it is
+done nobody writes what it reads, or reads or writes what it writes; only the queue may read what `push` writes. `read`
+waits for all. Both ends of a copy have one shape and type, and lie in memory alike, without gaps.
 """
 
 from typing import Any, Protocol
@@ -50,7 +52,10 @@ class Device(Protocol):
         ...
 
     def pull(self, array: Array, buf: Array) -> Test:
-        """Start to copy an array of the device, as it will be in the queue's order, into one of the host."""
+        """Start to copy an array of the device, behind what the queue has now, into one of the host.
+
+        Work that is asked for later may read the array at once, and write it once the copy is done.
+        """
         ...
 
     def push(self, buf: Array, array: Array) -> Test:
@@ -77,3 +82,25 @@ class Device(Protocol):
 def blocks(n: int, each: int = 256) -> Grid:
     """A grid of enough blocks for n things, `each` a block."""
     return (max(1, -(-n // each)),)
+
+
+def order(array: Array) -> list[int]:
+    """An array's dimensions as they lie in memory, the outermost first."""
+    return sorted(range(array.ndim), key=lambda dim: -array.strides[dim])
+
+
+def layout(array: Array) -> tuple[object, ...]:
+    """How an array lies in memory: its type, shape and order. ValueError where there are gaps between its numbers."""
+    dims = [dim for dim in order(array) if array.shape[dim] != 1] if array.size else []
+    stride = array.itemsize
+    for dim in reversed(dims):
+        if array.strides[dim] != stride:
+            raise ValueError(f"an array with gaps in memory: shape {array.shape}, strides {array.strides}")
+        stride *= array.shape[dim]
+    return array.dtype, array.shape, dims
+
+
+def check_alike(target: Array, origin: Array) -> None:
+    """ValueError where two arrays, one to be copied to the other, don't lie alike."""
+    if layout(target) != layout(origin):
+        raise ValueError(f"can't copy between arrays that lie differently: {layout(origin)} and {layout(target)}")

@@ -4,6 +4,8 @@ import re
 from functools import cache
 from importlib.resources import files
 
+OPTIONS = ("--std=c++17",)
+"""What the compiler is told."""
 _INCLUDE = re.compile(r'^#include "([^"]+)"\n', re.MULTILINE)
 
 

@@ -2,61 +2,36 @@
 //
 // A fiber runs until it ends or waits at a barrier; then the next one does, in an order that the launch chooses. So a
 // missing barrier shows as a difference between two orders, or as NaN: shared memory is NaN when a block begins, and so
-// is what an asynchronous copy has still to bring. Kernels built with watches (see `touched`) report the race itself.
-#include "shim.h"
+// is what an asynchronous copy has still to bring. Kernels built with watches (watch.cc) report the race itself.
+#include "run.h"
 
-#include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <ucontext.h>
 
 #include <mutex>
-#include <vector>
-
-// From the linker: the static shared memory of all kernels of the library, and the library.
-extern "C" __attribute__((visibility("hidden"))) char shared_begin[], shared_end[], __ehdr_start[], _end[];
 
 Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace shim {
 
-constexpr unsigned MOST = 1024, WARP = 32;  // threads of a block, of a warp
-constexpr size_t STACK = 64 << 10, SHARED = 227 << 10;
-constexpr uint64_t CANARY = 0x5AFE57ACC0FFEE01;
-
-struct Copy { char *target, *source; int bytes, room; unsigned group; };
-struct Fiber {
-    jmp_buf point;   // where it goes on
-    bool begun;      // whether there is such a point
-    Wait wait;
-    int line;
-    unsigned shuffles, synced, closed;  // so far: shuffles, __syncwarps, groups of copies
-    std::vector<Copy> copies;   // not arrived
-};
-struct Array { char* begin; size_t size; };
-struct Launch {  // as in shim.py
-    unsigned grid[3], block[3];
-    size_t shared;
-    unsigned n_arguments, order, n_arrays, watched;  // order: 0 forward, 1 backward, else a seed
-    const unsigned* kinds;
-    void** arguments;
-    const Array* arrays;  // all memory that the kernel may use
-};
+constexpr uint64_t CANARY = 0x5AFE57ACC0FFEE01;  // at the end of each stack
 
 alignas(16) unsigned char dynamic[SHARED];
 static uint64_t brought[2][MOST];  // to shuffles; two, so that each takes one meeting
 alignas(16) static char stacks[1 + MOST][STACK];  // the first is nobody's: thread 0 may run over
-static Fiber fibers[MOST];
-static unsigned n, current;                                    // threads of a block; the one that runs
+Fiber fibers[MOST];
+unsigned current;
+const Launch* launch;
+static unsigned n;                                            // threads of a block
 static unsigned warps[MOST / WARP], lanes[WARP], warp, lane;  // the order of a round, and how far it is gone through
 static unsigned random_state;
 static const Kernel* kernel;
-static const Launch* launch;
 static jmp_buf home;
 static char message[600];
 
-[[noreturn]] static void fail(const char* format, ...) {
+void fail(const char* format, ...) {
     va_list values;
     va_start(values, format);
     const int used = snprintf(message, sizeof message, "block (%u, %u, %u), thread %u: ", blockIdx.x, blockIdx.y,
@@ -64,69 +39,6 @@ static char message[600];
     vsnprintf(message + used, sizeof message - used, format, values);
     _longjmp(home, 2);
 }
-
-// ---- watches: kernels built with -fsanitize=thread call `touched` before each access to memory
-
-// When something was done: `time` counts barriers and blocks, `synced` the thread's __syncwarps.
-struct Access { unsigned time, synced, thread, code; };
-struct Cell { Access write, reads[2]; };  // the last ones; the two reads are of two threads
-struct Memory { char* begin; size_t size; bool shared; Cell* cells; };
-static std::vector<Memory> memories;
-static unsigned now, block_begin;
-
-static bool in_order(const Access& before, bool shared) {
-    if (before.time < block_begin) return shared || !before.time;  // by another block, or never
-    const bool same_warp = before.thread / WARP == current / WARP;
-    return before.time < now || before.thread == current || (same_warp && before.synced < fibers[current].synced);
-}
-
-static void record(Cell& cell, bool write, bool shared, unsigned code) {
-    const Access access = {now, fibers[current].synced, current, code};
-    const auto check = [&](const Access& before, const char* did) {
-        if (!in_order(before, shared))
-            fail("a race in %s memory: @%x %s what thread %u%s %s @%x, and no barrier is between", shared ? "shared" : "global",
-                 code, write ? "writes" : "reads", before.thread, before.time < block_begin ? " of another block" : "",
-                 did, before.code);
-    };
-    check(cell.write, "wrote");
-    if (!write) {
-        if (cell.reads[0].thread != current || !cell.reads[0].time) cell.reads[1] = cell.reads[0];
-        cell.reads[0] = access;
-        return;
-    }
-    for (const Access& read : cell.reads) check(read, "read");
-    cell.write = access;
-}
-
-// One cell for each 4 bytes that are used as such, else one for each byte.
-static void touched(void* what, size_t size, bool write, unsigned code) {
-    char* const first = static_cast<char*>(what);
-    for (const Memory& memory : memories) {
-        if (first < memory.begin || first + size > memory.begin + memory.size) continue;
-        const size_t step = size % 4 || uintptr_t(first) % 4 ? 1 : 4, offset = first - memory.begin;
-        for (size_t i = 0; i < size; i += step) record(memory.cells[offset + i], write, memory.shared, code);
-        return;
-    }
-    if (first < __ehdr_start || first + size > _end || (first >= shared_begin && first < shared_end) ||
-        (first >= (char*)dynamic && first < (char*)dynamic + SHARED))
-        fail("@%x %s %zu bytes outside of all arrays", code, write ? "writes" : "reads", size);
-}
-
-static void watch(const Launch& it) {
-    const auto add = [](char* begin, size_t size, bool shared) {
-        if (size) memories.push_back({begin, size, shared, static_cast<Cell*>(calloc(size, sizeof(Cell)))});
-    };
-    add(shared_begin, shared_end - shared_begin, true);
-    add(reinterpret_cast<char*>(dynamic), it.shared, true);
-    for (unsigned i = 0; i < it.n_arrays; ++i) add(it.arrays[i].begin, it.arrays[i].size, false);
-}
-
-static void unwatch() {
-    for (const Memory& memory : memories) free(memory.cells);
-    memories.clear();
-}
-
-// ---- fibers
 
 static unsigned draw(unsigned below) {
     random_state = random_state * 1664525u + 1013904223u;
@@ -182,7 +94,7 @@ static void begin_round() {
     order(warps, (n + WARP - 1) / WARP);
     order(lanes, WARP);
     warp = lane = 0;
-    ++now;
+    watch_barrier();
 }
 
 // Goes on with whoever is next: each warp runs as far ahead of the others as it may.
@@ -211,7 +123,7 @@ static void begin_round() {
 
 // Whether it ran to its end.
 static bool run_block() {
-    block_begin = now + 1;
+    watch_block();
     begin_round();
     memset(shared_begin, 0xFF, shared_end - shared_begin);
     memset(dynamic, 0xFF, launch->shared);
@@ -298,9 +210,6 @@ uint64_t from_lane(unsigned which, unsigned lane, int line) {
 
 using namespace shim;
 
-// Where in the library the caller of a function is; shim.py makes a line of it.
-#define CODE unsigned(static_cast<char*>(__builtin_return_address(0)) - 1 - __ehdr_start)
-
 unsigned __ballot_sync(unsigned mask, int predicate, int line) {
     const unsigned which = enter_shuffle(mask, predicate != 0, line), first = current / WARP * WARP;
     unsigned votes = 0;
@@ -347,42 +256,6 @@ unsigned long long atomicAdd(unsigned long long* target, unsigned long long valu
 
 extern "C" {
 
-// What the compiler calls in kernels built with -fsanitize=thread; no other part of that sanitizer is used.
-void __tsan_init() {}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void __tsan_read_range(void* what, size_t size) { touched(what, size, false, CODE); }
-void __tsan_write_range(void* what, size_t size) { touched(what, size, true, CODE); }
-#define ACCESS(size)                                                            \
-    void __tsan_read##size(void* what) { touched(what, size, false, CODE); }    \
-    void __tsan_write##size(void* what) { touched(what, size, true, CODE); }
-#define UNALIGNED(size) ACCESS(size) void __tsan_unaligned_read##size(void* what) { touched(what, size, false, CODE); } \
-    void __tsan_unaligned_write##size(void* what) { touched(what, size, true, CODE); }
-ACCESS(1)
-UNALIGNED(2)
-UNALIGNED(4)
-UNALIGNED(8)
-UNALIGNED(16)
-
-// What it calls in kernels built with -fsanitize=undefined.
-#define UNDEFINED(what) \
-    void __ubsan_handle_##what() { fail("@%x is undefined: %s", CODE, #what); }
-UNDEFINED(out_of_bounds)
-UNDEFINED(type_mismatch_v1)
-UNDEFINED(pointer_overflow)
-UNDEFINED(shift_out_of_bounds)
-UNDEFINED(add_overflow)
-UNDEFINED(sub_overflow)
-UNDEFINED(mul_overflow)
-UNDEFINED(negate_overflow)
-UNDEFINED(divrem_overflow)
-UNDEFINED(load_invalid_value)
-UNDEFINED(builtin_unreachable)
-UNDEFINED(missing_return)
-UNDEFINED(invalid_builtin)
-UNDEFINED(vla_bound_not_positive)
-UNDEFINED(nonnull_arg)
-
 // Runs a kernel; what was wrong, or null.
 __attribute__((visibility("default"))) const char* shim_launch(const Kernel* which, const Launch* how) {
     static std::mutex one;  // a launch at a time
@@ -392,7 +265,7 @@ __attribute__((visibility("default"))) const char* shim_launch(const Kernel* whi
     n = blockDim.x * blockDim.y * blockDim.z, random_state = how->order;
     check();
     if (*message) return message;
-    if (how->watched) watch(*how);
+    if (how->watched) watch();
     run_blocks();
     unwatch();
     return *message ? message : nullptr;

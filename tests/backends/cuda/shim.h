@@ -135,8 +135,10 @@ inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __powf(float x, float y) { return powf(x, y); }
 inline float __fdividef(float x, float y) { return x / y; }
-inline float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
-inline int __float_as_int(float x) { int y; memcpy(&y, &x, 4); return y; }
+// The bits of one type taken for another.
+#define AS(name, From, To) inline To name(From x) { To y; memcpy(&y, &x, sizeof y); return y; }
+AS(__int_as_float, int, float) AS(__float_as_int, float, int)
+AS(__uint_as_float, unsigned, float) AS(__float_as_uint, float, unsigned)
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
     return (unsigned long long)((unsigned __int128)a * b >> 64);

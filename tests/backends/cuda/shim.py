@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 
 from dpnn.backends.base import Array
-from dpnn.backends.cuda.device import Grid, Kernel
+from dpnn.backends.cuda.device import Grid, Kernel, check_alike, layout
 from dpnn.backends.cuda.source import source
 from dpnn.memory import Group, Test
 
 HERE = Path(__file__).parent
+OWN = ("shim.py", "shim.h", "run.h", "shim.cc", "watch.cc")
 FLAGS = ("-std=c++20", "-O2", "-fno-math-errno", "-w", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE")
 WATCH = ("-g1", "-fsanitize=thread,undefined", "-fno-sanitize=vptr")
 # The memory of static __shared__ variables: all that is static in the kernels' object.
@@ -44,7 +45,8 @@ _KERNEL = re.compile(r'extern "C"\s+void BOUNDS\((.*?)\)\s+(\w+)\s*\(')
 class Shim:
     """A device whose memory is NumPy's.
 
-    The threads of a block, and the blocks, run forward, or in the opposite order, or in a random one of a seed.
+    The threads of a block, and the blocks, run forward, or in the opposite order, or in a random one of a seed. Copies
+    from and to the host are made as late as they may be.
     """
 
     about = "a stand-in on the CPU"
@@ -53,6 +55,8 @@ class Shim:
     def __init__(self, reverse: bool = False, seed: int | None = None, watch: bool = False) -> None:
         self.order = int(reverse) if seed is None else seed + 2
         self.watch = watch
+        self._pushes: list[Copy] = []
+        self._pulls: list[Copy] = []
         self._memory: weakref.WeakValueDictionary[tuple[int, int, int], Array] = weakref.WeakValueDictionary()
 
     def empty(self, nbytes: int) -> Array:
@@ -70,26 +74,33 @@ class Shim:
                     raise AssertionError(f"something wrote {where} an array of {nbytes} bytes")
 
     def zero(self, array: Array) -> None:
+        layout(array)
+        self._finish(self._pushes)
         array[...] = 0
 
     def pinned(self, nbytes: int) -> Array:
         return np.full(nbytes, 255, np.uint8)
 
     def pin(self, array: Array) -> None:
-        pass
+        layout(array)
 
     def pull(self, array: Array, buf: Array) -> Test:
-        np.copyto(buf, array)
-        return lambda: True
+        self._finish(self._pushes)
+        self._pulls.append(Copy(buf, array))
+        return self._pulls[-1]
 
     def push(self, buf: Array, array: Array) -> Test:
-        np.copyto(array, buf)
-        return lambda: True
+        self._pushes.append(Copy(array, buf))
+        return self._pushes[-1]
 
     def read(self, array: Array) -> Any:
+        layout(array)
+        self._finish(self._pushes)
+        self._finish(self._pulls)
         return array.copy()
 
     def mark(self) -> Test:
+        self._finish(self._pushes)
         return lambda: True
 
     def ident(self) -> bytes:
@@ -97,6 +108,11 @@ class Shim:
 
     def group(self, ident: bytes, size: int, rank: int) -> Group:
         raise NotImplementedError
+
+    def _finish(self, copies: "list[Copy]") -> None:
+        for copy in copies:
+            copy.finish()
+        copies.clear()
 
     def text(self, file: str) -> str:
         """What is compiled for kernels/FILE."""
@@ -122,6 +138,7 @@ class Shim:
                 arguments=(c_void_p * len(values))(*(value.ctypes.data for value in values)),
                 arrays=(Span * len(arrays))(*((array.ctypes.data, _extent(array)) for array in arrays)),
             )
+            self._finish(self._pushes)
             wrong = library.shim_launch(ctypes.addressof(kernel), ctypes.addressof(how))
             if wrong:
                 raise AssertionError(f"{file}: {name}: {_explained(wrong.decode(), library, text)}")
@@ -129,14 +146,34 @@ class Shim:
         return launch
 
 
+class Copy:
+    """A copy that isn't made before it is asked for a second time, or has to be; until then its target is rubbish."""
+
+    def __init__(self, target: Array, origin: Array) -> None:
+        check_alike(target, origin)
+        self._target, self._origin, self._asked, self._done = target, origin, False, False
+        target[...] = np.nan if target.dtype.kind == "f" else np.iinfo(target.dtype).max
+
+    def finish(self) -> None:
+        if not self._done:
+            np.copyto(self._target, self._origin)
+            self._done = True
+
+    def __call__(self) -> bool:
+        if self._asked:
+            self.finish()
+        self._asked = True
+        return self._done
+
+
 class Span(Structure):
-    """`Array` of shim.cc."""
+    """`Array` of run.h."""
 
     _fields_ = (("begin", c_void_p), ("size", c_size_t))
 
 
 class Launch(Structure):
-    """`Launch` of shim.cc."""
+    """`Launch` of run.h."""
 
     _fields_ = (
         ("grid", c_uint * 3),
@@ -187,23 +224,24 @@ def _compile(text: str, flags: tuple[str, ...], folder: Path) -> Path:
     kernels.write_text("\n".join((text, *exports, "")))
     _gxx(*flags, "-include", HERE / "shim.h", "-c", kernels, "-o", folder / "kernels.o")
     link.write_text(LINK)
-    _gxx("-shared", f"-Wl,-z,defs,-T,{link}", folder / "kernels.o", _runtime(), "-o", library)
+    own = (_object("shim.cc"), _object("watch.cc"))
+    _gxx("-shared", f"-Wl,-z,defs,-T,{link}", folder / "kernels.o", *own, "-o", library)
     return library
 
 
-def _runtime() -> Path:
-    """shim.cc, compiled."""
+def _object(file: str) -> Path:
+    """A file of the stand-in itself, compiled."""
 
     def build(folder: Path) -> Path:
-        _gxx(*FLAGS, "-c", HERE / "shim.cc", "-o", folder / "shim.o")
-        return folder / "shim.o"
+        _gxx(*FLAGS, "-c", HERE / file, "-o", folder / "it.o")
+        return folder / "it.o"
 
-    return _cached("shim.cc", ".o", build)
+    return _cached(file, ".o", build)
 
 
 def _cached(what: str, suffix: str, build: Callable[[Path], Path]) -> Path:
     """A file that is built, in a folder for this, where no process did so before."""
-    parts = (what, *((HERE / name).read_text() for name in ("shim.py", "shim.h", "shim.cc")))
+    parts = (what, *((HERE / name).read_text() for name in OWN))
     cache = Path(tempfile.gettempdir()) / f"dpnn-shim-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
     file = cache / (hashlib.sha256(repr(parts).encode()).hexdigest()[:20] + suffix)

@@ -284,6 +284,31 @@ def test_writing_past_an_array_is_found_without_watching_too(index, where):
         run_one(f"if (threadIdx.x == 0) y[{index}] = 1;", FORWARD)
 
 
+def test_copies_are_late_and_in_the_order_of_the_queue():
+    device = Shim()
+    array, buf, back = device.empty(8), np.arange(8, dtype=np.uint8), device.pinned(8)
+    pushed = device.push(buf, array)
+    assert (array == 255).all()
+    pulled = device.pull(array, back)  # behind the push
+    assert (array == buf).all()
+    assert (back == 255).all()
+    assert not pulled()
+    assert pulled()
+    assert (back == buf).all()
+    buf[...] = 1  # too early for the push, had it not been pulled
+    assert pushed()
+    assert (device.read(array) == np.arange(8)).all()
+    device.push(buf, array)
+    device.pull(array[:4], back[:4])
+    device.zero(array)  # too early for the pull
+    assert (device.read(array) == 0).all()
+    assert back.tolist() == [0, 0, 0, 0, 4, 5, 6, 7]
+    with pytest.raises(ValueError, match="lie differently"):
+        device.push(buf, array[:7])
+    with pytest.raises(ValueError, match="gaps in memory"):
+        device.zero(array[::2])
+
+
 def test_integers_are_added_atomically_and_floats_are_not():
     body = "int* count = (int*)y; if (threadIdx.x % 2) atomicAdd(count, 1);"
     for way in (FORWARD, WATCHED):
