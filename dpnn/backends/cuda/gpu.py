@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from dpnn.backends.base import Array
-from dpnn.backends.cuda.device import Device, Grid, Kernel, Test, check_alike, layout, order
+from dpnn.backends.cuda import nccl
+from dpnn.backends.cuda.device import Device, Grid, Kernel, check_alike, layout, order
 from dpnn.backends.cuda.source import OPTIONS, source
+from dpnn.memory import Group, Test
 from dpnn.native import Unavailable
 
 _NOT_READY = 600  # cudaErrorNotReady
@@ -117,6 +119,15 @@ class Gpu(Device):
         self._pulls.synchronize()
         return out
 
+    def mark(self) -> Test:
+        return self._test(self._mark(self._queue))
+
+    def ident(self) -> bytes:
+        return nccl.ident(self._current())
+
+    def group(self, ident: bytes, size: int, rank: int) -> Group:
+        return nccl.Ring(self._current(), self._queue, ident, size, rank)
+
     def _current(self) -> Any:
         """cupy.cuda, with this GPU as the calling thread's."""
         self._device.use()
@@ -133,7 +144,11 @@ class Gpu(Device):
         runtime = self._current().runtime
         if target.nbytes:
             runtime.memcpyAsync(_address(target), _address(origin), target.nbytes, way, stream.ptr)
-        event = self._mark(stream)
+        return self._test(self._mark(stream))
+
+    def _test(self, event: Any) -> Test:
+        """Whether an event has come."""
+        runtime = self._cuda.runtime
 
         def done() -> bool:
             status = runtime.eventQuery(event.ptr)
@@ -142,6 +157,12 @@ class Gpu(Device):
             return bool(status == 0)
 
         return done
+
+
+@cache
+def opened(number: int) -> Gpu:
+    """A GPU, opened once by this process."""
+    return Gpu(number)
 
 
 def _argument(value: object) -> object:
