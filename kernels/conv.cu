@@ -243,7 +243,7 @@ __device__ __forceinline__ void weights(const Image& image, const float* dy, con
 
 KERNEL(256, 2) gather_128x128(GATHER) { GATHER_ON(2, 4); }
 KERNEL(128, 4) gather_128x64(GATHER) { GATHER_ON(2, 2); }
-KERNEL(64, 8) gather_128x32(GATHER) { GATHER_ON(2, 1); }
+KERNEL(64, 6) gather_128x32(GATHER) { GATHER_ON(2, 1); }
 KERNEL(128, 4) gather_64x128(GATHER) { GATHER_ON(1, 4); }
 KERNEL(64, 8) gather_64x64(GATHER) { GATHER_ON(1, 2); }
 

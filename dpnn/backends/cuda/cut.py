@@ -13,7 +13,7 @@ STEP = 16
 """Summands that a kernel has in shared memory at a time."""
 LEAST = 4 * STEP
 """Summands that are worth a part."""
-AREA = 4 * 128 * 128
+AREA = 8 * 128 * 128
 """Results, in all parts together, that a multiprocessor may get where the sum is cut: it bounds scratch."""
 
 
@@ -66,8 +66,10 @@ def _cuts(tile: Tile, m: int, n: int, k: int, groups: int, processors: int) -> l
         length = max(1, -(-steps // parts))
         real = max(1, -(-steps // length))
         each = -(-tiles * real // processors)  # blocks of the busiest multiprocessor
-        warps = min(16, each * tile.threads // 32)  # that it holds at a time; with fewer than 16 some clocks stay empty
-        clocks = each * tile.rows * tile.columns * (length * STEP / 128 + 0.25) / (tile.speed * (warps / 16) ** 0.5)
+        side = 512 // tile.threads  # blocks that it holds at a time; fewer at the end leave clocks empty
+        full, rest = each // side * side, each % side
+        turns = full + (rest * side) ** 0.5
+        clocks = turns * tile.rows * tile.columns * (length * STEP / 128 + 0.25) / tile.speed
         if real > 1:
             clocks += 4000 + 8 * real * groups * m * n / (12 * processors)  # one more kernel; 12 bytes a clock
         cuts.append((clocks, Plan(tile, (down, across, real * groups), real, length * STEP)))

@@ -89,6 +89,28 @@ def test_every_tile_of_a_gradient_of_filters(shim: Shim, tile: cut.Tile, monkeyp
     check(shim, nn.Conv(132, (2, 3)), (24, 5, 4))
 
 
+@pytest.mark.parametrize("processors", [2, 32], ids=["whole", "in-parts"])
+@pytest.mark.parametrize("case", ["vgg-3x3", "groups-out-of-quads", "googlenet-5x5", "dense", "dense-out-of-quads"])
+def test_the_relu_behind_is_computed_with_it(shim: Shim, case: str, processors: int) -> None:
+    shim.processors = processors
+    layer, shape = CASES[case]
+    ours, exact = (Bench(backend, layer, shape) for backend in (Cuda(shim), Reference(np.float64)))
+    for role, value in ours.params.items():
+        value[...] = np.random.default_rng(1).standard_normal(value.shape)
+        exact.params[role][...] = value
+    ours.op.relu = True  # type: ignore[attr-defined]
+    (x,), (dy,) = ours.samples(3)
+    wanted = exact.put([x]).forward()
+    y = ours.put([x], [dy]).forward()
+    np.testing.assert_allclose(y, np.maximum(wanted, 0), atol=3e-6 * wanted.max())
+    assert 0.1 < (y == 0).mean() < 0.9
+    exact.put([x], [np.where(y > 0, dy, 0)])
+    for ours_dx, wanted_dx in zip(ours.backward(), exact.backward(), strict=True):
+        np.testing.assert_allclose(ours_dx, wanted_dx, atol=3e-6 * np.abs(wanted_dx).max())  # type: ignore[type-var]
+    for role, value in exact.d_params.items():
+        np.testing.assert_allclose(ours.d_params[role], value, atol=3e-6 * np.abs(value).max(), err_msg=role)
+
+
 class Shifted(Bench):
     """Parameters and their gradients lie one number behind a multiple of 16 bytes, as they may in a flat array."""
 
