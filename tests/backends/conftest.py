@@ -17,6 +17,7 @@ from dpnn.backends.onednn import OneDNN
 from dpnn.backends.reference import Reference
 from dpnn.team import Team
 
+from .cuda.copied import on_gpu
 from .cuda.shim import Shim
 
 ONEDNN = OneDNN(Team(2))
@@ -24,8 +25,9 @@ BACKENDS: dict[str, Callable[[Any], Backend]] = {
     "reference": Reference,
     "onednn": lambda dtype: ONEDNN,
     "cuda": lambda dtype: Cuda(Shim()),
+    "gpu": lambda dtype: Cuda(on_gpu()),
 }
-DTYPES = {"reference": (np.float32, np.float64), "onednn": (np.float32,), "cuda": (np.float32,)}
+DTYPES = {"reference": (np.float32, np.float64), "onednn": (np.float32,), "cuda": (np.float32,), "gpu": (np.float32,)}
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,12 @@ def steady_case(request: pytest.FixtureRequest) -> Case:
 
 
 @pytest.fixture(
-    params=[(name, dtype) for name in BACKENDS for dtype in DTYPES[name]], ids=lambda p: f"{p[0]}-{p[1].__name__}"
+    params=[
+        pytest.param((name, dtype), marks=pytest.mark.gpu if name == "gpu" else ())
+        for name in BACKENDS
+        for dtype in DTYPES[name]
+    ],
+    ids=lambda p: f"{p[0]}-{p[1].__name__}",
 )
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Every backend in every type that it computes in."""

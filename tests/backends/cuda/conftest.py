@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from .copied import Copied, on_gpu
 from .shim import Shim
 
 WAYS = {"forward": {}, "backward": {"reverse": True}, "shuffled": {"seed": 0}, "watched": {"watch": True}}
@@ -15,3 +16,11 @@ def shim(request: pytest.FixtureRequest) -> Iterator[Shim]:
     device = Shim(**WAYS[request.param])
     yield device
     device.check()
+
+
+@pytest.fixture(params=["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernels of the test's stand-ins run: there, or on a GPU."""
+    if request.param == "gpu":
+        on_gpu()
+        monkeypatch.setattr(Shim, "kernel", Copied.kernel)

@@ -4,10 +4,12 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 
 from dpnn.backends.base import Array
 from dpnn.backends.cuda.device import Grid, Kernel
 from dpnn.backends.cuda.gpu import Gpu
+from dpnn.native import Unavailable
 
 from .shim import Shim
 
@@ -18,6 +20,15 @@ _ALIGNED = 256
 def gpu() -> Gpu:
     """The first GPU."""
     return Gpu(0)
+
+
+def on_gpu() -> "Copied":
+    """A device of this kind; the test is skipped where there is no GPU."""
+    try:
+        gpu()
+    except Unavailable as error:
+        pytest.skip(f"no GPU: {error}")
+    return Copied()
 
 
 class Copied(Shim):

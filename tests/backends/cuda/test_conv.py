@@ -15,6 +15,8 @@ from dpnn.backends.reference import Reference
 from ..conftest import Bench
 from .shim import Shim
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 CASES = {
     "alexnet-11x11-stride-4": (nn.Conv(10, 11, stride=4, padding=2), (3, 23, 19)),
     "resnet-7x7-stride-2": (nn.Conv(8, 7, stride=2, padding=3), (3, 15, 14)),

@@ -11,6 +11,8 @@ from dpnn.backends.reference import Reference
 
 from .shim import Shim
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 SHAPES = [(1,), (7,), (1024,), (1030,), (1, 1, 1), (1, 3, 3), (5, 3, 3), (3, 5, 7), (4, 2, 2), (130, 1, 1), (33, 4, 6)]
 
 

@@ -11,6 +11,8 @@ from dpnn.native import Kernels
 
 from .shim import Shim
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 STARTS = [(0, 0, 0), (1, 1, 1), (3, 3, 3), (1, 2, 3), (0, 0, 1), (2, 0, 2)]
 """Where the slices of three arrays begin: aligned, alike, not alike."""
 LENGTHS = [1, 2, 3, 5, 1003, 2051]

@@ -12,6 +12,8 @@ from dpnn.backends.reference import Reference
 from .behind import WithReLU
 from .shim import Shim
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 
 @pytest.fixture(params=[False, True], ids=["", "reverse"])
 def device(request: pytest.FixtureRequest) -> Shim:

@@ -11,6 +11,8 @@ from dpnn.nn import Layer, SigmoidCrossEntropy, SoftmaxCrossEntropy
 from ..conftest import Bench
 from .shim import Shim
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 LAYERS = [SoftmaxCrossEntropy(), SoftmaxCrossEntropy(weight=0.3, smoothing=0.1), SigmoidCrossEntropy(weight=0.5)]
 
 

@@ -10,6 +10,8 @@ from dpnn.nn import LocalResponseNorm, Shape
 from ..conftest import Bench
 from .shim import Shim
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 
 @pytest.fixture(params=[False, True], ids=["forwards", "backwards"])
 def cuda(request: pytest.FixtureRequest) -> Cuda:

@@ -12,6 +12,8 @@ from dpnn.backends.reference import Reference
 from .behind import WithReLU
 from .shim import Shim
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 SHAPES = [  # rows, and what one of them is
     (1, (1,)),
     (3, (1, 1, 1)),

@@ -13,6 +13,8 @@ from dpnn.backends.reference import Reference
 from ..conftest import Bench
 from .shim import Shim
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 LAYERS = [
     (nn.MaxPool(3, 2, padding=1), (4, 7, 6)),
     (nn.MaxPool(3, 2, ceil=True), (12, 6, 4)),
