@@ -16,7 +16,8 @@ from dpnn.backends.cuda.source import OPTIONS, source
 
 FILES = sorted(file.name for file in files("dpnn.kernels").iterdir() if file.name.endswith(".cu"))
 ARCHITECTURES = ("sm_80", "sm_90")
-FLAGS = (*OPTIONS, "-ftz=true")  # the second is CuPy's own
+FLAGS = (*OPTIONS, "-ftz=true")  # the second is CuPy's own, and so is, for NVRTC,
+NVRTC_FLAGS = (*FLAGS, "--device-as-default-execution-space")
 _SPILLS = re.compile(
     r"Function properties for (\w+)\s.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
     re.DOTALL,
@@ -38,7 +39,7 @@ def by_nvcc(file: str, architecture: str, folder: Path) -> str:
 def by_nvrtc(file: str, architecture: str, folder: Path) -> str:
     """What NVRTC, the compiler inside a process, says about a file."""
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
-    options = [option.encode() for option in (*FLAGS, f"--gpu-architecture={architecture}", "--ptxas-options=-v")]
+    options = [option.encode() for option in (*NVRTC_FLAGS, f"--gpu-architecture={architecture}", "--ptxas-options=-v")]
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source(file).encode(), file.encode(), 0, None, None)
     status = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     n = ctypes.c_size_t()

@@ -340,8 +340,17 @@ def run_layer(device: Shim, layer: nn.Layer, *shapes: nn.Shape, bench: type) -> 
     return [y, *dxs, *it.d_params.values()]
 
 
-LAYERS: dict[str, tuple[nn.Layer, nn.Shape]] = {}
-"""For each file in kernels/ that has barriers, a layer that runs them."""
+LAYERS: dict[str, tuple[nn.Layer, *tuple[nn.Shape, ...]]] = {
+    "conv.cu": (nn.Conv(8, 3, padding=1), (5, 7, 6)),
+    "conv_bias.cu": (nn.Conv(8, 3, padding=1), (5, 7, 6)),
+    "conv_layout.cu": (nn.Dense(40), (300,)),
+    "join.cu": (nn.Flatten(), (40, 5, 7)),
+    "loss.cu": (nn.SoftmaxCrossEntropy(), (300,), ()),
+    "lrn.cu": (nn.LocalResponseNorm(5, alpha=0.3), (70, 3, 3)),
+    "norm.cu": (nn.BatchNorm(), (40, 5, 4)),
+    "pool.cu": (nn.GlobalAvgPool(), (40, 9, 9)),
+}
+"""For each file in kernels/ that has barriers, a layer that runs into them, and the shapes of its inputs."""
 
 
 class Cut(Shim):
