@@ -61,8 +61,8 @@ gpu: $(ENV)/.has-$(TEST),$(CUDA)
 	$(PYTEST) -m gpu
 
 bench: $(ENV)/.has-$(BASE),bench
-	for program in $(filter-out $(addprefix %/,groups.py harness.py ours.py parts.py peers.py replica.py shards.py), \
-			$(wildcard benchmarks/*.py)); do \
+	for program in $(filter-out $(addprefix %/,groups.py harness.py limits.py lone.py ours.py parts.py peers.py \
+			replica.py shards.py), $(wildcard benchmarks/*.py)); do \
 		$(BIN)/python $$program --json benchmarks/results/$$(basename $$program .py).json || exit 1; \
 	done
 
