@@ -1,15 +1,17 @@
-"""Whole runs on devices, by the tests' stand-in for a GPU: they learn, save and score as runs on the CPU do."""
+"""Whole runs on devices, stand-ins or GPUs: they learn, save and score as runs on the CPU do."""
 
 import numpy as np
 import pytest
 
 from dpnn import checkpoint
+from dpnn.backends.cuda import device_of_rank
+from dpnn.native import Unavailable
 from dpnn.observe import metrics
 from dpnn.observe.folder import RunFolder
 
 from .conftest import HERE, JOB
 
-STAND_IN = HERE / "programs" / "stand_in.py"
+PROGRAM = HERE / "programs" / "stand_in.py"
 NETWORKS = HERE / "networks.py"
 SHORT = ("train.epochs=0", "train.steps=4", "backend.name=cuda")
 ON_CPU = "backend.name=reference"
@@ -19,18 +21,14 @@ CLOSE = 1e-4
 MOMENTUM = ("optimizer.name=momentum", "optimizer.lr=0.02", "optimizer.nesterov=true")
 AVERAGE = ("parallel.strategy=average", "parallel.every=2", HEADS)
 CASES = {
-    "alone": (1, MOMENTUM, ""),
-    "clipped": (1, (*MOMENTUM, "optimizer.clip=0.5", "parallel.microbatches=2"), ""),
-    "adagrad": (1, ("optimizer.name=adagrad",), ""),
-    "allreduce": (2, MOMENTUM, ""),
-    "allreduce-clipped": (2, (*MOMENTUM, "optimizer.clip=0.5"), ""),
-    "allreduce-mpi": (2, MOMENTUM, "mpi"),
-    "allreduce-nccl": (2, MOMENTUM, "nccl"),
-    "average": (2, (*AVERAGE, *MOMENTUM), ""),
-    "average-reset": (2, (*AVERAGE, "parallel.state=reset", *MOMENTUM), ""),
-    "depth": (2, ("parallel.parts=2", "parallel.placement=depth", "parallel.microbatches=2", HEADS), ""),
-    "branches": (2, ("parallel.parts=2", "parallel.placement=branches", "parallel.microbatches=1"), ""),
-    "filters": (2, ("parallel.parts=2", "parallel.placement=filters", "parallel.microbatches=1", SMOOTH), ""),
+    "alone": (1, (*MOMENTUM, "optimizer.clip=0.5", "parallel.microbatches=2")),
+    "adagrad": (1, ("optimizer.name=adagrad", SMOOTH)),
+    "allreduce": (2, (*MOMENTUM, "optimizer.clip=0.5")),
+    "average": (2, (*AVERAGE, *MOMENTUM)),
+    "average-reset": (2, (*AVERAGE, "parallel.state=reset", *MOMENTUM)),
+    "depth": (2, ("parallel.parts=2", "parallel.placement=depth", "parallel.microbatches=2", HEADS)),
+    "branches": (2, ("parallel.parts=2", "parallel.placement=branches", "parallel.microbatches=1")),
+    "filters": (2, ("parallel.parts=2", "parallel.placement=filters", "parallel.microbatches=1", SMOOTH)),
 }
 DOWNPOUR = (
     "parallel.strategy=downpour", "parallel.servers=1", "train.global_batch=0", "train.replica_batch=8",
@@ -38,20 +36,31 @@ DOWNPOUR = (
 )  # fmt: skip
 
 
+@pytest.fixture(params=["host", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request):
+    """What a run computes on: a stand-in, or the GPU that is there."""
+    if request.param == "gpu":
+        try:
+            device_of_rank(0)
+        except Unavailable as error:
+            pytest.skip(f"no GPU: {error}")
+    return request.param
+
+
 @pytest.fixture
 def run(mpirun, python, tmp_path, images):
-    """run(name, ranks, *settings, way="") -> the run's folder, on stand-ins or, with ON_CPU, on the reference."""
+    """run(name, ranks, device, *settings) -> the run's folder."""
 
-    def train(name, ranks, *settings, way="", wanted=0):
+    def train(name, ranks, device, *settings, wanted=0):
         path = tmp_path / name
         file = path.with_suffix(".toml")
         file.write_text(JOB.format(data=images, out=path))
         line = ["train", file, *(word for setting in settings for word in ("--set", setting))]
-        env = {"STAND_IN": way}
+        env = {"STAND_IN": device}
         if ranks > 1:
-            ended = mpirun(ranks, *line, script=STAND_IN, env=env, timeout=100)
+            ended = mpirun(ranks, *line, script=PROGRAM, env=env, timeout=100)
         else:
-            ended = python(STAND_IN, *line, env=env, timeout=100)
+            ended = python(PROGRAM, *line, env=env, timeout=100)
         assert ended.returncode == wanted, ended.stderr
         return path
 
@@ -66,9 +75,16 @@ def close(one, other, limit=CLOSE):
     assert arrays.keys() == others.keys()
     for name, array in arrays.items():
         np.testing.assert_allclose(others[name], array, limit, limit * max(1, np.abs(array).max()), err_msg=name)
-    for kind, key in (("step", "loss"), ("eval", "loss")):
-        mine, theirs = ([line[key] for line in told(folder, kind)] for folder in (one, other))
+    for kind in ("step", "eval"):
+        mine, theirs = ([line["loss"] for line in told(folder, kind)] for folder in (one, other))
         assert mine == pytest.approx(theirs, rel=limit, abs=limit)
+
+
+def identical(one, other):
+    """Two runs have the same bits."""
+    (_, a, _), (_, b, _) = (checkpoint.newest(folder / "checkpoints") for folder in (one, other))
+    for (name, array), (_, its) in zip(a.arrays(), b.arrays(), strict=True):
+        assert array.tobytes() == its.tobytes(), name
 
 
 def told(folder, kind):
@@ -77,54 +93,62 @@ def told(folder, kind):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_on_devices_is_one_on_the_cpu(run, case):
-    ranks, settings, way = CASES[case]
-    ours = run("device", ranks, *SHORT, *settings, way=way)
-    close(ours, run("cpu", ranks, *SHORT, *settings, ON_CPU))
+def test_a_run_on_devices_is_one_on_the_cpu(run, device, case):
+    ranks, settings = CASES[case]
+    ours = run("device", ranks, device, *SHORT, *settings)
+    close(ours, run("cpu", ranks, device, *SHORT, *settings, ON_CPU))
     (start,) = told(ours, "start")
-    assert start["backend"] == "cuda"
-    assert start["sums_by"] == (way or "host" if "allreduce" in case else "")
+    assert (start["backend"], start["sums_by"]) == ("cuda", "host" if case == "allreduce" else "")
     shared = [line for line in told(ours, "event") if line["event"] == "shared_device"]
-    assert len(shared) == (ranks > 1 and way != "nccl")
+    assert len(shared) == (ranks > 1)
 
 
 @pytest.mark.mpi
-def test_two_ranks_on_devices_are_one(run):
-    close(run("one", 1, *SHORT, *MOMENTUM), run("two", 2, *SHORT, *MOMENTUM))
+@pytest.mark.parametrize("way", ["mpi", "nccl"])
+def test_devices_sum_among_themselves_and_by_mpi(run, way):
+    ours = run("device", 2, way, *SHORT, *MOMENTUM, HEADS)
+    close(ours, run("cpu", 1, way, *SHORT, *MOMENTUM, HEADS, ON_CPU))
+    (start,) = told(ours, "start")
+    assert start["sums_by"] == way
 
 
 @pytest.mark.mpi
-def test_downpour_has_its_servers_on_the_cpu(run):
-    close(run("device", 2, *SHORT, *DOWNPOUR), run("cpu", 2, *SHORT, *DOWNPOUR, ON_CPU))
+def test_downpour_has_its_servers_on_the_cpu(run, device):
+    close(run("device", 2, device, *SHORT, *DOWNPOUR), run("cpu", 2, device, *SHORT, *DOWNPOUR, ON_CPU))
 
 
 @pytest.mark.mpi
-def test_reproducible_runs_have_the_same_bits_on_one_device_and_two(run):
+def test_reproducible_runs_have_the_same_bits_on_one_rank_and_two(run, device):
     settings = (*SHORT, *MOMENTUM, "train.reproducible=true", "train.grains=4", HEADS)
-    one, two = (run(str(ranks), ranks, *settings) for ranks in (1, 2))
-    (_, a, _), (_, b, _) = (checkpoint.newest(folder / "checkpoints") for folder in (one, two))
-    for (name, array), (_, other) in zip(a.arrays(), b.arrays(), strict=True):
-        assert array.tobytes() == other.tobytes(), name
+    identical(*(run(str(ranks), ranks, device, *settings) for ranks in (1, 2)))
 
 
 @pytest.mark.mpi
-def test_a_run_goes_on_on_devices_and_is_scored_there(run, python, tmp_path):
+def test_a_run_goes_on_on_a_device_and_is_scored_there(run, device, python):
     settings = (*SHORT, *MOMENTUM, HEADS)
-    whole = run("whole", 1, *settings)
-    half = run("half", 1, *settings, "train.steps=2")
-    line = [STAND_IN, "train", "--resume", half, "--set", "train.steps=4"]
-    assert python(*line, timeout=100).returncode == 0
-    (_, a, _), (_, b, _) = (checkpoint.newest(folder / "checkpoints") for folder in (whole, half))
-    for (name, array), (_, other) in zip(a.arrays(), b.arrays(), strict=True):
-        assert array.tobytes() == other.tobytes(), name
-    on_device, on_cpu = (python(*line, "eval", whole, timeout=100) for line in ([STAND_IN], ["-m", "dpnn"]))
-    assert on_device.returncode == 0, on_device.stderr
-    assert on_device.stdout == told(whole, "eval")[-1].get("text", on_device.stdout)
-    assert on_cpu.returncode == 2  # the job says cuda, and this machine has none
-    assert "this job needs a GPU" in on_cpu.stderr
+    whole, half = run("whole", 1, device, *settings), run("half", 1, device, *settings, "train.steps=2")
+    env = {"STAND_IN": device}
+    resumed = python(PROGRAM, "train", "--resume", half, "--set", "train.steps=4", env=env, timeout=100)
+    assert resumed.returncode == 0, resumed.stderr
+    identical(whole, half)
+    here = python(PROGRAM, "eval", whole, env=env, timeout=100)
+    there = python("-m", "dpnn", "eval", whole, "--set", ON_CPU)
+    assert here.returncode == 0, here.stderr
+    assert here.stdout == there.stdout
 
 
 @pytest.mark.mpi
-def test_a_loss_that_is_not_finite_names_its_layer(run):
-    folder = run("bad", 1, *SHORT, "optimizer.lr=1e30", HEADS, wanted=5)
+def test_a_loss_that_is_not_finite_names_its_layer(run, device):
+    folder = run("bad", 1, device, *SHORT, "optimizer.lr=1e30", HEADS, wanted=5)
     assert "its output is not finite" in RunFolder(folder).failure.read_text()
+
+
+@pytest.mark.mpi
+def test_without_a_gpu_a_job_that_wants_one_is_refused(python, tmp_path, images):
+    file = tmp_path / "job.toml"
+    file.write_text(JOB.format(data=images, out=tmp_path / "run"))
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    ended = python("-m", "dpnn", "train", file, "--set", "backend.name=cuda", env=hidden)
+    assert ended.returncode == 2
+    assert "this job needs a GPU" in ended.stderr
+    assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from dpnn.backends.cuda.cut import STEP
 from dpnn.nn.conv import Conv
@@ -34,10 +35,9 @@ class Shape:
     @classmethod
     def of(cls, node: Node) -> "Shape":
         """Of a Conv, or of a Dense: a convolution of images of one pixel."""
-        layer, (shape,) = node.layer, node.input_shapes
+        layer, (shape,) = cast(Conv | Dense, node.layer), node.input_shapes
         if isinstance(layer, Dense):
             return cls(1, shape[0], 1, 1, layer.units, 1, 1)
-        assert isinstance(layer, Conv)
         (c, h, w), (_, p, q), g = shape, node.shape, layer.groups
         size, stride, padding = pair(layer.size), pair(layer.stride), pair(layer.padding)
         return cls(g, c // g, h, w, layer.filters // g, p, q, *size, stride, padding)

@@ -121,8 +121,6 @@ double atomicAdd(double*, double) = delete;
 #define WRITE(name) template <class T> void name(T* target, T value) { *target = value; }
 READ(__ldg) READ(__ldca) READ(__ldcg) READ(__ldcs)
 WRITE(__stwb) WRITE(__stcg) WRITE(__stcs) WRITE(__stwt)
-inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, sizeof u); return u; }
-inline float __uint_as_float(unsigned u) { float x; memcpy(&x, &u, sizeof x); return x; }
 template <class T> constexpr T min(T a, T b) { return b < a ? b : a; }
 template <class T> constexpr T max(T a, T b) { return a < b ? b : a; }
 inline float min(float a, float b) { return fminf(a, b); }

@@ -1,6 +1,6 @@
 """`dpnn` with a GPU for each rank that isn't there: the tests' stand-in.
 
-STAND_IN says how such devices sum their gradients: "" over the host, "mpi" or "nccl".
+STAND_IN says how such devices sum their gradients: over the "host", by "mpi" or "nccl". "gpu": the GPU that is there.
 """
 
 import os
@@ -44,7 +44,8 @@ class Linked(Shim):
         return Ring()
 
 
-way = os.environ.get("STAND_IN", "")
-library.takes_device_memory = lambda: way == "mpi"
-evaluate.device_of_rank = lambda local_rank: Linked() if way == "nccl" else Shim()
+way = os.environ["STAND_IN"]
+if way != "gpu":
+    library.takes_device_memory = lambda: way == "mpi"
+    evaluate.device_of_rank = lambda local_rank: Linked() if way == "nccl" else Shim()
 sys.exit(cli.main())
