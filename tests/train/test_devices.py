@@ -22,7 +22,7 @@ MOMENTUM = ("optimizer.name=momentum", "optimizer.lr=0.02", "optimizer.nesterov=
 AVERAGE = ("parallel.strategy=average", "parallel.every=2", HEADS)
 CASES = {
     "alone": (1, (*MOMENTUM, "optimizer.clip=0.5", "parallel.microbatches=2")),
-    "adagrad": (1, ("optimizer.name=adagrad", SMOOTH)),
+    "smooth": (1, (SMOOTH,)),
     "allreduce": (2, (*MOMENTUM, "optimizer.clip=0.5")),
     "average": (2, (*AVERAGE, *MOMENTUM)),
     "average-reset": (2, (*AVERAGE, "parallel.state=reset", *MOMENTUM)),
