@@ -2,9 +2,9 @@
 // the functions at the end. No other part of those sanitizers is used.
 //
 // Each piece of memory that a launch may use has cells, which remember the last accesses. Two accesses to one cell are
-// a race if one writes and nothing puts them in order: a barrier of the block, a __syncwarp of a warp, or being the same
-// thread. Blocks of a launch have no order. What is nowhere in these pieces, nor on a stack or among the constants of the
-// library, is out of bounds.
+// a race if one writes and nothing puts them in order: a barrier of the block, a __syncwarp of a warp, or being one and
+// the same thread. Blocks of a launch have no order. What is nowhere in these pieces, nor on a stack or among the
+// constants of the library, is out of bounds.
 #include "run.h"
 
 #include <stdlib.h>
