@@ -14,8 +14,8 @@ extern "C" __attribute__((visibility("hidden"))) char shared_begin[], shared_end
 
 namespace shim {
 
-constexpr unsigned MOST = 1024, WARP = 32;                    // threads of a block, of a warp
-constexpr size_t STACK = 64 << 10, SHARED = 227 << 10;  // bytes: of a thread, of a block of sm_90
+constexpr unsigned MOST = 1024, WARP = 32;               // threads of a block, of a warp
+constexpr size_t STACK = 64 << 10, SHARED = 227 << 10;   // bytes of a thread; of a block, on sm_90
 
 struct Copy { char *target, *source; int bytes, room; unsigned group; };
 struct Fiber {
@@ -43,10 +43,10 @@ extern const Launch* launch;
 // Ends the launch with a message; @ and an address stand for a line.
 [[noreturn]] void fail(const char* format, ...);
 
-void watch();                                                           // a launch begins
-void watch_block();                                                     // a block
-void watch_barrier();                                                   // all threads of the block have met
-void touched(void* what, size_t size, bool write, unsigned code);  // the thread is about to read or write
+void watch();          // a launch begins
+void watch_block();    // a block begins
+void watch_barrier();  // all threads of the block have met
 void unwatch();
+void touched(void* what, size_t size, bool write, unsigned code);  // the thread is about to read or write
 
 }  // namespace shim

@@ -19,8 +19,8 @@ namespace shim {
 constexpr uint64_t CANARY = 0x5AFE57ACC0FFEE01;  // at the end of each stack
 
 alignas(16) unsigned char dynamic[SHARED];
-static uint64_t brought[2][MOST];  // to shuffles; two, so that each takes one meeting
-alignas(16) static char stacks[1 + MOST][STACK];  // the first is nobody's: thread 0 may run over
+static uint64_t brought[2][MOST];                             // to shuffles; two, so that each takes one meeting
+alignas(16) static char stacks[1 + MOST][STACK];              // the first is nobody's: thread 0 may run over
 Fiber fibers[MOST];
 unsigned current;
 const Launch* launch;
@@ -161,8 +161,8 @@ static void check() {
     for (unsigned i = 0; i < launch->n_arguments && !*message; ++i) {
         const unsigned takes = kernel->kinds[i], given = launch->kinds[i];
         if (takes != given)
-            wrong("argument %u is %c%u, not %c%u (P: pointer, i: integer, f: floating, V: struct; bytes)", i, takes >> 16,
-                  8 * (takes & 0xFFFF), given >> 16, 8 * (given & 0xFFFF));
+            wrong("argument %u is %c%u, not %c%u (P: pointer, i: integer, f: floating, V: struct; of so many bits)", i,
+                  takes >> 16, 8 * (takes & 0xFFFF), given >> 16, 8 * (given & 0xFFFF));
     }
     if (!grid[0] || !grid[1] || !grid[2] || grid[0] > 0x7FFFFFFF || grid[1] > 65535 || grid[2] > 65535)
         wrong("no such grid: %u x %u x %u", grid[0], grid[1], grid[2]);

@@ -36,10 +36,10 @@ constexpr int warpSize = 32;
 
 namespace shim {
 
-extern unsigned char dynamic[];      // the block's dynamic shared memory
+extern unsigned char dynamic[];  // the block's dynamic shared memory
 enum Wait { RUNS, AT_BLOCK, AT_WARP, ENDED };
 
-void meet(Wait where, int line);     // returns when all threads of the block or of the warp are here
+void meet(Wait where, int line);  // returns when all threads of the block or of the warp are here
 void sync_warp(unsigned mask, int line);
 unsigned enter_shuffle(unsigned mask, uint64_t mine, int line);
 uint64_t from_lane(unsigned which, unsigned lane, int line);  // `which` is what enter_shuffle returned
@@ -91,7 +91,9 @@ inline unsigned own_lane() { return (threadIdx.x + blockDim.x * (threadIdx.y + b
 #define LINE int line = __builtin_LINE()
 inline void __syncthreads(LINE) { shim::meet(shim::AT_BLOCK, line); }
 inline void __syncwarp(unsigned mask = ~0u, LINE) { shim::sync_warp(mask, line); }
-template <class T> T __shfl_sync(unsigned mask, T v, int from, LINE) { return shim::shuffle(mask, v, from % 32u, line); }
+template <class T> T __shfl_sync(unsigned mask, T v, int from, LINE) {
+    return shim::shuffle(mask, v, from % 32u, line);
+}
 template <class T> T __shfl_xor_sync(unsigned mask, T v, int by, LINE) {
     return shim::shuffle(mask, v, shim::own_lane() ^ by, line);
 }

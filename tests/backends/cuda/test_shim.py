@@ -141,6 +141,14 @@ def test_right_kernels_pass_in_every_order(way):
     assert (y[4] == 0xAAAAAAAA).all()
 
 
+@pytest.mark.parametrize("n", [1, 255, 256, 1000])
+def test_a_kernel_of_our_own_passes_in_every_way(shim, n):
+    x, y = (shim.empty(4 * n).view(np.float32) for _ in range(2))
+    x[...] = np.random.default_rng(n).standard_normal(n)
+    shim.kernel("pointwise.cu", "relu")((2,), (256,), x, y, np.int64(n))
+    assert np.array_equal(y, np.maximum(x, 0))
+
+
 def test_every_thread_of_every_block_runs():
     y = np.zeros(2 * 3 * 4 * 24, np.int32)
     Edited(KERNELS).kernel("it", "where")((2, 3, 4), (2, 3, 4), y)

@@ -1,10 +1,10 @@
 // Sees every access of a kernel to memory: kernels that are built with -fsanitize=thread and -fsanitize=undefined call
 // the functions at the end. No other part of those sanitizers is used.
 //
-// Each piece of memory that a launch may use has cells, which remember the last accesses. Two accesses to one cell are a
-// race if one writes and nothing puts them in order: a barrier of the block, a __syncwarp of a warp, or being the same
-// thread. Blocks of a launch have no order. What is nowhere in these pieces, nor on a stack or a constant of the library,
-// is out of bounds.
+// Each piece of memory that a launch may use has cells, which remember the last accesses. Two accesses to one cell are
+// a race if one writes and nothing puts them in order: a barrier of the block, a __syncwarp of a warp, or being one and
+// the same thread. Blocks of a launch have no order. What is nowhere in these pieces, nor on a stack or among the
+// constants of the library, is out of bounds.
 #include "run.h"
 
 #include <stdlib.h>
@@ -86,16 +86,16 @@ void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_read_range(void* what, size_t size) { touched(what, size, false, CODE); }
 void __tsan_write_range(void* what, size_t size) { touched(what, size, true, CODE); }
-#define ACCESS(size)                                                            \
-    void __tsan_read##size(void* what) { touched(what, size, false, CODE); }    \
-    void __tsan_write##size(void* what) { touched(what, size, true, CODE); }
-#define UNALIGNED(size) ACCESS(size) void __tsan_unaligned_read##size(void* what) { touched(what, size, false, CODE); } \
+#define ACCESS(size)                                                                    \
+    void __tsan_read##size(void* what) { touched(what, size, false, CODE); }            \
+    void __tsan_write##size(void* what) { touched(what, size, true, CODE); }            \
+    void __tsan_unaligned_read##size(void* what) { touched(what, size, false, CODE); }  \
     void __tsan_unaligned_write##size(void* what) { touched(what, size, true, CODE); }
 ACCESS(1)
-UNALIGNED(2)
-UNALIGNED(4)
-UNALIGNED(8)
-UNALIGNED(16)
+ACCESS(2)
+ACCESS(4)
+ACCESS(8)
+ACCESS(16)
 
 // Calls of -fsanitize=undefined.
 #define UNDEFINED(what) \
