@@ -40,22 +40,23 @@ class Copied(Shim):
 
         def launch(grid: Grid, block: Grid, *arguments: object, shared: int = 0) -> None:
             there: dict[int, tuple[Array, Array]] = {}
-            passed = [self._sent(value, there) if isinstance(value, np.ndarray) else value for value in arguments]
+            passed = [_sent(value, there) if isinstance(value, np.ndarray) else value for value in arguments]
             kernel(grid, block, *passed, shared=shared)
             for bytes_here, bytes_there in there.values():
                 bytes_here[...] = device.read(bytes_there)
 
         return launch
 
-    def _sent(self, array: Array, there: dict[int, tuple[Array, Array]]) -> Array:
-        """The array on the device, aligned as here; with all of the memory that it is part of."""
-        root: Any = array
-        while isinstance(root.base, np.ndarray):
-            root = root.base
-        begin = root.ctypes.data
-        if begin not in there:
-            here = np.lib.stride_tricks.as_strided(root.reshape(-1, order="A").view(np.uint8))
-            block, skip = gpu().empty(root.nbytes + _ALIGNED), begin % _ALIGNED
-            there[begin] = here, block[skip : skip + root.nbytes]
-            gpu().push(here, there[begin][1])
-        return there[begin][1][array.ctypes.data - begin :]
+
+def _sent(array: Array, there: dict[int, tuple[Array, Array]]) -> Array:
+    """The array on the device, aligned as here; with all of the memory that it is part of."""
+    root: Any = array
+    while isinstance(root.base, np.ndarray):
+        root = root.base
+    begin = root.ctypes.data
+    if begin not in there:
+        here = np.lib.stride_tricks.as_strided(root.reshape(-1, order="A").view(np.uint8))
+        block, skip = gpu().empty(root.nbytes + _ALIGNED), begin % _ALIGNED
+        there[begin] = here, block[skip : skip + root.nbytes]
+        gpu().push(here, there[begin][1])
+    return there[begin][1][array.ctypes.data - begin :]
