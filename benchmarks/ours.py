@@ -12,6 +12,7 @@ from dpnn import config, models
 from dpnn.balance import Nobody
 from dpnn.data import Batch
 from dpnn.evaluate import Model, segments_of
+from dpnn.memory import wait_for
 from dpnn.nn import Conv, Dense, Network, Shape
 from dpnn.optim import Optimizer
 from dpnn.plan import Placed, Store
@@ -39,12 +40,13 @@ def fill(store: Store) -> None:
     """Initial values as Store.draw draws them, but others, in a tenth of the time."""
     rng = np.random.default_rng(0)
     for piece in store.pieces:
-        param = store.param(piece.name, piece.lo)
+        param = store.params[piece.offset : piece.end]
         if piece.spec.draw == "he":
             rng.standard_normal(dtype=np.float32, out=param)
             param *= math.sqrt(2 / piece.spec.fan_in)
         else:
             param[...] = piece.spec.draw == "ones"
+    store.params_wire.push()
 
 
 class Alone(Nobody):
@@ -61,7 +63,8 @@ class Alone(Nobody):
 class Ours:
     """A network and a batch of random numbers; `step` is a training step, or (`eval`) a forward pass.
 
-    `strategy` is what the gradients, in buckets of `bucket_nbytes` or in one, are handed to.
+    `strategy` is what the gradients, in buckets of `bucket_nbytes` or in one, are handed to. `gpu`: on the first GPU,
+    where a step is over when all is computed.
     """
 
     def __init__(
@@ -73,14 +76,18 @@ class Ours:
         mode: Literal["train", "eval"],
         strategy: Callable[[Optimizer, np.ndarray], Alone] = Alone,
         bucket_nbytes: int = 0,
+        gpu: bool = False,
     ) -> None:
-        job = config.parse(JOB.format(rows=rows, rate=RATE, threads=threads))
-        self.model = model = Model(job, Placed.whole(models.graph(job, network, shape)), 0, threads)
+        job = config.parse(JOB.format(rows=rows, rate=RATE, threads=threads), ["backend.name=cuda"] if gpu else [])
+        placed = Placed.whole(models.graph(job, network, shape))
+        self.model = model = Model(job, placed, 0, threads, local_rank=0 if gpu else None)
         store, layout, updates = model.store, None, None
         if mode == "train":
             segments = segments_of(store.pieces)
-            optimizer = Optimizer(job.optimizer, segments, store.params, store.grads, model.team, model.kernels)
-            updates = strategy(optimizer, store.grads)
+            params, grads = store.params_wire.array, store.grads_wire.array
+            state = {"momentum": model.memory.lift(np.zeros_like(store.params)).array}
+            optimizer = Optimizer(job.optimizer, segments, params, grads, model.team, model.arithmetic, state)
+            updates = strategy(optimizer, grads)
             layout = model.training(rows, bucket_nbytes=bucket_nbytes)
         else:
             layout = model.evaluation(rows)
@@ -96,6 +103,7 @@ class Ours:
     def step(self) -> None:
         """One step over the batch."""
         self.executor.run(*self._step)
+        wait_for(self.model.memory)
 
     def scores(self, x: np.ndarray) -> np.ndarray:
         """The network's output for other images, (rows, classes); in mode "eval"."""

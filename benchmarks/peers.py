@@ -84,14 +84,15 @@ class Peer:
         mode: Literal["train", "eval"],
         layout: Literal["NCHW", "channels_last"],
         compiled: bool = False,
+        device: str = "cpu",
     ) -> None:
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         order = torch.channels_last if layout == "channels_last" else torch.contiguous_format
         net, (classes,) = module(network, shape)
-        net.to(memory_format=order).train(mode == "train")
-        self._x = torch.randn(rows, *shape).contiguous(memory_format=order)
-        self._labels = torch.randint(classes, (rows,))
+        net.to(device, memory_format=order).train(mode == "train")
+        self._x = torch.randn(rows, *shape, device=device).contiguous(memory_format=order)
+        self._labels = torch.randint(classes, (rows,), device=device)
         self._net = torch.compile(net) if compiled else net
         # One pass over all numbers: five times as fast as `foreach` on CPUs.
         self._sgd = torch.optim.SGD(net.parameters(), RATE, momentum=0.9, weight_decay=1e-4, fused=True)
