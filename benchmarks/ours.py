@@ -95,7 +95,9 @@ class Ours:
         self._nbytes = layout.nbytes + (3 if updates else 1) * store.params.nbytes
         fill(store)
         rng = np.random.default_rng(0)
-        x = rng.standard_normal((rows, *shape), np.float32)
+        # In memory as the loader brings images: channels-last.
+        x = rng.standard_normal((rows, *shape[1:], shape[0]), np.float32)
+        x = x.transpose(0, 3, 1, 2) if len(shape) == 3 else x
         (classes,) = model.graph.nodes[model.graph.output].shape
         labels = rng.integers(0, classes, rows, np.int32)
         self._step = (Batch(x, labels, np.arange(rows, dtype=np.uint64), rows, 0, 0, None), [(rows, rows)], rows)

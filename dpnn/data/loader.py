@@ -137,7 +137,7 @@ class Loader:
         label_shape = (rows, manifest.num_classes) if self._multi else (rows,)
         self._buffers = [
             (
-                np.empty((rows, *manifest.network_shape), dtype),
+                self._images(rows, dtype),
                 np.empty(label_shape, np.uint8 if self._multi else np.int32),
                 np.empty(rows, np.uint64),
             )
@@ -316,12 +316,18 @@ class Loader:
             # mode="clip" because "raise" would write into a copy of `out` first; slots are in range.
             loaded.samples.take(slots, axis=0, out=staged, mode="clip")
         images = self._augment.apply(staged, loaded.choices[slots])
+        # As they are stored: images are channels-last in memory, in whichever order their dimensions are named.
         np.subtract(images.transpose(0, 3, 1, 2) if self._channels_first else images, self._mean, out=x)
         np.divide(x, self._std, out=x)
         epoch, lanes, *_ = loaded.run
         for step, lo, hi in zip(steps, cuts[:-1], cuts[1:], strict=True):
             frees = buffer if step == steps[-1] else None
             yield Batch(x[lo:hi], labels[lo:hi], ids[lo:hi], hi - lo, epoch, step, frees, lanes)
+
+    def _images(self, rows: int, dtype: Any) -> Array:
+        """Room for samples as the network sees them, (rows, C, H, W) or (rows, ...), in memory as they are stored."""
+        room = np.empty((rows, *self._manifest.shape), dtype)
+        return room.transpose(0, 3, 1, 2) if self._channels_first else room
 
     def _read_samples(self, window: Window, slots: Array, out: Array) -> None:
         """Samples that don't fit into a pool, one by one."""
