@@ -37,6 +37,7 @@ def top1_errors(
     return errors
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(420)
 def test_three_epochs_suffice(mpirun, mnist, tmp_path):
     """The job's schedule, made for ten epochs, cut to three."""

@@ -75,7 +75,7 @@ def told(folder, kind):
     ("replicas", "parts", "settings"),
     [
         (2, DEPTH, ()),
-        (2, FILTERS, (*PIPED, "parallel.pipeline=gpipe")),
+        pytest.param(2, FILTERS, (*PIPED, "parallel.pipeline=gpipe"), marks=SOAK),
         pytest.param(2, BRANCHES, PIPED, marks=SOAK),
         pytest.param(2, DEPTH, (HEADS, *PIPED), marks=SOAK),
         pytest.param(1, THREE, PIPED, marks=SOAK),

@@ -13,7 +13,7 @@ def test_ranks_that_divide_the_grains_end_with_the_same_bits(trained, identical,
     assert identical(trained(1, *CHOSEN), trained(ranks, *CHOSEN)) > 10_000
 
 
-@pytest.mark.parametrize("ranks", [3, 6])
+@pytest.mark.parametrize("ranks", [pytest.param(3, marks=pytest.mark.soak), 6])
 def test_so_do_three_and_six_with_clipping(trained, identical, ranks):
     more = ("train.global_batch=48", "train.grains=24", "optimizer.clip=0.5", "optimizer.lr=0.2")
     assert identical(trained(1, *CHOSEN, *more), trained(ranks, *CHOSEN, *more)) > 10_000
