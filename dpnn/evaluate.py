@@ -165,6 +165,16 @@ def check_alike(ranks: Ranks, model: Model) -> None:
     ranks.agree(JobError(told) if kind != first else None)
 
 
+def check_devices(ranks: Ranks, names: Sequence[str]) -> None:
+    """JobError, on all of `ranks`, where only some have a device: gradients are summed in one way. `names`: of all."""
+    device = next(filter(None, names), "")
+    told = (
+        f"computes on the CPU, for want of a GPU, and others on GPUs ({device}): in allreduce all ranks do the one or "
+        'the other; set backend.name = "cuda" to see what is missing, or "onednn" for CPUs'
+    )
+    ranks.agree(JobError(told) if any(names) and not names[ranks.rank] else None)
+
+
 def segments_of(pieces: Sequence[Piece]) -> tuple[Segment, ...]:
     """How the numbers of a network are updated."""
     return merge(Segment(piece.offset, piece.end, piece.spec.decay, piece.spec.statistic) for piece in pieces)

@@ -20,13 +20,14 @@ from dpnn.checkpoint import Checkpoint
 from dpnn.cluster.signals import StopRequest
 from dpnn.comm import library
 from dpnn.comm.grains import stack_places
+from dpnn.comm.lifted import devices_of
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
 from dpnn.comm.reduce import BucketReducer, measured_bucket
 from dpnn.comm.world import World
 from dpnn.data import Loader, Sampler, check_shards, no_samples
 from dpnn.errors import NotFiniteError, Stopped
-from dpnn.evaluate import Evaluator, Model, check_alike, segments_of
+from dpnn.evaluate import Evaluator, Model, check_alike, check_devices, segments_of
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
 from dpnn.optim import STATES, schedule
@@ -123,12 +124,14 @@ class Training:
         self.model = model = Model(job, placed, mesh.part, world.threads(), world.node.rank)
         if mesh.parts > 1:
             check_alike(world, model)
-        names = world.node.allgather(model.memory.name)
-        self.ranks_a_device = names.count(model.memory.name) if model.memory.name else 0
+        devices = devices_of(world.comm, model.memory, limit_s)
+        self.ranks_a_device = devices.count(devices[world.rank]) if model.memory.name else 0
         self.folder = RunFolder(start.folder)
         model.choices.update({**world.first(self.folder.read_choices), **start.chosen})
         segments = segments_of(model.store.pieces)
         strategy = STRATEGIES[job.parallel.strategy]
+        if strategy.together:
+            check_devices(world, devices)
         self.node = node = Node(
             mesh, model.store.size, model.dtype, STATES[job.optimizer.name], model.kernels, limit_s,
             strategy.together, partials=stack_places(job.train.grains, mesh.replicas),

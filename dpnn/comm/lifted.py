@@ -194,9 +194,20 @@ def lifted(
     group = group_of(node.data, memory, limit_s)
     if group is not None:
         return Among(group, grads, arrived), "nccl"
-    if library.takes_device_memory():
+    if _all_take_device_memory(node.data, limit_s):
         return FromDevices(node.data, memory, grads, arrived, limit_s), "mpi"
     return OverHost(host, node, memory, grads, arrived, limit_s), "host"
+
+
+def devices_of(comm: "MPI.Comm", memory: Memory, limit_s: float) -> list[str]:
+    """The names of all ranks' devices, each with its node's; "" for a rank that computes on the host. Collective."""
+    from mpi4py import MPI
+
+    names, mine = np.zeros((comm.size, _NAME), np.uint8), np.zeros(_NAME, np.uint8)
+    name = f"{memory.name} of {MPI.Get_processor_name()}".encode()[:_NAME] if memory.name else b""
+    mine[: len(name)] = np.frombuffer(name, np.uint8)
+    wait(comm.Iallgather(mine, names).Test, "all ranks to name their devices", limit_s)
+    return [bytes(name).rstrip(b"\0").decode(errors="replace") for name in names]
 
 
 def group_of(comm: "MPI.Comm", memory: Memory, limit_s: float) -> Group | None:
@@ -204,19 +215,22 @@ def group_of(comm: "MPI.Comm", memory: Memory, limit_s: float) -> Group | None:
 
     Two ranks on one device might wait for each other for ever: NCCL forbids it.
     """
-    from mpi4py import MPI
-
-    names = np.zeros((comm.size, _NAME), np.uint8)
-    mine = np.zeros(_NAME, np.uint8)
+    names = devices_of(comm, memory, limit_s)
     ident = np.zeros(_IDENT, np.uint8)
-    name = f"{MPI.Get_processor_name()} {memory.name}".encode()[:_NAME] if memory.name else b""
-    mine[: len(name)] = np.frombuffer(name, np.uint8)
-    wait(comm.Iallgather(mine, names).Test, "all ranks to name their devices", limit_s)
     if comm.rank == 0:
         drawn = memory.ident()
         ident[: len(drawn) + 1] = np.frombuffer(bytes([len(drawn)]) + drawn, np.uint8)
     wait(comm.Ibcast(ident, 0).Test, "the first rank to name the group of devices", limit_s)
     n = int(ident[0])
-    if n == 0 or not names.any(axis=1).all() or len(np.unique(names, axis=0)) < comm.size:
+    if n == 0 or "" in names or len(set(names)) < comm.size:
         return None
     return memory.group(ident[1 : 1 + n].tobytes(), comm.size, comm.rank)
+
+
+def _all_take_device_memory(comm: "MPI.Comm", limit_s: float) -> bool:
+    """Whether MPI may be given a device's memory on every rank: nodes may have libraries of different builds."""
+    from mpi4py import MPI
+
+    taken = np.array([library.takes_device_memory()], np.int8)
+    wait(comm.Iallreduce(MPI.IN_PLACE, taken, MPI.MIN).Test, "all ranks to say what their MPI takes", limit_s)
+    return bool(taken[0])

@@ -51,7 +51,7 @@ def device(request):
 def run(mpirun, python, tmp_path, images):
     """run(name, ranks, device, *settings) -> the run's folder."""
 
-    def train(name, ranks, device, *settings, wanted=0):
+    def train(name, ranks, device, *settings, wanted=0, told=""):
         path = tmp_path / name
         file = path.with_suffix(".toml")
         file.write_text(JOB.format(data=images, out=path))
@@ -62,6 +62,7 @@ def run(mpirun, python, tmp_path, images):
         else:
             ended = python(PROGRAM, *line, env=env, timeout=100)
         assert ended.returncode == wanted, ended.stderr
+        assert told in ended.stderr
         return path
 
     return train
@@ -110,6 +111,21 @@ def test_devices_sum_among_themselves_and_by_mpi(run, way):
     close(ours, run("cpu", 1, way, *SHORT, *MOMENTUM, HEADS, ON_CPU))
     (start,) = told(ours, "start")
     assert start["sums_by"] == way
+
+
+@pytest.mark.mpi
+def test_gradients_of_gpus_and_cpus_are_not_summed(run):
+    """In one message that all agree on, before the first step."""
+    told = "dpnn: rank 1: computes on the CPU, for want of a GPU, and others on GPUs (a stand-in on the CPU of "
+    folder = run("some", 2, "first", *SHORT, "backend.name=auto", wanted=2, told=told)
+    assert "in allreduce all ranks do the one or the other" in RunFolder(folder).failure.read_text()
+    run("cuda", 2, "first", *SHORT, wanted=2, told="dpnn: rank 1: this job needs a GPU: CUDA finds no GPU")
+
+
+@pytest.mark.mpi
+def test_replicas_on_a_gpu_and_on_a_cpu_are_averaged(run):
+    settings = (*SHORT, *AVERAGE, *MOMENTUM, "backend.name=auto")
+    close(run("mixed", 2, "first", *settings), run("cpu", 2, "first", *settings, ON_CPU))
 
 
 @pytest.mark.mpi
