@@ -6,12 +6,13 @@ gradients on its own device.
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from dpnn.comm import library
-from dpnn.comm.faults import wait
+from dpnn.comm.faults import wait, within
 from dpnn.comm.node import Node
 from dpnn.comm.reduce import BucketReducer, GradientReducer
 from dpnn.memory import Group, Memory, Test, Wire
@@ -224,7 +225,8 @@ def group_of(comm: "MPI.Comm", memory: Memory, limit_s: float) -> Group | None:
     n = int(ident[0])
     if n == 0 or "" in names or len(set(names)) < comm.size:
         return None
-    return memory.group(ident[1 : 1 + n].tobytes(), comm.size, comm.rank)
+    meet = partial(memory.group, ident[1 : 1 + n].tobytes(), comm.size, comm.rank)
+    return within(limit_s, f"the devices of {comm.size} ranks to meet", meet)
 
 
 def _all_take_device_memory(comm: "MPI.Comm", limit_s: float) -> bool:

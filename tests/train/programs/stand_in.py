@@ -1,7 +1,7 @@
 """`dpnn` with a GPU for each rank that isn't there: the tests' stand-in.
 
 STAND_IN says how such devices sum their gradients: over the "host", by "mpi" or "nccl". "first": only the first rank of
-a node has one. "gpu": the GPU that is there.
+a node has one. "stuck": they never end. "gpu": the GPU that is there.
 """
 
 import os
@@ -46,10 +46,17 @@ class Linked(Shim):
         return Ring()
 
 
+class Stuck(Shim):
+    """A stand-in that never gets to what it is asked for."""
+
+    def mark(self):
+        return lambda: False
+
+
 def device_of_rank(local_rank):
     if way == "first" and local_rank > 0:
         raise Unavailable("CUDA finds no GPU")
-    return Linked() if way == "nccl" else Shim()
+    return {"nccl": Linked, "stuck": Stuck}.get(way, Shim)()
 
 
 way = os.environ["STAND_IN"]
