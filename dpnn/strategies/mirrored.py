@@ -11,7 +11,8 @@ class Mirrored:
         self._strategy, self._params, self._grads = strategy, params, grads
 
     def begin(self) -> None:
-        """The strategy's, and the parameters to the backend."""
+        """The strategy's, which may write the parameters, and then these to the backend."""
+        self._params.wait()  # an evaluation may have brought them there since
         self._strategy.begin()
         self._params.push()
 

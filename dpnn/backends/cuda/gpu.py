@@ -1,4 +1,4 @@
-"""A GPU by CuPy: the only module that imports it. CuPy's arrays only name memory; none of its operations is used.
+"""A GPU by CuPy, which only this module and nccl.py import. Its arrays only name memory; no operation of it is used.
 
 All work of a `Gpu` is one queue: a stream of its own. Copies to the host have another, so that kernels go on meanwhile:
 such a copy waits for what was queued before it, and nothing queued later waits for it.
@@ -171,7 +171,7 @@ class Gpu(Device):
         return self._test(self._mark(self._queue))
 
     def ident(self) -> bytes:
-        return nccl.ident(self._current())
+        return nccl.ident()
 
     def group(self, ident: bytes, size: int, rank: int) -> Group:
         with self._failing:

@@ -1,16 +1,18 @@
 """Devices of several ranks that sum among themselves: NCCL, as CuPy brings it."""
 
+import warnings
 from contextlib import AbstractContextManager
 from typing import Any
 
 from dpnn.memory import Array
 
 
-def ident(cuda: Any) -> bytes:
-    """A name for a new group; empty where NCCL isn't installed. `cuda`: CuPy's module of that name."""
+def ident() -> bytes:
+    """A name for a new group; empty where NCCL isn't installed, or finds no network."""
+    nccl = _nccl()
     try:
-        return bytes(cuda.nccl.get_unique_id())
-    except (AttributeError, ImportError, RuntimeError):
+        return bytes(nccl.get_unique_id()) if nccl.available else b""
+    except RuntimeError:
         return b""
 
 
@@ -20,10 +22,10 @@ class Ring:
     def __init__(
         self, cuda: Any, queue: Any, failing: AbstractContextManager[None], ident: bytes, size: int, rank: int
     ) -> None:
-        """Collective. `queue`: the stream of this device's kernels; `failing`: names the device in an error."""
-        self._cuda, self._queue, self._nccl, self._failing = cuda, queue, cuda.nccl, failing
+        """Collective. `cuda`: CuPy's; `queue`: the stream of this device's kernels; `failing`: names it in errors."""
+        self._cuda, self._queue, self._nccl, self._failing = cuda, queue, _nccl(), failing
         self._sums = cuda.Stream(non_blocking=True)
-        self._ring = cuda.nccl.NcclCommunicator(size, ident, rank)
+        self._ring = self._nccl.NcclCommunicator(size, ident, rank)
 
     def sum(self, array: Array) -> None:
         """Sum a float32 array, contiguous, once all is computed that was asked for so far."""
@@ -42,3 +44,11 @@ class Ring:
         event = self._cuda.Event(disable_timing=True)
         event.record(earlier)
         later.wait_event(event)
+
+
+def _nccl() -> Any:
+    """CuPy's module, which isn't there before it is imported; where there is no NCCL, that warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from cupy.cuda import nccl
+    return nccl

@@ -172,6 +172,28 @@ class Function:
         self._cupy.log.append((self._name, self._cupy.current, grid, block, arguments, shared_mem, stream))
 
 
+class Nccl(ModuleType):
+    """CuPy's module of that name, with NCCL or without: each of a group has the same numbers."""
+
+    NCCL_FLOAT32, NCCL_SUM = 7, 0
+
+    def __init__(self, available: bool) -> None:
+        super().__init__("cupy.cuda.nccl")
+        self.available = available
+
+    def get_unique_id(self) -> bytes:
+        return b"n" * 128
+
+    def NcclCommunicator(self, size: int, ident: bytes, rank: int) -> Any:
+        assert (size, ident, rank) == (2, b"n" * 128, 1)
+        return SimpleNamespace(allReduce=self.all_reduce)
+
+    def all_reduce(self, start: int, to: int, n: int, kind: int, operation: int, stream: int) -> None:
+        assert (start, kind, operation) == (to, 7, 0)
+        numbers = np.ctypeslib.as_array((ctypes.c_float * n).from_address(start))
+        Stream.every[stream].add(lambda: np.multiply(numbers, 2, out=numbers))
+
+
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> CuPy:
     fake = CuPy()
@@ -299,6 +321,21 @@ def test_an_error_on_the_device_is_raised_where_it_is_waited_for(cupy):
     cupy.fails = 700
     with pytest.raises(RankError, match=r"GPU of a test \(0000:00:00.0\) failed: no"):
         test()
+
+
+def test_devices_sum_behind_the_queue_and_before_what_comes_next(cupy, monkeypatch):
+    device, module = Gpu(), ModuleType("cupy.cuda")
+    monkeypatch.setitem(sys.modules, "cupy.cuda", module)
+    module.nccl = Nccl(available=False)
+    assert device.ident() == b""
+    module.nccl = Nccl(available=True)
+    group = device.group(device.ident(), 2, 1)
+    array, numbers = device.empty(32).view(np.float32), device.pinned(32).view(np.float32)
+    numbers[:] = range(8)
+    device.push(numbers, array)
+    group.sum(array[2:])
+    group.join()
+    assert np.array_equal(device.read(array), [0, 1, 4, 6, 8, 10, 12, 14])
 
 
 def test_memory_that_only_cycles_hold_is_there_again(cupy):
