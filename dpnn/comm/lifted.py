@@ -84,27 +84,30 @@ class Among:
 
 
 class Later:
-    """Starts each bucket in turn, once something about it is true."""
+    """Starts each bucket's sum in turn, once something about it is true, and lets those go on that were started."""
 
-    def __init__(self, start: Callable[[int, int], object], limit_s: float) -> None:
-        self._start, self._limit_s = start, limit_s
+    def __init__(self, reducer: BucketReducer | GradientReducer, limit_s: float) -> None:
+        self._reducer, self._limit_s = reducer, limit_s
         self._waiting: deque[tuple[Test, int, int]] = deque()
 
     def add(self, test: Test, lo: int, hi: int) -> None:
         """One more bucket."""
         self._waiting.append((test, lo, hi))
+        self.poke()
 
     def poke(self) -> bool:
         """Start what can be; whether all was."""
         while self._waiting and self._waiting[0][0]():
             _, lo, hi = self._waiting.popleft()
-            self._start(lo, hi)
+            self._reducer.start(lo, hi)
+        self._reducer.poke()
         return not self._waiting
 
     def finish(self) -> None:
-        """Start the rest."""
+        """Start the rest, and return once all is summed."""
         if not self.poke():
             wait(self.poke, "this rank's device to compute its gradients", self._limit_s)
+        self._reducer.finish()
 
 
 class FromDevices:
@@ -112,23 +115,19 @@ class FromDevices:
 
     def __init__(self, comm: "MPI.Comm", memory: Memory, grads: Wire, arrived: Arrived, limit_s: float) -> None:
         """Collective over `comm`."""
-        self._reducer = BucketReducer(comm, grads.array, limit_s)
         self._memory, self._arrived = memory, arrived
-        self._later = Later(self._reducer.start, limit_s)
+        self._later = Later(BucketReducer(comm, grads.array, limit_s), limit_s)
         self._started: list[tuple[int, int]] = []
 
     def start(self, lo: int, hi: int) -> None:
         self._later.add(self._memory.mark(), lo, hi)
         self._started.append((lo, hi))
-        self.poke()
 
     def poke(self) -> None:
         self._later.poke()
-        self._reducer.poke()
 
     def finish(self) -> None:
         self._later.finish()
-        self._reducer.finish()
         for lo, hi in self._started:
             self._arrived(lo, hi)
         self._started.clear()
@@ -147,21 +146,18 @@ class OverHost:
     ) -> None:
         self._reducer, self._grads, self._arrived, self._n = reducer, grads, arrived, node.grads.size
         self._sums = memory.couple(grads.array, node.sums)
-        self._later = Later(reducer.start, limit_s)
+        self._later = Later(reducer, limit_s)
         self._used = True
         """Whether the last sums were copied back."""
 
     def start(self, lo: int, hi: int) -> None:
         self._later.add(self._grads.pull(lo, hi), lo, hi)
-        self.poke()
 
     def poke(self) -> None:
         self._later.poke()
-        self._reducer.poke()
 
     def finish(self) -> None:
         self._later.finish()
-        self._reducer.finish()
         self._reducer.settle()  # all shares are summed
         self._sums.push()
         self._used = False

@@ -64,15 +64,16 @@ class Gpu(Device):
             raise Unavailable(f"there is no GPU {number}: CUDA finds {count}, counted from 0{_hidden()}")
         cupy = _cupy()
         self._cuda = cuda = cupy.cuda
-        self._device = cuda.Device(number)
-        self._device.use()
         about = cuda.runtime.getDeviceProperties(number)
         self.bus_id: str = cuda.runtime.deviceGetPCIBusId(number)
         self.about = f"{about['name'].decode()} ({self.bus_id})"
         self._failing = Failing(self.about)
         self.processors = int(about["multiProcessorCount"])
-        self._queue = cuda.Stream(non_blocking=True)
-        self._pulls = cuda.Stream(non_blocking=True)
+        self._device = cuda.Device(number)
+        with self._failing:
+            self._device.use()
+            self._queue = cuda.Stream(non_blocking=True)
+            self._pulls = cuda.Stream(non_blocking=True)
         self._modules: dict[str, Any] = {}
         self._registered: set[tuple[int, int]] = set()
         """From where to where in the host's memory."""
