@@ -20,11 +20,15 @@ CLOSE = 1e-4
 """Of the largest number of an array, after a few steps in float32 added up in another order."""
 MOMENTUM = ("optimizer.name=momentum", "optimizer.lr=0.02", "optimizer.nesterov=true")
 AVERAGE = ("parallel.strategy=average", "parallel.every=2", HEADS)
+SHORT_BATCH = ("train.global_batch=115", "output.checkpoint_every=0.5")
+"""The third batch has one sample, of one replica; then the network is evaluated, and the run goes on."""
 CASES = {
     "alone": (1, (*MOMENTUM, "optimizer.clip=0.5", "parallel.microbatches=2")),
     "smooth": (1, (SMOOTH,)),
     "allreduce": (2, (*MOMENTUM, "optimizer.clip=0.5")),
+    "allreduce-short": (2, (*MOMENTUM, HEADS, *SHORT_BATCH, "parallel.bucket_mb=0.001")),
     "average": (2, (*AVERAGE, *MOMENTUM)),
+    "average-short": (2, (*AVERAGE, *MOMENTUM, *SHORT_BATCH)),
     "average-reset": (2, (*AVERAGE, "parallel.state=reset", *MOMENTUM)),
     "depth": (2, ("parallel.parts=2", "parallel.placement=depth", "parallel.microbatches=2", HEADS)),
     "branches": (2, ("parallel.parts=2", "parallel.placement=branches", "parallel.microbatches=1")),
@@ -99,7 +103,7 @@ def test_a_run_on_devices_is_one_on_the_cpu(run, device, case):
     ours = run("device", ranks, device, *SHORT, *settings)
     close(ours, run("cpu", ranks, device, *SHORT, *settings, ON_CPU))
     (start,) = told(ours, "start")
-    assert (start["backend"], start["sums_by"]) == ("cuda", "host" if case == "allreduce" else "")
+    assert (start["backend"], start["sums_by"]) == ("cuda", "host" if case.startswith("allreduce") else "")
     shared = [line for line in told(ours, "event") if line["event"] == "shared_device"]
     assert len(shared) == (ranks > 1)
 
