@@ -202,7 +202,7 @@ class Replica:
         )
         strategy: Strategy = self.worker
         if store.lifted:
-            strategy = Mirrored(self.worker, store.params_wire, store.grads_wire)
+            strategy = Mirrored(self.worker, store.params_wire, store.grads_wire, limit_s)
         self.executor = model.executor(training, strategy=strategy, eager=True, mesh=mesh)
         self.alone = self.together = None
         if held_out and start.test:
