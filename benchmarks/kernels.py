@@ -19,7 +19,6 @@ from lone import PATTERN, Lone
 
 from dpnn import nn
 from dpnn.backends.cuda import Cuda
-from dpnn.backends.cuda.flat import Flat
 from dpnn.native import Unavailable
 from dpnn.nn import Layer, Shape
 from dpnn.nn.layer import pair
@@ -142,7 +141,7 @@ class Rates:
 
     def flat(self, n: int) -> None:
         """Updates, sums and bfloat16 over n numbers."""
-        device, flat = self.backend.device, Flat(self.backend.device)
+        device, flat = self.backend.device, self.backend.arithmetic
         p, g, kept = (device.empty(4 * n).view(np.float32) for _ in range(3))
         device.push(np.resize(PATTERN, n), g)
         for array in (p, kept):

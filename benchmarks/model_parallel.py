@@ -130,7 +130,7 @@ def memory(bench: Benchmark, name: str) -> None:
     job = config.parse(
         JOB.format(rows=MEMORY_ROWS, rate=RATE, threads=1), [f"parallel.parts={MANY}", f"parallel.memory_gb={LIMIT_GB}"]
     )
-    backends, _ = choose_backends(job.backend, Team(1))
+    backends, _ = choose_backends(job, Team(1))
     _, best = forecasts(job, graph, MEMORY_ROWS, backends, Costs())[0]
     placed = best.placed
     held = [sum(prod(piece.spec.shape) for piece in lay(placed.nodes(part))) for part in range(MANY)]

@@ -80,7 +80,7 @@ class Parts:
         def chosen() -> tuple[str, str, float]:
             if world.size == 1:
                 return written(Setting(Placement(1, (0,) * len(graph.nodes)), microbatches)), "", 0.0
-            backends, _ = choose_backends(job.backend, Team(1))
+            backends, _ = choose_backends(job, Team(1))
             known = Costs.load(costs) if costs else measured(graph, world.size, backends, rows)
             known = replace(known, latency=latency, crossing=crossing)
             _, best = forecasts(job, graph, rows, backends, known)[0]

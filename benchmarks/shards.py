@@ -107,7 +107,7 @@ class Line:
         with deadline(LIMIT_S, "laying a line", world.fail):
             comm = world.comm.Split(0 if world.rank in members else 1, world.rank)
         team = Team(1)
-        kernels = choose_backends(job.backend, team)[0][0].kernels
+        kernels = choose_backends(job, team)[0][0].kernels
 
         def make(params: np.ndarray, grads: np.ndarray, state: dict[str, np.ndarray]) -> Optimizer | Nothing:
             return Optimizer(job.optimizer, segments, params, grads, team, kernels, state) if applies else Nothing()
@@ -275,7 +275,7 @@ class Together:
         mesh = Mesh(world)
         job = config.parse(JOB.format(batch="replica_batch", rows=rows, rate=RATE, limit=LIMIT_S, parallel=""))
         team = Team(1)
-        kernels = choose_backends(job.backend, team)[0][0].kernels
+        kernels = choose_backends(job, team)[0][0].kernels
         node = Node(mesh, n, np.dtype(np.float32), STATES[job.optimizer.name], kernels, LIMIT_S)
         whole = [Segment(0, n, decay=True, statistic=0.0)]
         flats = Flats.of(HOST, node)

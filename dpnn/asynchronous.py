@@ -100,7 +100,7 @@ def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Star
     whole = course.pieces[part]
     pieces, segments = clip(whole, lo, hi), cut(segments_of(whole), lo, hi)
     team = Team(job.backend.threads or world.threads())
-    backends, _ = choose_backends(job.backend, team)
+    backends, _ = choose_backends(job, team)
     kernels = backends[0].kernels
 
     params = np.zeros(hi - lo, backends[0].dtype)
@@ -202,7 +202,7 @@ class Replica:
         )
         strategy: Strategy = self.worker
         if store.lifted:
-            strategy = Mirrored(self.worker, store.params_wire, store.grads_wire)
+            strategy = Mirrored(self.worker, store.params_wire, store.grads_wire, limit_s)
         self.executor = model.executor(training, strategy=strategy, eager=True, mesh=mesh)
         self.alone = self.together = None
         if held_out and start.test:

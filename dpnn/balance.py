@@ -12,7 +12,6 @@ from dpnn.comm.faults import wait
 from dpnn.comm.mesh import Mesh
 from dpnn.data import Batch, no_samples
 from dpnn.evaluate import Array, Model
-from dpnn.memory import wait_for
 from dpnn.plan import Strategy, Sum
 
 _STEPS = 3
@@ -45,7 +44,7 @@ def speeds(mesh: Mesh, model: Model, rows: int, limit_s: float) -> Array:
     for _ in range(_STEPS):
         begin = perf_counter()
         executor.run(batch, [(rows, rows)], rows)
-        wait_for(model.memory)
+        model.memory.wait()
         times.append(perf_counter() - begin)
     mine, parts, found = np.array([min(times[1:])]), np.empty(mesh.parts), np.empty(mesh.replicas)
     wait(mesh.model.Iallgather(mine, parts).Test, "the times of all parts", limit_s)

@@ -22,6 +22,7 @@ from dpnn.backends.onednn import OneDNN, Unavailable
 from dpnn.backends.reference import Reference
 from dpnn.checkpoint import Checkpoint
 from dpnn.comm.edges import Edges
+from dpnn.comm.faults import wait
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.ranks import Ranks
 from dpnn.comm.reduce import BucketReducer
@@ -63,7 +64,7 @@ class Model:
     def __init__(self, job: config.Job, placed: Placed, part: int, threads: int, local_rank: int | None = None) -> None:
         self.placed, self.part, self.graph = placed, part, placed.graph
         self.team = Team(job.backend.threads or threads)
-        self.backends, self.note = choose_backends(job.backend, self.team, local_rank)
+        self.backends, self.note = choose_backends(job, self.team, local_rank)
         self.kernels = self.backends[0].kernels
         self.arithmetic = self.backends[0].arithmetic
         self.dtype = self.backends[0].dtype
@@ -125,16 +126,19 @@ class Model:
         return layout
 
 
-def choose_backends(options: config.Backend, team: Team, local_rank: int | None = None) -> tuple[list[Backend], str]:
+def choose_backends(job: config.Job, team: Team, local_rank: int | None = None) -> tuple[list[Backend], str]:
     """The backends to ask, best first, each on the rank's threads; and a line on why not the best.
 
     `local_rank`: the rank's number on its node, where it computes and may have a GPU. On the CPU the reference comes
     last: it computes what the others decline. JobError where the one asked for can't be had.
     """
+    options = job.backend
     threadpool_limits(team.size)
     if options.may_use_gpu and local_rank is not None:
+        whom = "this rank's device, and others that it sums with"
         try:
-            return [Cuda(device_of_rank(local_rank), cpu_kernels(team))], ""
+            until = partial(wait, whom=whom, limit_s=job.parallel.timeout_s)
+            return [Cuda(device_of_rank(local_rank), cpu_kernels(team), until)], ""
         except Unavailable as error:
             if options.name == "cuda":
                 raise JobError(f"this job needs a GPU: {error}") from error
@@ -163,6 +167,16 @@ def check_alike(ranks: Ranks, model: Model) -> None:
     first = ranks.first(lambda: kind)
     told = f"computes on {kind}, the first rank on {first}; set backend.name to one that all have"
     ranks.agree(JobError(told) if kind != first else None)
+
+
+def check_devices(ranks: Ranks, names: Sequence[str]) -> None:
+    """JobError, on all of `ranks`, where only some have a device: gradients are summed in one way. `names`: of all."""
+    device = next(filter(None, names), "")
+    told = (
+        f"computes on the CPU, for want of a GPU, and others on GPUs ({device}): in allreduce all ranks do the one or "
+        'the other; set backend.name = "cuda" to see what is missing, or "onednn" for CPUs'
+    )
+    ranks.agree(JobError(told) if any(names) and not names[ranks.rank] else None)
 
 
 def segments_of(pieces: Sequence[Piece]) -> tuple[Segment, ...]:

@@ -4,7 +4,6 @@ On a CPU both are one: a wire's two arrays are the same, and nothing is copied.
 """
 
 from collections.abc import Callable
-from time import sleep
 from typing import Any, Protocol
 
 import numpy as np
@@ -79,6 +78,14 @@ class Memory(Protocol):
         """Whether all is computed that was asked for before this call."""
         ...
 
+    def wait(self) -> None:
+        """Return when all is computed that was asked for."""
+        ...
+
+    def zero(self, array: Array) -> None:
+        """Set an array of this memory, contiguous, to zeros."""
+        ...
+
     def read(self, array: Array) -> Array:
         """An array of this memory as the host sees it, when all is computed that was asked for."""
         ...
@@ -128,6 +135,12 @@ class HostMemory:
     def mark(self) -> Test:
         return _there
 
+    def wait(self) -> None:
+        pass
+
+    def zero(self, array: Array) -> None:
+        array.fill(0)
+
     def read(self, array: Array) -> Array:
         return array
 
@@ -143,10 +156,3 @@ HOST = HostMemory()
 
 def _there() -> bool:
     return True
-
-
-def wait_for(memory: Memory) -> None:
-    """Return when all is computed that was asked for."""
-    test = memory.mark()
-    while not test():
-        sleep(0)

@@ -27,7 +27,7 @@ def assumed(job: config.Job, graph: Graph, rows: int) -> Placement:
     `rows`: the most samples of a replica's step. JobError where it can't be, with the nearest that can.
     """
     parallel = job.parallel
-    backends, _ = choose_backends(job.backend, Team(1))
+    backends, _ = choose_backends(job, Team(1))
     if parallel.placement != "auto" or parallel.memory_gb:
         return forecasts(job, graph, rows, backends, Costs())[0][1].setting.placement
     return place(graph, parallel.parts, "depth", forecaster_of(job, graph, rows, backends, Costs()).loads(1))
@@ -68,7 +68,7 @@ def settle(world: World, folder: RunFolder, job: config.Job, graph: Graph, rows:
     threads = job.backend.threads or world.threads()
 
     def chosen() -> tuple[str, Costs]:
-        backends, _ = choose_backends(job.backend, Team(threads), world.node.rank)
+        backends, _ = choose_backends(job, Team(threads), world.node.rank)
         costs = measured(graph, job.parallel.parts, backends, rows)
         costs = replace(costs, latency=latency, crossing=bandwidth)
         return written(forecasts(job, graph, rows, backends, costs)[0][1].setting), costs

@@ -221,7 +221,7 @@ def try_out(start: Start, ranks: int) -> None:
             f"{what}: {collected.name} sums over all replicas in the middle of a step; leave out sync = true"
         )
     if job.backend.name != "auto" or job.backend.needs_onednn:
-        choose_backends(job.backend, Team(1), local_rank=0)
+        choose_backends(job, Team(1), local_rank=0)
 
 
 def check_loss(job: config.Job, train: Manifest) -> None:

@@ -30,7 +30,7 @@ def preview(source: str, overrides: Sequence[str], ranks: int, instructions: boo
     kept = choices.get(question(start.job, start.rows))
     job = start.job
     graph = models.graph(job, start.network, start.train.network_shape)
-    backends, _ = choose_backends(job.backend, Team(1))
+    backends, _ = choose_backends(job, Team(1))
     forecaster = forecaster_of(job, graph, start.rows, backends, costs)
     looked: list[tuple[str, Forecast]] = []
     if kept is not None:

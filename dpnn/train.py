@@ -6,6 +6,7 @@ walks the plan's instructions over it, the strategy exchanges gradients and upda
 be wrong is found while building.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import replace as changed
@@ -20,13 +21,14 @@ from dpnn.checkpoint import Checkpoint
 from dpnn.cluster.signals import StopRequest
 from dpnn.comm import library
 from dpnn.comm.grains import stack_places
+from dpnn.comm.lifted import devices_of
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
 from dpnn.comm.reduce import BucketReducer, measured_bucket
 from dpnn.comm.world import World
 from dpnn.data import Loader, Sampler, check_shards, no_samples
 from dpnn.errors import NotFiniteError, Stopped
-from dpnn.evaluate import Evaluator, Model, check_alike, segments_of
+from dpnn.evaluate import Evaluator, Model, check_alike, check_devices, segments_of
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
 from dpnn.optim import STATES, schedule
@@ -123,12 +125,13 @@ class Training:
         self.model = model = Model(job, placed, mesh.part, world.threads(), world.node.rank)
         if mesh.parts > 1:
             check_alike(world, model)
-        names = world.node.allgather(model.memory.name)
-        self.ranks_a_device = names.count(model.memory.name) if model.memory.name else 0
+        self.devices = devices_of(world.comm, model.memory, limit_s)
         self.folder = RunFolder(start.folder)
         model.choices.update({**world.first(self.folder.read_choices), **start.chosen})
         segments = segments_of(model.store.pieces)
         strategy = STRATEGIES[job.parallel.strategy]
+        if strategy.together:
+            check_devices(world, self.devices)
         self.node = node = Node(
             mesh, model.store.size, model.dtype, STATES[job.optimizer.name], model.kernels, limit_s,
             strategy.together, partials=stack_places(job.train.grains, mesh.replicas),
@@ -312,9 +315,9 @@ class Training:
             self.journal.event("costs", f"costs measured: {found}; `dpnn plan` of a job file assumes {Costs()}")
         if self.model.note:
             self.journal.event("slow_backend", self.model.note)
-        if self.ranks_a_device > 1:
-            shared = f"{self.ranks_a_device} ranks of this node share {self.model.memory.name}: they compute in turn"
-            self.journal.event("shared_device", shared)
+        for device, ranks in Counter(filter(None, self.devices)).most_common(1):
+            if ranks > 1:
+                self.journal.event("shared_device", f"{ranks} ranks share {device}: they compute in turn")
         if self.node.note:
             self.journal.event(
                 "no_shared_memory", f"gradients are summed by MPI, not in shared memory: {self.node.note}"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dpnn import config, optim
-from dpnn.backends.cuda.flat import Flat
+from dpnn.backends.cuda import Cuda
 from dpnn.native import Kernels
 from dpnn.optim import STATES, Arithmetic, Optimizer, Segment, cut, merge, schedule
 from dpnn.team import Team
@@ -50,7 +50,7 @@ def kernels(request, monkeypatch) -> Arithmetic | None:
     if request.param == "numpy":
         return None
     if request.param == "device":
-        return Flat(Shim())
+        return Cuda(Shim()).arithmetic
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", request.param)
     found = Kernels(2)
     if found.level != LIMITS[request.param]:

@@ -10,13 +10,16 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from dpnn.errors import DpnnError, RankError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+T = TypeVar("T")
 
 _EAGER_S = 1e-3
 """How long a wait only gives way to other processes: most answers come within it."""
@@ -45,6 +48,24 @@ def wait(test: Callable[[], object], whom: str, limit_s: float) -> None:
             os.sched_yield()
         else:
             time.sleep(_NAP_S if waited < _LONG_S else _LONG_NAP_S)
+
+
+def within(limit_s: float, whom: str, call: Callable[[], T]) -> T:
+    """What a call returns that blocks and can't be told to give up; meanwhile it runs in a thread of its own.
+
+    RankError where it takes longer than `limit_s` seconds; `whom` completes "waited for ...".
+    """
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="dpnn-blocking", daemon=True).start()
+    wait(result.done, whom, limit_s)
+    return result.result()
 
 
 def duplicate(comm: "MPI.Comm", whom: str, limit_s: float) -> "MPI.Comm":

@@ -6,12 +6,13 @@ gradients on its own device.
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from dpnn.comm import library
-from dpnn.comm.faults import wait
+from dpnn.comm.faults import wait, within
 from dpnn.comm.node import Node
 from dpnn.comm.reduce import BucketReducer, GradientReducer
 from dpnn.memory import Group, Memory, Test, Wire
@@ -83,27 +84,30 @@ class Among:
 
 
 class Later:
-    """Starts each bucket in turn, once something about it is true."""
+    """Starts each bucket's sum in turn, once something about it is true, and lets those go on that were started."""
 
-    def __init__(self, start: Callable[[int, int], object], limit_s: float) -> None:
-        self._start, self._limit_s = start, limit_s
+    def __init__(self, reducer: BucketReducer | GradientReducer, limit_s: float) -> None:
+        self._reducer, self._limit_s = reducer, limit_s
         self._waiting: deque[tuple[Test, int, int]] = deque()
 
     def add(self, test: Test, lo: int, hi: int) -> None:
         """One more bucket."""
         self._waiting.append((test, lo, hi))
+        self.poke()
 
     def poke(self) -> bool:
         """Start what can be; whether all was."""
         while self._waiting and self._waiting[0][0]():
             _, lo, hi = self._waiting.popleft()
-            self._start(lo, hi)
+            self._reducer.start(lo, hi)
+        self._reducer.poke()
         return not self._waiting
 
     def finish(self) -> None:
-        """Start the rest."""
+        """Start the rest, and return once all is summed."""
         if not self.poke():
             wait(self.poke, "this rank's device to compute its gradients", self._limit_s)
+        self._reducer.finish()
 
 
 class FromDevices:
@@ -111,23 +115,19 @@ class FromDevices:
 
     def __init__(self, comm: "MPI.Comm", memory: Memory, grads: Wire, arrived: Arrived, limit_s: float) -> None:
         """Collective over `comm`."""
-        self._reducer = BucketReducer(comm, grads.array, limit_s)
         self._memory, self._arrived = memory, arrived
-        self._later = Later(self._reducer.start, limit_s)
+        self._later = Later(BucketReducer(comm, grads.array, limit_s), limit_s)
         self._started: list[tuple[int, int]] = []
 
     def start(self, lo: int, hi: int) -> None:
         self._later.add(self._memory.mark(), lo, hi)
         self._started.append((lo, hi))
-        self.poke()
 
     def poke(self) -> None:
         self._later.poke()
-        self._reducer.poke()
 
     def finish(self) -> None:
         self._later.finish()
-        self._reducer.finish()
         for lo, hi in self._started:
             self._arrived(lo, hi)
         self._started.clear()
@@ -146,21 +146,18 @@ class OverHost:
     ) -> None:
         self._reducer, self._grads, self._arrived, self._n = reducer, grads, arrived, node.grads.size
         self._sums = memory.couple(grads.array, node.sums)
-        self._later = Later(reducer.start, limit_s)
+        self._later = Later(reducer, limit_s)
         self._used = True
         """Whether the last sums were copied back."""
 
     def start(self, lo: int, hi: int) -> None:
         self._later.add(self._grads.pull(lo, hi), lo, hi)
-        self.poke()
 
     def poke(self) -> None:
         self._later.poke()
-        self._reducer.poke()
 
     def finish(self) -> None:
         self._later.finish()
-        self._reducer.finish()
         self._reducer.settle()  # all shares are summed
         self._sums.push()
         self._used = False
@@ -194,9 +191,20 @@ def lifted(
     group = group_of(node.data, memory, limit_s)
     if group is not None:
         return Among(group, grads, arrived), "nccl"
-    if library.takes_device_memory():
+    if _all_take_device_memory(node.data, limit_s):
         return FromDevices(node.data, memory, grads, arrived, limit_s), "mpi"
     return OverHost(host, node, memory, grads, arrived, limit_s), "host"
+
+
+def devices_of(comm: "MPI.Comm", memory: Memory, limit_s: float) -> list[str]:
+    """The names of all ranks' devices, each with its node's; "" for a rank that computes on the host. Collective."""
+    from mpi4py import MPI
+
+    names, mine = np.zeros((comm.size, _NAME), np.uint8), np.zeros(_NAME, np.uint8)
+    name = f"{memory.name} of {MPI.Get_processor_name()}".encode()[:_NAME] if memory.name else b""
+    mine[: len(name)] = np.frombuffer(name, np.uint8)
+    wait(comm.Iallgather(mine, names).Test, "all ranks to name their devices", limit_s)
+    return [bytes(name).rstrip(b"\0").decode(errors="replace") for name in names]
 
 
 def group_of(comm: "MPI.Comm", memory: Memory, limit_s: float) -> Group | None:
@@ -204,19 +212,23 @@ def group_of(comm: "MPI.Comm", memory: Memory, limit_s: float) -> Group | None:
 
     Two ranks on one device might wait for each other for ever: NCCL forbids it.
     """
-    from mpi4py import MPI
-
-    names = np.zeros((comm.size, _NAME), np.uint8)
-    mine = np.zeros(_NAME, np.uint8)
+    names = devices_of(comm, memory, limit_s)
     ident = np.zeros(_IDENT, np.uint8)
-    name = f"{MPI.Get_processor_name()} {memory.name}".encode()[:_NAME] if memory.name else b""
-    mine[: len(name)] = np.frombuffer(name, np.uint8)
-    wait(comm.Iallgather(mine, names).Test, "all ranks to name their devices", limit_s)
     if comm.rank == 0:
         drawn = memory.ident()
         ident[: len(drawn) + 1] = np.frombuffer(bytes([len(drawn)]) + drawn, np.uint8)
     wait(comm.Ibcast(ident, 0).Test, "the first rank to name the group of devices", limit_s)
     n = int(ident[0])
-    if n == 0 or not names.any(axis=1).all() or len(np.unique(names, axis=0)) < comm.size:
+    if n == 0 or "" in names or len(set(names)) < comm.size:
         return None
-    return memory.group(ident[1 : 1 + n].tobytes(), comm.size, comm.rank)
+    meet = partial(memory.group, ident[1 : 1 + n].tobytes(), comm.size, comm.rank)
+    return within(limit_s, f"the devices of {comm.size} ranks to meet", meet)
+
+
+def _all_take_device_memory(comm: "MPI.Comm", limit_s: float) -> bool:
+    """Whether MPI may be given a device's memory on every rank: nodes may have libraries of different builds."""
+    from mpi4py import MPI
+
+    taken = np.array([library.takes_device_memory()], np.int8)
+    wait(comm.Iallreduce(MPI.IN_PLACE, taken, MPI.MIN).Test, "all ranks to say what their MPI takes", limit_s)
+    return bool(taken[0])

@@ -6,7 +6,7 @@ from time import perf_counter
 import numpy as np
 
 from dpnn.backends.base import Backend, Group, Step
-from dpnn.memory import Memory, wait_for
+from dpnn.memory import Memory
 from dpnn.native import denormals_flushed
 from dpnn.nn.graph import Graph
 from dpnn.plan.costs import Costs, Time, multiply_adds, question
@@ -75,7 +75,7 @@ def _seconds(graph: Graph, group: Group, backends: Sequence[Backend], rows: int)
     memory = backends[0].memory
     layout, arena = Layout(plan), Arena(memory)
     arena.reserve(layout.nbytes)
-    arena.take(0, (layout.nbytes,), np.dtype(np.uint8)).fill(0)
+    memory.zero(arena.take(0, (layout.nbytes,), np.dtype(np.uint8)))
     store = Store(group.nodes, backends[0].dtype, memory)
     buffers = Buffers(layout, 0, arena, store, {}, Step(rows=rows, batch=rows, total=rows))
     times = [0.0, 0.0]
@@ -95,7 +95,7 @@ def _fastest(call: Callable[[], None], memory: Memory) -> float:
         other.fill(0)
         begin = perf_counter()
         call()
-        wait_for(memory)
+        memory.wait()
         times.append(perf_counter() - begin)
         if sum(times) > _LONG_S and len(times) >= _CALLS[0]:
             break

@@ -1,17 +1,23 @@
 """A strategy that works on the host's arrays, for a network that is computed elsewhere."""
 
-from dpnn.memory import Wire
+from collections import deque
+
+from dpnn.comm.faults import wait
+from dpnn.memory import Test, Wire
 from dpnn.plan import Strategy
 
 
 class Mirrored:
     """`strategy`, with its parameters brought to the backend before each step, and gradients from there after it."""
 
-    def __init__(self, strategy: Strategy, params: Wire, grads: Wire) -> None:
-        self._strategy, self._params, self._grads = strategy, params, grads
+    def __init__(self, strategy: Strategy, params: Wire, grads: Wire, limit_s: float) -> None:
+        self._strategy, self._params, self._grads, self._limit_s = strategy, params, grads, limit_s
+        self._coming: deque[Test] = deque()
+        """Whether gradients are on the host, bucket by bucket."""
 
     def begin(self) -> None:
-        """The strategy's, and the parameters to the backend."""
+        """The strategy's, which may write the parameters, and then these to the backend."""
+        self._params.wait()  # an evaluation may have brought them there since
         self._strategy.begin()
         self._params.push()
 
@@ -21,7 +27,7 @@ class Mirrored:
 
     def ready(self, lo: int, hi: int) -> None:
         """Start to bring them to the host."""
-        self._grads.pull(lo, hi)
+        self._coming.append(self._grads.pull(lo, hi))
 
     def poke(self) -> None:
         """The strategy's."""
@@ -33,6 +39,13 @@ class Mirrored:
 
     def finish(self) -> None:
         """The strategy's, once all gradients are there, and the parameters may be written."""
-        self._grads.wait()
+        wait(self._there, "this rank's device to compute its gradients", self._limit_s)
         self._params.wait()
         self._strategy.finish()
+
+    def _there(self) -> bool:
+        """Whether all gradients are on the host; what the strategy has under way goes on meanwhile."""
+        self._strategy.poke()
+        while self._coming and self._coming[0]():
+            self._coming.popleft()
+        return not self._coming

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from dpnn.comm.faults import deadline, exit_code, message, reported, wait
+from dpnn.comm.faults import deadline, exit_code, message, reported, wait, within
 from dpnn.errors import DataError, NotFiniteError, RankError, Stopped
 
 
@@ -17,6 +17,14 @@ def test_a_wait_ends_with_its_answer():
 def test_a_wait_ends_at_its_limit_and_names_whom_it_waited_for():
     with pytest.raises(RankError, match=r"waited 0\.02 s for ranks 1 and 2.*raise parallel\.timeout_s"):
         wait(lambda: False, "ranks 1 and 2", 0.02)
+
+
+def test_a_blocking_call_ends_with_its_answer_with_its_error_or_at_its_limit():
+    assert within(5.0, "nobody", lambda: threading.current_thread().name) == "dpnn-blocking"
+    with pytest.raises(ZeroDivisionError):
+        within(5.0, "nobody", lambda: 1 // 0)
+    with pytest.raises(RankError, match=r"waited 0\.1 s for the other devices"):
+        within(0.1, "the other devices", threading.Event().wait)
 
 
 def test_an_error_that_mpi_reports_is_a_rank_error():

@@ -20,11 +20,15 @@ CLOSE = 1e-4
 """Of the largest number of an array, after a few steps in float32 added up in another order."""
 MOMENTUM = ("optimizer.name=momentum", "optimizer.lr=0.02", "optimizer.nesterov=true")
 AVERAGE = ("parallel.strategy=average", "parallel.every=2", HEADS)
+SHORT_BATCH = ("train.global_batch=115", "output.checkpoint_every=0.5")
+"""The third batch has one sample, of one replica; then the network is evaluated, and the run goes on."""
 CASES = {
     "alone": (1, (*MOMENTUM, "optimizer.clip=0.5", "parallel.microbatches=2")),
     "smooth": (1, (SMOOTH,)),
     "allreduce": (2, (*MOMENTUM, "optimizer.clip=0.5")),
+    "allreduce-short": (2, (*MOMENTUM, HEADS, *SHORT_BATCH, "parallel.bucket_mb=0.001")),
     "average": (2, (*AVERAGE, *MOMENTUM)),
+    "average-short": (2, (*AVERAGE, *MOMENTUM, *SHORT_BATCH)),
     "average-reset": (2, (*AVERAGE, "parallel.state=reset", *MOMENTUM)),
     "depth": (2, ("parallel.parts=2", "parallel.placement=depth", "parallel.microbatches=2", HEADS)),
     "branches": (2, ("parallel.parts=2", "parallel.placement=branches", "parallel.microbatches=1")),
@@ -51,7 +55,7 @@ def device(request):
 def run(mpirun, python, tmp_path, images):
     """run(name, ranks, device, *settings) -> the run's folder."""
 
-    def train(name, ranks, device, *settings, wanted=0):
+    def train(name, ranks, device, *settings, wanted=0, told=""):
         path = tmp_path / name
         file = path.with_suffix(".toml")
         file.write_text(JOB.format(data=images, out=path))
@@ -62,6 +66,7 @@ def run(mpirun, python, tmp_path, images):
         else:
             ended = python(PROGRAM, *line, env=env, timeout=100)
         assert ended.returncode == wanted, ended.stderr
+        assert told in ended.stderr
         return path
 
     return train
@@ -98,7 +103,7 @@ def test_a_run_on_devices_is_one_on_the_cpu(run, device, case):
     ours = run("device", ranks, device, *SHORT, *settings)
     close(ours, run("cpu", ranks, device, *SHORT, *settings, ON_CPU))
     (start,) = told(ours, "start")
-    assert (start["backend"], start["sums_by"]) == ("cuda", "host" if case == "allreduce" else "")
+    assert (start["backend"], start["sums_by"]) == ("cuda", "host" if case.startswith("allreduce") else "")
     shared = [line for line in told(ours, "event") if line["event"] == "shared_device"]
     assert len(shared) == (ranks > 1)
 
@@ -110,6 +115,28 @@ def test_devices_sum_among_themselves_and_by_mpi(run, way):
     close(ours, run("cpu", 1, way, *SHORT, *MOMENTUM, HEADS, ON_CPU))
     (start,) = told(ours, "start")
     assert start["sums_by"] == way
+
+
+@pytest.mark.mpi
+def test_gradients_of_gpus_and_cpus_are_not_summed(run):
+    """In one message that all agree on, before the first step."""
+    told = "dpnn: rank 1: computes on the CPU, for want of a GPU, and others on GPUs (a stand-in on the CPU of "
+    folder = run("some", 2, "first", *SHORT, "backend.name=auto", wanted=2, told=told)
+    assert "in allreduce all ranks do the one or the other" in RunFolder(folder).failure.read_text()
+    run("cuda", 2, "first", *SHORT, wanted=2, told="dpnn: rank 1: this job needs a GPU: CUDA finds no GPU")
+
+
+@pytest.mark.mpi
+def test_replicas_on_a_gpu_and_on_a_cpu_are_averaged(run):
+    settings = (*SHORT, *AVERAGE, *MOMENTUM, "backend.name=auto")
+    close(run("mixed", 2, "first", *settings), run("cpu", 2, "first", *settings, ON_CPU))
+
+
+@pytest.mark.mpi
+def test_a_device_that_never_ends_is_waited_for_no_longer_than_a_rank(run):
+    """It may wait for devices of ranks that have stopped."""
+    told = "waited 1 s for this rank's device, and others that it sums with: a rank has stopped"
+    run("stuck", 1, "stuck", *SHORT, "parallel.timeout_s=1", wanted=4, told=told)
 
 
 @pytest.mark.mpi

@@ -14,7 +14,7 @@ from dpnn.backends.cuda import conv, dense, join, loss, lrn, norm, pointwise, po
 from dpnn.backends.cuda.device import Device
 from dpnn.backends.cuda.flat import Flat
 from dpnn.backends.cuda.groups import groups_of
-from dpnn.backends.cuda.memory import DeviceMemory
+from dpnn.backends.cuda.memory import DeviceMemory, Wait, without_limit
 from dpnn.backends.cuda.op import KernelOp
 from dpnn.memory import Memory
 from dpnn.native import Kernels
@@ -66,11 +66,11 @@ class Cuda:
     dtype = np.dtype(np.float32)
     channels_last = True
 
-    def __init__(self, device: Device, kernels: Kernels | None = None) -> None:
-        """`kernels`: our CPU kernels, for sums over the host's memory."""
+    def __init__(self, device: Device, kernels: Kernels | None = None, wait: Wait = without_limit) -> None:
+        """`kernels`: our CPU kernels, for sums over the host's memory. `wait`: for the device, until a test is true."""
         self.device, self.kernels = device, kernels
-        self.memory: Memory = DeviceMemory(device)
-        self.arithmetic = Flat(device)
+        self.memory: Memory = DeviceMemory(device, wait)
+        self.arithmetic = Flat(device, self.memory)
         self.about = device.about
         self.choices: dict[str, str] = {}
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from dpnn.backends.base import Array
 from dpnn.backends.cuda.device import Device, blocks
+from dpnn.memory import Memory
 
 _EACH = 1024
 """Numbers a block of 256 threads: four a thread."""
@@ -39,8 +40,8 @@ class Flat:
     All is done later, in the queue's order; `sum_of_squares` waits.
     """
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
+    def __init__(self, device: Device, memory: Memory) -> None:
+        self._device, self._memory = device, memory
         self._kernels = {name: device.kernel(file, name) for name, (file, _) in _TABLE.items()}
         self._add, self._squares, self._total = (
             device.kernel("optim.cu", name) for name in ("add", "squares", "total")
@@ -66,7 +67,7 @@ class Flat:
                 grid = (min(_PARTIALS, *blocks(array.size, _EACH)),)
                 self._squares(grid, (256,), np.int64(array.size), array, self._partials)
         self._total((1,), (256,), _PARTIALS, self._partials, self._sum)
-        return float(self._device.read(self._sum)[0])
+        return float(self._memory.read(self._sum)[0])
 
     def _add_all(self, n: int, k: int, arrays: Sequence[Array], to: Array) -> None:
         """`to` = the sum of k arrays in their order; it may be one of the first eight."""

@@ -1,11 +1,15 @@
-"""A GPU by CuPy: the only module that imports it. CuPy's arrays only name memory; none of its operations is used.
+"""A GPU by CuPy, which only this module and nccl.py import. Its arrays only name memory; no operation of it is used.
 
 All work of a `Gpu` is one queue: a stream of its own. Copies to the host have another, so that kernels go on meanwhile:
 such a copy waits for what was queued before it, and nothing queued later waits for it.
 """
 
+import gc
 import os
+import weakref
+from contextlib import suppress
 from functools import cache
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,7 @@ from dpnn.backends.base import Array
 from dpnn.backends.cuda import nccl
 from dpnn.backends.cuda.device import Device, Grid, Kernel, check_alike, layout, order
 from dpnn.backends.cuda.source import OPTIONS, source
+from dpnn.errors import JobError, RankError
 from dpnn.memory import Group, Test
 from dpnn.native import Unavailable
 
@@ -37,6 +42,19 @@ def visible() -> int:
     return count
 
 
+class Failing:
+    """A block in which an error of CUDA's becomes a RankError: what is asked for later may be told of it as well."""
+
+    def __init__(self, about: str) -> None:
+        self._about = about
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if isinstance(error, RuntimeError):
+            raise RankError(f"{self._about} failed: {error}") from error
+
+
 class Gpu(Device):
     """One GPU; `number` counts those that the process sees. Unavailable as `visible`, or where there is no such GPU."""
 
@@ -46,30 +64,50 @@ class Gpu(Device):
             raise Unavailable(f"there is no GPU {number}: CUDA finds {count}, counted from 0{_hidden()}")
         cupy = _cupy()
         self._cuda = cuda = cupy.cuda
-        self._device = cuda.Device(number)
-        self._device.use()
         about = cuda.runtime.getDeviceProperties(number)
         self.bus_id: str = cuda.runtime.deviceGetPCIBusId(number)
         self.about = f"{about['name'].decode()} ({self.bus_id})"
+        self._failing = Failing(self.about)
         self.processors = int(about["multiProcessorCount"])
-        self._queue = cuda.Stream(non_blocking=True)
-        self._pulls = cuda.Stream(non_blocking=True)
+        self._device = cuda.Device(number)
+        with self._failing:
+            self._device.use()
+            self._queue = cuda.Stream(non_blocking=True)
+            self._pulls = cuda.Stream(non_blocking=True)
         self._modules: dict[str, Any] = {}
-        self._registered: list[Array] = []
+        self._registered: set[tuple[int, int]] = set()
+        """From where to where in the host's memory."""
         try:
             self.kernel("pointwise.cu", "relu")
         except RuntimeError as error:
             raise Unavailable(f"{self.about}: CuPy can't compile: {error}; install {_extra(cupy)}") from error
 
     def empty(self, nbytes: int) -> Array:
-        memory = self._current().Memory(nbytes)  # cudaMalloc aligns to 256 bytes at least
+        try:
+            memory = self._current().Memory(nbytes)  # cudaMalloc aligns to 256 bytes at least
+        except self._cuda.runtime.CUDARuntimeError:
+            gc.collect()  # executors, which refer to themselves, keep their arrays until then
+            memory = self._last_room(nbytes)
         array: Array = _cupy().ndarray((nbytes,), np.uint8, self._cuda.MemoryPointer(memory, 0))
         return array
+
+    def _last_room(self, nbytes: int) -> Any:
+        runtime = self._cuda.runtime
+        try:
+            return self._cuda.Memory(nbytes)
+        except runtime.CUDARuntimeError as error:
+            with self._failing:
+                wanted, free, total = (f"{n / 2**20:,.0f}" for n in (nbytes, *runtime.memGetInfo()))
+            raise JobError(
+                f"{self.about} has no room for {wanted} MiB more: {free} of {total} MiB are free ({error}); lower "
+                "train.global_batch (or replica_batch), or raise parallel.microbatches or parallel.parts"
+            ) from error
 
     def zero(self, array: Array) -> None:
         layout(array)
         if array.nbytes:
-            self._current().runtime.memsetAsync(_address(array), 0, array.nbytes, self._queue.ptr)
+            with self._failing:
+                self._current().runtime.memsetAsync(_address(array), 0, array.nbytes, self._queue.ptr)
 
     def kernel(self, file: str, name: str) -> Kernel:
         self._current()
@@ -80,10 +118,11 @@ class Gpu(Device):
 
         def launch(grid: Grid, block: Grid, *arguments: object, shared: int = 0) -> None:
             nonlocal allowed
-            self._current()
-            if shared > allowed:
-                function.max_dynamic_shared_size_bytes = allowed = shared
-            function(grid, block, tuple(map(_argument, arguments)), shared_mem=shared, stream=self._queue)
+            with self._failing:
+                self._current()
+                if shared > allowed:
+                    function.max_dynamic_shared_size_bytes = allowed = shared
+                function(grid, block, tuple(map(_argument, arguments)), shared_mem=shared, stream=self._queue)
 
         return launch
 
@@ -91,22 +130,31 @@ class Gpu(Device):
         if nbytes == 0:
             return np.empty(0, np.uint8)
         cuda = self._current()
-        memory = cuda.PinnedMemory(nbytes, cuda.runtime.hostAllocPortable)
+        with self._failing:
+            memory = cuda.PinnedMemory(nbytes, cuda.runtime.hostAllocPortable)
         return np.frombuffer(cuda.PinnedMemoryPointer(memory, 0), np.uint8, nbytes)
 
     def pin(self, array: Array) -> None:
         layout(array)
-        if array.nbytes == 0 or any(_inside(array, known) for known in self._registered):
+        begin, end = _address(array), _address(array) + array.nbytes
+        if begin == end or any(lo <= begin and end <= hi for lo, hi in self._registered):
             return
         runtime = self._current().runtime
         try:
-            runtime.hostRegister(_address(array), array.nbytes, _PORTABLE)
+            runtime.hostRegister(begin, array.nbytes, _PORTABLE)
         except runtime.CUDARuntimeError:  # memory of a device, of a file, or beyond `ulimit -l`: copies are slower
             return
-        self._registered.append(array)  # it may not be freed while it is registered
+        self._registered.add((begin, end))
+        weakref.finalize(array, self._unpin, begin, end).atexit = False  # it may not be freed while it is registered
+
+    def _unpin(self, begin: int, end: int) -> None:
+        self._registered.discard((begin, end))
+        with suppress(RuntimeError):
+            self._current().runtime.hostUnregister(begin)
 
     def pull(self, array: Array, buf: Array) -> Test:
-        self._pulls.wait_event(self._mark(self._queue))
+        with self._failing:
+            self._pulls.wait_event(self._mark(self._queue))
         return self._copy(buf, array, self._cuda.runtime.memcpyDeviceToHost, self._pulls)
 
     def push(self, buf: Array, array: Array) -> Test:
@@ -115,18 +163,20 @@ class Gpu(Device):
     def read(self, array: Array) -> Any:
         out = _empty_like(array)
         self._copy(out, array, self._cuda.runtime.memcpyDeviceToHost, self._queue)
-        self._queue.synchronize()
-        self._pulls.synchronize()
+        with self._failing:
+            self._queue.synchronize()
+            self._pulls.synchronize()
         return out
 
     def mark(self) -> Test:
         return self._test(self._mark(self._queue))
 
     def ident(self) -> bytes:
-        return nccl.ident(self._current())
+        return nccl.ident()
 
     def group(self, ident: bytes, size: int, rank: int) -> Group:
-        return nccl.Ring(self._current(), self._queue, ident, size, rank)
+        with self._failing:
+            return nccl.Ring(self._current(), self._queue, self._failing, ident, size, rank)
 
     def _current(self) -> Any:
         """cupy.cuda, with this GPU as the calling thread's."""
@@ -135,15 +185,17 @@ class Gpu(Device):
 
     def _mark(self, stream: Any) -> Any:
         """An event: all that the stream was asked for up to now is done."""
-        event = self._current().Event(disable_timing=True)
-        event.record(stream)
+        with self._failing:
+            event = self._current().Event(disable_timing=True)
+            event.record(stream)
         return event
 
     def _copy(self, target: Array, origin: Array, way: int, stream: Any) -> Test:
         check_alike(target, origin)
         runtime = self._current().runtime
         if target.nbytes:
-            runtime.memcpyAsync(_address(target), _address(origin), target.nbytes, way, stream.ptr)
+            with self._failing:
+                runtime.memcpyAsync(_address(target), _address(origin), target.nbytes, way, stream.ptr)
         return self._test(self._mark(stream))
 
     def _test(self, event: Any) -> Test:
@@ -153,7 +205,8 @@ class Gpu(Device):
         def done() -> bool:
             status = runtime.eventQuery(event.ptr)
             if status not in (0, _NOT_READY):
-                event.synchronize()  # raises what went wrong on the device
+                with self._failing:
+                    event.synchronize()  # raises what went wrong on the device
             return bool(status == 0)
 
         return done
@@ -183,11 +236,6 @@ def _empty_like(array: Array) -> Array:
     """An array of NumPy's that lies in memory as one of the device does."""
     dims = order(array)
     return np.empty([array.shape[dim] for dim in dims], array.dtype).transpose(np.argsort(dims))
-
-
-def _inside(array: Array, known: Array) -> bool:
-    begin = _address(array) - _address(known)
-    return 0 <= begin <= known.nbytes - array.nbytes
 
 
 def _hidden() -> str:

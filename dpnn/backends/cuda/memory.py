@@ -1,4 +1,8 @@
-"""A device's memory: wires copy between it and pinned memory of the host."""
+"""A device's memory: wires copy between it and pinned memory of the host.
+
+A device may wait for others, with which it sums, and so for other ranks: what waits for it needs a limit. `wait`, which
+returns when a test is true, is handed in by who knows that limit.
+"""
 
 from collections.abc import Callable
 from time import sleep
@@ -6,12 +10,20 @@ from time import sleep
 from dpnn.backends.cuda.device import Device
 from dpnn.memory import Array, Group, Test, Wire
 
+Wait = Callable[[Test], object]
+
+
+def without_limit(test: Test) -> None:
+    """For who is alone with the device."""
+    while not test():
+        sleep(0)
+
 
 class DeviceWire:
     """An array of the device and one of the host, of one shape and one order in memory; rows are copied whole."""
 
-    def __init__(self, device: Device, array: Array, buf: Array) -> None:
-        self.array, self.buf = array, buf
+    def __init__(self, device: Device, array: Array, buf: Array, wait: Wait) -> None:
+        self.array, self.buf, self._wait = array, buf, wait
         self._device, self._rows = device, (rows_of(array), rows_of(buf))
         self._started: list[Test] = []
 
@@ -25,10 +37,7 @@ class DeviceWire:
 
     def wait(self) -> None:
         while self._started:
-            if self._started[0]():
-                self._started.pop(0)
-            else:
-                sleep(0)
+            self._wait(self._started.pop(0))
 
     def _start(self, copy: Callable[[Array, Array], Test], source: Array, target: Array) -> Test:
         self._started = [test for test in self._started if not test()]
@@ -41,8 +50,8 @@ class DeviceWire:
 class DeviceMemory:
     """The memory of one device."""
 
-    def __init__(self, device: Device) -> None:
-        self._device, self.name = device, device.about
+    def __init__(self, device: Device, wait: Wait) -> None:
+        self._device, self.name, self._wait = device, device.about, wait
 
     def empty(self, nbytes: int) -> Array:
         return self._device.empty(nbytes)
@@ -50,22 +59,29 @@ class DeviceMemory:
     def wire(self, array: Array) -> Wire:
         rows = rows_of(array)
         buf = self._device.pinned(rows.nbytes).view(array.dtype).reshape(rows.shape)
-        return DeviceWire(self._device, array, buf.transpose(0, 3, 1, 2) if rows.ndim == 4 else buf)
+        return DeviceWire(self._device, array, buf.transpose(0, 3, 1, 2) if rows.ndim == 4 else buf, self._wait)
 
     def lift(self, buf: Array) -> Wire:
         self._device.pin(buf)
         array = self._device.empty(buf.nbytes).view(buf.dtype).reshape(buf.shape)
         self._device.zero(array)
-        return DeviceWire(self._device, array, buf)
+        return DeviceWire(self._device, array, buf, self._wait)
 
     def couple(self, array: Array, buf: Array) -> Wire:
         self._device.pin(buf)
-        return DeviceWire(self._device, array, buf)
+        return DeviceWire(self._device, array, buf, self._wait)
 
     def mark(self) -> Test:
         return self._device.mark()
 
+    def wait(self) -> None:
+        self._wait(self._device.mark())
+
+    def zero(self, array: Array) -> None:
+        self._device.zero(array)
+
     def read(self, array: Array) -> Array:
+        self.wait()
         found: Array = self._device.read(array)
         return found
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dpnn.backends.base import Array
+from dpnn.backends.cuda import Cuda
 from dpnn.backends.cuda.flat import Flat
 from dpnn.native import Kernels
 
@@ -20,7 +21,7 @@ LENGTHS = [1, 2, 3, 5, 1003, 2051]
 
 @pytest.fixture(params=[False, True], ids=["forward", "reverse"])
 def flat(request) -> Flat:
-    return Flat(Shim(reverse=request.param))
+    return Cuda(Shim(reverse=request.param)).arithmetic
 
 
 def numbers(n: int, seed: int = 0) -> Array:

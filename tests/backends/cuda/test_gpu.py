@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+import weakref
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from dpnn.backends.cuda import gpu
 from dpnn.backends.cuda.device import Device
 from dpnn.backends.cuda.gpu import Gpu, visible
 from dpnn.backends.cuda.source import OPTIONS, source
+from dpnn.errors import JobError, RankError
 from dpnn.native import Unavailable
 
 
@@ -95,7 +97,7 @@ class CuPy(ModuleType):
 
     def __init__(self, count: int = 2) -> None:
         super().__init__("cupy")
-        self.count, self.log, self.current, self.fails = count, [], None, 0
+        self.count, self.log, self.current, self.fails, self.room = count, [], None, 0, 2**29
         runtime = SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError,
             memcpyHostToDevice=1,
@@ -111,13 +113,15 @@ class CuPy(ModuleType):
             ),
             eventQuery=self.query,
             hostRegister=self.register,
+            hostUnregister=lambda address: self.log.append(("unregister", address)),
+            memGetInfo=lambda: (self.room, 2**30),
         )
         self.cuda = SimpleNamespace(
             runtime=runtime,
             Stream=Stream,
             Event=Event,
             Device=lambda number: SimpleNamespace(use=lambda: setattr(self, "current", number)),
-            Memory=Memory,
+            Memory=self.memory,
             MemoryPointer=lambda memory, offset: SimpleNamespace(memory=memory),
             PinnedMemory=Memory,
             PinnedMemoryPointer=lambda memory, offset: memory.bytes,
@@ -127,6 +131,15 @@ class CuPy(ModuleType):
         if self.count < 0:
             raise CUDARuntimeError("cudaErrorInsufficientDriver")
         return self.count
+
+    def memory(self, nbytes: int) -> Memory:
+        """It comes back as it is collected."""
+        if nbytes > self.room:
+            raise CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
+        self.room -= nbytes
+        memory = Memory(nbytes)
+        weakref.finalize(memory.bytes, lambda: setattr(self, "room", self.room + nbytes))
+        return memory
 
     def query(self, ptr: int) -> int:
         """Not ready when it is asked for the first time."""
@@ -157,6 +170,28 @@ class Function:
     def __call__(self, grid: Any, block: Any, arguments: Any, shared_mem: int, stream: Stream) -> None:
         assert shared_mem <= self.max_dynamic_shared_size_bytes
         self._cupy.log.append((self._name, self._cupy.current, grid, block, arguments, shared_mem, stream))
+
+
+class Nccl(ModuleType):
+    """CuPy's module of that name, with NCCL or without: each of a group has the same numbers."""
+
+    NCCL_FLOAT32, NCCL_SUM = 7, 0
+
+    def __init__(self, available: bool) -> None:
+        super().__init__("cupy.cuda.nccl")
+        self.available = available
+
+    def get_unique_id(self) -> bytes:
+        return b"n" * 128
+
+    def NcclCommunicator(self, size: int, ident: bytes, rank: int) -> Any:
+        assert (size, ident, rank) == (2, b"n" * 128, 1)
+        return SimpleNamespace(allReduce=self.all_reduce)
+
+    def all_reduce(self, start: int, to: int, n: int, kind: int, operation: int, stream: int) -> None:
+        assert (start, kind, operation) == (to, 7, 0)
+        numbers = np.ctypeslib.as_array((ctypes.c_float * n).from_address(start))
+        Stream.every[stream].add(lambda: np.multiply(numbers, 2, out=numbers))
 
 
 @pytest.fixture
@@ -271,12 +306,47 @@ def test_memory_of_the_host_is_registered_once_where_that_goes(cupy):
     assert registered == [("register", array.ctypes.data, 100, 1), ("register", small.ctypes.data, 13, 1)]
 
 
+def test_memory_of_the_host_is_registered_as_long_as_it_lives(cupy):
+    device, array = Gpu(), np.zeros(100, np.uint8)
+    device.pin(array)
+    address = array.ctypes.data
+    del array
+    assert cupy.log[-2:] == [("register", address, 100, 1), ("unregister", address)]
+    assert not device._registered
+
+
 def test_an_error_on_the_device_is_raised_where_it_is_waited_for(cupy):
     device = Gpu()
     test = device.push(device.pinned(8), device.empty(8))
     cupy.fails = 700
-    with pytest.raises(CUDARuntimeError):
+    with pytest.raises(RankError, match=r"GPU of a test \(0000:00:00.0\) failed: no"):
         test()
+
+
+def test_devices_sum_behind_the_queue_and_before_what_comes_next(cupy, monkeypatch):
+    device, module = Gpu(), ModuleType("cupy.cuda")
+    monkeypatch.setitem(sys.modules, "cupy.cuda", module)
+    module.nccl = Nccl(available=False)
+    assert device.ident() == b""
+    module.nccl = Nccl(available=True)
+    group = device.group(device.ident(), 2, 1)
+    array, numbers = device.empty(32).view(np.float32), device.pinned(32).view(np.float32)
+    numbers[:] = range(8)
+    device.push(numbers, array)
+    group.sum(array[2:])
+    group.join()
+    assert np.array_equal(device.read(array), [0, 1, 4, 6, 8, 10, 12, 14])
+
+
+def test_memory_that_only_cycles_hold_is_there_again(cupy):
+    device, held = Gpu(), []
+    held.extend((device.empty(2**28), held))
+    del held
+    kept = device.empty(2**29)
+    told = r"GPU of a test .* has no room for 1 MiB more: 0 of 1,024 MiB are free .*; lower train.global_batch"
+    with pytest.raises(JobError, match=told):
+        device.empty(2**20)
+    assert kept.nbytes == 2**29
 
 
 def test_what_is_missing_is_said(cupy, monkeypatch):

@@ -1,6 +1,7 @@
 """`dpnn` with a GPU for each rank that isn't there: the tests' stand-in.
 
-STAND_IN says how such devices sum their gradients: over the "host", by "mpi" or "nccl". "gpu": the GPU that is there.
+STAND_IN says how such devices sum their gradients: over the "host", by "mpi" or "nccl". "first": only the first rank of
+a node has one. "stuck": they never end. "gpu": the GPU that is there.
 """
 
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from dpnn import cli, evaluate
 from dpnn.comm import library
+from dpnn.native import Unavailable
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "backends" / "cuda"))
 from shim import Shim
@@ -44,8 +46,21 @@ class Linked(Shim):
         return Ring()
 
 
+class Stuck(Shim):
+    """A stand-in that never gets to what it is asked for."""
+
+    def mark(self):
+        return lambda: False
+
+
+def device_of_rank(local_rank):
+    if way == "first" and local_rank > 0:
+        raise Unavailable("CUDA finds no GPU")
+    return {"nccl": Linked, "stuck": Stuck}.get(way, Shim)()
+
+
 way = os.environ["STAND_IN"]
 if way != "gpu":
     library.takes_device_memory = lambda: way == "mpi"
-    evaluate.device_of_rank = lambda local_rank: Linked() if way == "nccl" else Shim()
+    evaluate.device_of_rank = device_of_rank
 sys.exit(cli.main())
