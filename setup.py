@@ -22,6 +22,7 @@ EXTRAS = {
     # GPU ranks: CuPy for the CUDA of the driver, which `nvidia-smi` names. CuPy compiles our kernels when they are
     # first used; that takes NVRTC, and headers that it insists on although our kernels include none. Any release of a
     # CUDA's NVRTC goes with its CuPy: 13.0 is the one that the tests compile with, 12.9 the last of its line.
+    # NCCL (300 MB) is taken where it is installed, for sums among GPUs: nvidia-nccl-cu13, nvidia-nccl-cu12.
     "cuda13": ["cupy-cuda13x>=14", "nvidia-cuda-nvrtc==13.0.*", "nvidia-cuda-runtime==13.0.*"],
     "cuda12": ["cupy-cuda12x>=14", "nvidia-cuda-nvrtc-cu12==12.9.*", "nvidia-cuda-runtime-cu12==12.9.*"],
     "test": [

@@ -39,6 +39,11 @@ CACHE = tempfile.mkdtemp(prefix="dpnn-cache-")
 os.environ["XDG_CACHE_HOME"] = CACHE
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = "note in this folder which CUDA kernels passed tests compiled and ran"
+    parser.addoption("--verified", metavar="FOLDER", type=Path, help=what)
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(CACHE, ignore_errors=True)
 

@@ -18,7 +18,8 @@ from dpnn.backends.reference import Reference
 from dpnn.team import Team
 
 from .cuda.copied import on_gpu
-from .cuda.shim import Shim
+from .cuda.shim import DONE, Shim
+from .cuda.verified import Verified
 
 ONEDNN = OneDNN(Team(2))
 BACKENDS: dict[str, Callable[[Any], Backend]] = {
@@ -271,3 +272,10 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 def exact_backend(request: pytest.FixtureRequest) -> Backend:
     """Every backend that computes in float64."""
     return BACKENDS[request.param](np.float64)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Notes for `--verified`."""
+    folder = config.getoption("--verified")
+    if folder:
+        config.pluginmanager.register(Verified(folder, DONE))

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from dpnn.backends.base import Array
-from dpnn.backends.cuda.device import Grid, Kernel
+from dpnn.backends.cuda.device import Grid, Kernel, order
 from dpnn.backends.cuda.gpu import Gpu
 from dpnn.native import Unavailable
 
-from .shim import Shim
+from .shim import DONE, Shim
 
 _ALIGNED = 256
 
@@ -44,6 +44,7 @@ class Copied(Shim):
             kernel(grid, block, *passed, shared=shared)
             for bytes_here, bytes_there in there.values():
                 bytes_here[...] = device.read(bytes_there)
+            DONE.add((file, name, device.about.partition(" (")[0], ""))
 
         return launch
 
@@ -55,7 +56,7 @@ def _sent(array: Array, there: dict[int, tuple[Array, Array]]) -> Array:
         root = root.base
     begin = root.ctypes.data
     if begin not in there:
-        here = np.lib.stride_tricks.as_strided(root.reshape(-1, order="A").view(np.uint8))
+        here = np.lib.stride_tricks.as_strided(root.transpose(order(root)).reshape(-1).view(np.uint8))
         block, skip = gpu().empty(root.nbytes + _ALIGNED), begin % _ALIGNED
         there[begin] = here, block[skip : skip + root.nbytes]
         gpu().push(here, there[begin][1])

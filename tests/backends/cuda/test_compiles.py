@@ -14,6 +14,9 @@ import pytest
 
 from dpnn.backends.cuda.source import OPTIONS, source
 
+from .shim import DONE
+from .verified import NVCC, NVRTC
+
 FILES = sorted(file.name for file in files("dpnn.kernels").iterdir() if file.name.endswith(".cu"))
 ARCHITECTURES = ("sm_80", "sm_90")
 FLAGS = (*OPTIONS, "-ftz=true")  # the second is CuPy's own, and so is, for NVRTC,
@@ -75,3 +78,5 @@ def test_kernels_compile_and_do_not_spill(
     kernels = _SPILLS.findall(log)
     assert kernels
     assert [(name, *found) for name, frame, *found in kernels if found != ["0", "0"]] == []
+    by = NVCC if compiler is by_nvcc else NVRTC
+    DONE.update((file, name, by, architecture) for name, *_ in kernels)
