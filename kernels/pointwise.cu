@@ -4,17 +4,31 @@
 // relu_gradient  dx = dy where y > 0, else 0          n numbers   bound by memory: reads 8 n bytes, writes 4 n
 // dropout        y = scale x where kept, else 0       n numbers   bound by memory: reads 4 n bytes, writes 4 n
 //
-// Of relu and relu_gradient a thread takes every (gridDim.x * blockDim.x)-th number.
-#include "device.cuh"
+// Of relu and relu_gradient a thread takes four numbers at a time.
+#include "flat.cuh"
 #include "philox.cuh"
 
 KERNEL(256) relu(const float* x, float* y, long long n) {
-    for (long long i = blockIdx.x * 256ll + threadIdx.x; i < n; i += gridDim.x * 256ll) y[i] = x[i] < 0.f ? 0.f : x[i];
+    using namespace dpnn;
+    walk(n, phase(x) == phase(y) ? phase(y) : -1, [&](auto width, long long i) {
+        constexpr int W = decltype(width)::value;
+        auto some = load<W>(x + i);
+        for (int j = 0; j < W; ++j) some.at[j] = some.at[j] < 0.f ? 0.f : some.at[j];
+        store(y + i, some);
+    });
 }
 
 // dx may be dy.
 KERNEL(256) relu_gradient(const float* y, const float* dy, float* dx, long long n) {
-    for (long long i = blockIdx.x * 256ll + threadIdx.x; i < n; i += gridDim.x * 256ll) dx[i] = y[i] > 0.f ? dy[i] : 0.f;
+    using namespace dpnn;
+    const bool alike = phase(y) == phase(dx) && phase(dy) == phase(dx);
+    walk(n, alike ? phase(dx) : -1, [&](auto width, long long i) {
+        constexpr int W = decltype(width)::value;
+        const auto kept = load<W>(y + i);
+        auto some = load<W>(dy + i);
+        for (int j = 0; j < W; ++j) some.at[j] = kept.at[j] > 0.f ? some.at[j] : 0.f;
+        store(dx + i, some);
+    });
 }
 
 // Activations (rows, pixels, channels). A number is kept where its word is at least `threshold`: words are numbered in
