@@ -80,8 +80,12 @@ KERNEL(256) transpose(const float* x, float* y, int rows, int cols) {
     const int across = (cols + 31) / 32, tiles = across * ((rows + 31) / 32), here = blockIdx.x % tiles;
     const int top = here / across * 32, left = here % across * 32;
     const long long sample = static_cast<long long>(blockIdx.x / tiles) * rows * cols;
-    for (int i = threadIdx.y; i < 32 && top + i < rows; i += 8)
-        if (left + threadIdx.x < cols) tile[i][threadIdx.x] = x[sample + (top + i) * cols + left + threadIdx.x];
+    float some[4];  // all are asked for before one is waited for
+    for (int i = 0; i < 4; ++i) {
+        const int row = top + threadIdx.y + 8 * i, col = left + threadIdx.x;
+        some[i] = row < rows && col < cols ? x[sample + row * cols + col] : 0.f;
+    }
+    for (int i = 0; i < 4; ++i) tile[threadIdx.y + 8 * i][threadIdx.x] = some[i];
     __syncthreads();
     for (int i = threadIdx.y; i < 32 && left + i < cols; i += 8)
         if (top + threadIdx.x < rows) y[sample + (left + i) * rows + top + threadIdx.x] = tile[threadIdx.x][i];

@@ -41,6 +41,9 @@ KERNEL(256) dropout(const float* x, const unsigned long long* ids, float* y, uns
     if (first >= pixels) return;
     const int count = min(4, pixels - first), number = channel * pixels + first, shift = number % 4;
     for (int row = blockIdx.y; row < rows; row += gridDim.y) {
+        const long long at = (static_cast<long long>(row) * pixels + first) * channels + channel;
+        float some[4];  // all are read before one is written, which might be the next to read
+        for (int i = 0; i < 4; ++i) some[i] = i < count ? x[at + i * channels] : 0.f;
         unsigned int words[8];
         const dpnn::Words low = dpnn::by_sample(seed, epoch, purpose, ids[row], number / 4);
         for (int i = 0; i < 4; ++i) words[i] = words[4 + i] = low.w[i];
@@ -53,8 +56,7 @@ KERNEL(256) dropout(const float* x, const unsigned long long* ids, float* y, uns
             for (int i = 0; i < 6; ++i) words[i] = words[i + 1];
         if (shift & 2)
             for (int i = 0; i < 4; ++i) words[i] = words[i + 2];
-        const long long at = (static_cast<long long>(row) * pixels + first) * channels + channel;
         for (int i = 0; i < 4; ++i)
-            if (i < count) y[at + i * channels] = x[at + i * channels] * (words[i] >= threshold ? scale : 0.f);
+            if (i < count) y[at + i * channels] = some[i] * (words[i] >= threshold ? scale : 0.f);
     }
 }

@@ -96,14 +96,14 @@ __device__ __forceinline__ void max_of(const float* __restrict__ x, float* __res
             for (int i = 0; i < V; ++i) place[k][i] = rows.begin * s.cols + cols.begin;
         }
         for (int r = rows.begin; r < rows.end; ++r)
+#pragma unroll 2
             for (int t = cols.begin; t < cols.end; ++t)
                 for (int k = 0; k < IMAGES; ++k) {
                     const Pack<float, V> here = load<V>(from[k] + ((r - rows.begin) * s.w + t - cols.begin) * s.c);
-                    for (int i = 0; i < V; ++i)
-                        if (here.v[i] > best[k].v[i] || here.v[i] != here.v[i]) {
-                            best[k].v[i] = here.v[i];
-                            place[k][i] = r * s.cols + t;
-                        }
+                    for (int i = 0; i < V; ++i) {
+                        if (here.v[i] > best[k].v[i]) place[k][i] = r * s.cols + t;
+                        best[k].v[i] = dpnn::larger(here.v[i], best[k].v[i]);
+                    }
                 }
         for (int k = 0; k < IMAGES; ++k) {
             const long long out = (n[k] * s.p * s.q + pixel) * s.c + c;
