@@ -30,8 +30,8 @@ __device__ __forceinline__ float denominator(const float* __restrict__ pixel, in
     return s.k + s.scale * sum;
 }
 
-// d^-beta. The fast logarithm is off by 2^-22, or by two units of its last place: where d < 2^16, the power by 1e-6 of
-// itself, and less than 2e-5 anywhere.
+// d^-beta. The fast logarithm is off by 2^-22 or two units of its last place at most. With a beta up to 1, that makes
+// the power off by some 1e-6 of itself where d < 2^16, and by less than 2e-5 anywhere.
 __device__ __forceinline__ float power(float d, const Norm& s) { return __powf(d, -s.beta); }
 
 // Channels c - 4 ... c + 7 of a pixel; zeros beyond its ends.
