@@ -1,4 +1,4 @@
-// What all CUDA kernels share: how they are declared, asynchronous copies, sums over a block.
+// What all CUDA kernels share: how they are declared, asynchronous copies, maxima, sums over a block.
 //
 // Kernels are plain `extern "C"` functions of pointers and scalars; dpnn/backends/cuda/source.py puts their includes in
 // place, so that NVRTC, nvcc and a C++ compiler (the tests' stand-in for a device) read one and the same text.
@@ -51,6 +51,17 @@ __device__ __forceinline__ void copies_arrived() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LAST) : "memory");
 #else
     device_copies_arrived(LAST);
+#endif
+}
+
+// The larger of two numbers; what is no number where one of them isn't.
+__device__ __forceinline__ float larger(float a, float b) {
+#ifdef __CUDACC__
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+    return most;
+#else
+    return a > b || a != a ? a : b;
 #endif
 }
 

@@ -4,17 +4,31 @@
 // relu_gradient  dx = dy where y > 0, else 0          n numbers   bound by memory: reads 8 n bytes, writes 4 n
 // dropout        y = scale x where kept, else 0       n numbers   bound by memory: reads 4 n bytes, writes 4 n
 //
-// Of relu and relu_gradient a thread takes every (gridDim.x * blockDim.x)-th number.
-#include "device.cuh"
+// Of relu and relu_gradient a thread takes four numbers at a time.
+#include "flat.cuh"
 #include "philox.cuh"
 
 KERNEL(256) relu(const float* x, float* y, long long n) {
-    for (long long i = blockIdx.x * 256ll + threadIdx.x; i < n; i += gridDim.x * 256ll) y[i] = x[i] < 0.f ? 0.f : x[i];
+    using namespace dpnn;
+    walk(n, phase(x) == phase(y) ? phase(y) : -1, [&](auto width, long long i) {
+        constexpr int W = decltype(width)::value;
+        auto some = load<W>(x + i);
+        for (int j = 0; j < W; ++j) some.at[j] = some.at[j] < 0.f ? 0.f : some.at[j];
+        store(y + i, some);
+    });
 }
 
 // dx may be dy.
 KERNEL(256) relu_gradient(const float* y, const float* dy, float* dx, long long n) {
-    for (long long i = blockIdx.x * 256ll + threadIdx.x; i < n; i += gridDim.x * 256ll) dx[i] = y[i] > 0.f ? dy[i] : 0.f;
+    using namespace dpnn;
+    const bool alike = phase(y) == phase(dx) && phase(dy) == phase(dx);
+    walk(n, alike ? phase(dx) : -1, [&](auto width, long long i) {
+        constexpr int W = decltype(width)::value;
+        const auto kept = load<W>(y + i);
+        auto some = load<W>(dy + i);
+        for (int j = 0; j < W; ++j) some.at[j] = kept.at[j] > 0.f ? some.at[j] : 0.f;
+        store(dx + i, some);
+    });
 }
 
 // Activations (rows, pixels, channels). A number is kept where its word is at least `threshold`: words are numbered in
@@ -27,6 +41,9 @@ KERNEL(256) dropout(const float* x, const unsigned long long* ids, float* y, uns
     if (first >= pixels) return;
     const int count = min(4, pixels - first), number = channel * pixels + first, shift = number % 4;
     for (int row = blockIdx.y; row < rows; row += gridDim.y) {
+        const long long at = (static_cast<long long>(row) * pixels + first) * channels + channel;
+        float some[4];  // all are read before one is written, which might be the next to read
+        for (int i = 0; i < 4; ++i) some[i] = i < count ? x[at + i * channels] : 0.f;
         unsigned int words[8];
         const dpnn::Words low = dpnn::by_sample(seed, epoch, purpose, ids[row], number / 4);
         for (int i = 0; i < 4; ++i) words[i] = words[4 + i] = low.w[i];
@@ -39,8 +56,7 @@ KERNEL(256) dropout(const float* x, const unsigned long long* ids, float* y, uns
             for (int i = 0; i < 6; ++i) words[i] = words[i + 1];
         if (shift & 2)
             for (int i = 0; i < 4; ++i) words[i] = words[i + 2];
-        const long long at = (static_cast<long long>(row) * pixels + first) * channels + channel;
         for (int i = 0; i < 4; ++i)
-            if (i < count) y[at + i * channels] = x[at + i * channels] * (words[i] >= threshold ? scale : 0.f);
+            if (i < count) y[at + i * channels] = some[i] * (words[i] >= threshold ? scale : 0.f);
     }
 }

@@ -79,39 +79,36 @@ class AddOp(KernelOp[Add]):
 
 
 class ConcatOp(KernelOp[Concat]):
-    """y = the inputs one after the other along the channels; each dx is its slice of dy."""
+    """y = the inputs one after the other along the channels; each dx is its slice of dy. A launch for four of them."""
 
     def __init__(self, group: Group, slot: Slot, mode: Mode, device: Device) -> None:
         super().__init__(group, slot, mode, device)
         self.widths = [channels for channels, *_ in self.node.input_shapes]
         self.xs = [slot.input(self.node, i) for i in range(len(self.widths))]
-        self.ys = self._slices(self.y)
         fours = all(width % 4 == 0 for width in self.widths)
-        self.tilings = [Tiling(width, device, fours) for width in self.widths]
-        self._copies = [tiling.kernel(_FILE, "copy") for tiling in self.tilings]
+        self.tilings = [Tiling(sum(self.widths[i : i + 4]), device, fours) for i in range(0, len(self.widths), 4)]
+        self._kernel = device.kernel(_FILE, "concat4" if fours else "concat")
 
     def bind_gradients(self, group: Group, slot: Slot) -> None:
         super().bind_gradients(group, slot)
-        self.dys = self._slices(self.dy)
         self.dxs = [slot.d_input(self.node, i) for i in range(len(self.node.inputs))]
 
-    def _slices(self, whole: Array) -> list[Array]:
-        """The channels of each input."""
-        ends = np.cumsum([channels for channels, *_ in self.node.input_shapes]).tolist()
-        return [whole[:, lo:hi] for lo, hi in zip([0, *ends], ends, strict=False)]
-
     def run_forward(self, rows: int) -> None:
-        for i, (x, y) in enumerate(zip(self.xs, self.ys, strict=True)):
-            self._copy(i, x, self.widths[i], y, self.node.shape[0], rows)
+        self._copy(self.xs, self.y, rows, back=0)
 
     def run_backward(self, rows: int) -> None:
-        for i, (dx, dy) in enumerate(zip(self.dxs, self.dys, strict=True)):
-            if dx is not None:
-                self._copy(i, dy, self.node.shape[0], dx, self.widths[i], rows)
+        self._copy(self.dxs, self.dy, rows, back=1)
 
-    def _copy(self, i: int, x: Array, x_pitch: int, y: Array, y_pitch: int, rows: int) -> None:
-        tiling, pixels = self.tilings[i], rows * math.prod(self.node.shape[1:])
-        self._copies[i](tiling.grid(pixels), tiling.block, x, x_pitch, y, y_pitch, np.int64(pixels), self.widths[i])
+    def _copy(self, xs: Sequence[Array | None], y: Array, rows: int, back: int) -> None:
+        pixels, channels = rows * math.prod(self.node.shape[1:]), self.node.shape[0]
+        for i, tiling in enumerate(self.tilings):
+            some, widths = xs[4 * i : 4 * i + 4], self.widths[4 * i : 4 * i + 4]
+            missing = 4 - len(some)
+            columns = y[:, sum(self.widths[: 4 * i]) :]
+            self._kernel(
+                tiling.grid(pixels), tiling.block, *some, *(None,) * missing, *widths, *(0,) * missing,
+                columns, channels, np.int64(pixels), back,
+            )  # fmt: skip
 
 
 class FlattenOp(KernelOp[Flatten]):

@@ -11,6 +11,8 @@ from dpnn.backends.cuda.join import Sum
 from dpnn.backends.cuda.op import KernelOp
 from dpnn.nn.pointwise import Dropout, ReLU
 
+_FOURS = 1024
+"""Numbers of a block whose threads have four each."""
 _MOST = 65535
 """Blocks of a grid's second dimension."""
 
@@ -25,12 +27,12 @@ class ReLUOp(KernelOp[ReLU]):
 
     def run_forward(self, rows: int) -> None:
         n = self.y[:rows].size
-        self._forward(blocks(n), (256,), self.x, self.y, np.int64(n))
+        self._forward(blocks(n, _FOURS), (256,), self.x, self.y, np.int64(n))
 
     def run_backward(self, rows: int) -> None:
         if self.dx is not None:
             n = self.dy[:rows].size
-            self._backward(blocks(n), (256,), self.y, self.dy, self.dx, np.int64(n))
+            self._backward(blocks(n, _FOURS), (256,), self.y, self.dy, self.dx, np.int64(n))
 
 
 class DropoutOp(KernelOp[Dropout]):

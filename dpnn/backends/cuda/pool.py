@@ -11,8 +11,10 @@ from dpnn.nn.pool import AvgPool, GlobalAvgPool, MaxPool, Pool
 
 P = TypeVar("P", bound=Layer)
 THREADS = 256
-MOST_IMAGES = 65535
-"""What the second dimension of a grid may be; kernels go round for the images beyond."""
+IMAGES = 2
+"""Those that a thread takes at a time, as in kernels/pool.cu."""
+MOST = 65535
+"""What the second and third dimension of a grid may be; kernels go round for what lies beyond."""
 
 
 class PoolOp(KernelOp[P]):
@@ -28,11 +30,11 @@ class PoolOp(KernelOp[P]):
         """The kernel of that name for so many channels."""
         return self.device.kernel("pool.cu", name if self.vector == 1 else f"{name}_{self.vector}")
 
-    def over(self, pixels: int, rows: int) -> tuple[Grid, Grid]:
-        """The grid (pixels, images) and the block (channels, pixels) for images of so many pixels."""
-        across = min(self.channels // self.vector, THREADS)
-        along = THREADS // across
-        return (-(-pixels // along), min(rows, MOST_IMAGES)), (across, along)
+    def across(self, most: int) -> tuple[int, int]:
+        """Threads of a block side by side over the channels, and such blocks."""
+        threads = self.channels // self.vector
+        across = min(threads, most)
+        return across, -(-threads // across)
 
 
 W = TypeVar("W", bound=Pool)
@@ -47,6 +49,12 @@ class WindowOp(PoolOp[W]):
         size, padding = pair(self.layer.size), pair(self.layer.padding)
         self.pixels, self.windows = self.height * self.width, p * q
         self.numbers = (self.height, self.width, self.channels, p, q, *size, *self.layer.step, *padding)
+
+    def over(self, pixels: int, rows: int) -> tuple[Grid, Grid]:
+        """The grid (channels, pixels, images) and the block (channels, pixels) for images of so many pixels."""
+        across, columns = self.across(32 // self.vector)
+        along = THREADS // across
+        return (columns, min(-(-pixels // along), MOST), min(-(-rows // IMAGES), MOST)), (across, along)
 
 
 class MaxPoolOp(WindowOp[MaxPool]):
@@ -94,24 +102,24 @@ class AvgPoolOp(WindowOp[AvgPool]):
 
 
 class GlobalAvgPoolOp(PoolOp[GlobalAvgPool]):
-    """y (N, C). Backward is that of a mean over one window, as large as the image."""
+    """y (N, C)."""
 
     def __init__(self, group: Group, slot: Slot, mode: Mode, device: Device) -> None:
         super().__init__(group, slot, mode, device)
-        self._forward, self._backward = self.find("global_avg_pool"), self.find("avg_pool_gradient")
-        image = (self.height, self.width)
-        self.pixels = math.prod(image)
-        self.numbers = (*image, self.channels, 1, 1, *image, *image, 0, 0)
+        self._forward, self._backward = self.find("global_avg_pool"), self.find("global_avg_pool_gradient")
+        self.pixels = self.height * self.width
 
     def run_forward(self, rows: int) -> None:
-        across = min(self.channels // self.vector, 32)
-        grid = (-(-self.channels // (across * self.vector)), min(rows, MOST_IMAGES))
-        block = (across, min(THREADS // across, 32))
-        self._forward(grid, block, self.x, self.y, rows, self.pixels, self.channels)
+        self._forward(*self.over(rows), self.x, self.y, rows, self.pixels, self.channels)
 
     def run_backward(self, rows: int) -> None:
         if self.dx is not None:
-            self._backward(*self.over(self.pixels, rows), self.dy, self.dx, rows, *self.numbers)
+            self._backward(*self.over(rows), self.dy, self.dx, rows, self.pixels, self.channels)
+
+    def over(self, rows: int) -> tuple[Grid, Grid]:
+        """The grid (channels, images) and the block (channels, pixels)."""
+        across, columns = self.across(32)
+        return (columns, min(rows, MOST)), (across, min(THREADS // across, 32))
 
 
 def _place_nbytes(layer: MaxPool) -> int:

@@ -79,7 +79,9 @@ def test_a_fork_adds_what_its_readers_give_back(device: Shim, bench: Any, shape:
     compare(device, bench, nn.Fork(readers=readers), shape)
 
 
-@pytest.mark.parametrize("widths", [(1,), (1, 2, 3), (4, 8), (4, 3), (132, 260, 4), (35, 70)], ids=str)
+@pytest.mark.parametrize(
+    "widths", [(1,), (1, 2, 3), (4, 8), (4, 3), (132, 260, 4), (35, 70), (4, 8, 4, 12, 8), (3, 1, 2, 5, 1, 4)], ids=str
+)
 @pytest.mark.parametrize("image", [(), (1, 1), (5, 9)], ids=str)
 def test_inputs_are_joined_along_the_channels(device: Shim, bench: Any, widths: Any, image: Any) -> None:
     compare(device, bench, nn.Concat(), *[(width, *image) for width in widths], rows=2)

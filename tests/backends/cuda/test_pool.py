@@ -85,10 +85,10 @@ def test_of_nothing_but_minus_infinities_the_first_in_the_image_gets_the_gradien
 
 
 @pytest.mark.parametrize("layer", [nn.MaxPool(2), nn.AvgPool(2), nn.GlobalAvgPool()], ids=str)
-def test_blocks_go_round_where_images_are_more_than_a_grid_may_hold(
+def test_blocks_go_round_where_pixels_and_images_are_more_than_a_grid_may_hold(
     cuda: Cuda, layer: nn.Layer, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(pool, "MOST_IMAGES", 2)
+    monkeypatch.setattr(pool, "MOST", 2)
     inputs, dys = Bench(cuda, layer, (4, 4, 5)).samples(3)
     for ours, wanted in both(cuda, layer, (4, 4, 5), inputs[0].astype(np.float32), dys[0].astype(np.float32)):
         np.testing.assert_allclose(ours, wanted, rtol=1e-6, atol=1e-6)
