@@ -58,17 +58,18 @@ __device__ __forceinline__ void find_rows(Row* rows, const Image& image, int gro
 }
 
 // Copies the left side of a gather: a row for each pixel of the grid, k inside.
-template <int ROWS, int THREADS, bool IN_QUADS>
+template <int ROWS, int THREADS>
 struct Pixels {
     static constexpr int PASS = THREADS / 4, PASSES = ROWS / PASS;
     static_assert(PASS % 8 == 0, "rows of a thread are swizzled alike");
     const Image& image;
     const Row* rows;
     int r, s, c;  // of the thread's four numbers
+    bool quads;
 
     // From the sum's place `begin` on.
     __device__ __forceinline__ Pixels(const Image& image, const Row* rows, int begin)
-        : image(image), rows(rows + threadIdx.x / 4) {
+        : image(image), rows(rows + threadIdx.x / 4), quads(in_quads(image.at)) {
         const int k = begin + threadIdx.x % 4 * 4, tap = k / image.group_channels;
         c = k % image.group_channels;
         s = tap % image.taps_across;
@@ -79,13 +80,10 @@ struct Pixels {
         const int from = (r * image.w + s) * image.channels + c;
         const int down = r < image.taps_down ? r : NOWHERE;
         to += swizzled(threadIdx.x / 4, threadIdx.x % 4);
-        Row row[PASSES];
-#pragma unroll
-        for (int i = 0; i < PASSES; ++i) row[i] = rows[i * PASS];
-#pragma unroll
-        for (int i = 0; i < PASSES; ++i)
-            copy_quad<IN_QUADS>(to + i * PASS * STEP, image.at + static_cast<unsigned>(row[i].start + from),
-                                inside(row[i].row + down, row[i].column + s, image));
+        copy_quads<PASSES>(
+            quads, [&](int i) { return to + i * PASS * STEP; },
+            [&](int i) { return image.at + static_cast<unsigned>(rows[i * PASS].start + from); },
+            [&](int i) { return inside(rows[i * PASS].row + down, rows[i * PASS].column + s, image); });
     }
 
     __device__ __forceinline__ void advance() {
@@ -195,15 +193,9 @@ __device__ __forceinline__ void gather(const Image& image, const float* b, const
     find_rows<T::M, T::THREADS>(rows, image, group, m0, m);
     const Place<T, true> place;
     float sum[8][8];
-    if (in_quads(image.at) && in_quads(b)) {
-        Pixels<T::M, T::THREADS, true> left(image, rows, begin);
-        Columns<T::N, T::THREADS, true> right(b, group * b_group, begin, depth, ldb, n0, ldb);
-        multiply_steps<T>(left, right, steps, stages, place, sum);
-    } else {
-        Pixels<T::M, T::THREADS, false> left(image, rows, begin);
-        Columns<T::N, T::THREADS, false> right(b, group * b_group, begin, depth, ldb, n0, ldb);
-        multiply_steps<T>(left, right, steps, stages, place, sum);
-    }
+    Pixels<T::M, T::THREADS> left(image, rows, begin);
+    Columns<T::N, T::THREADS> right(b, group * b_group, begin, depth, ldb, n0, ldb);
+    multiply_steps<T>(left, right, steps, stages, place, sum);
     put(out, partial, place, m0, n0, m, n, group, sum);
 }
 
@@ -218,7 +210,7 @@ __device__ __forceinline__ void weights(const Image& image, const float* dy, con
     const int steps = (min(part, all - begin) + STEP - 1) / STEP;
     __shared__ Stages<T> stages;
     const Place<T, false> place;
-    Columns<T::M, T::THREADS, true> left(dy, group * ldk, begin, all, ldk * groups, m0, ldk);
+    Columns<T::M, T::THREADS> left(dy, group * ldk, begin, all, ldk * groups, m0, ldk);
     Windows<T::N, T::THREADS> right(image, group, begin, images, n0);
     float sum[8][8];
     multiply_steps<T>(left, right, steps, stages, place, sum);

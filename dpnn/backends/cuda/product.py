@@ -64,6 +64,20 @@ class Gather:
             self._add(grid, (256,), partial, parts, m, matrix.n, *output)
 
 
+class FilterSums:
+    """dw = or += the sums over parts of partial[part][k][(tap, c)]: the products' order is not the canonical one."""
+
+    def __init__(self, device: Device, shape: Shape) -> None:
+        self.shape = shape
+        self._add = device.kernel("conv_layout.cu", "add_filter_parts")
+
+    def __call__(self, partial: Array, parts: int, c: int, dw: Array, add: int) -> None:
+        """`c`: channels of `partial`, with those that only round them up."""
+        shape, filters = self.shape, self.shape.groups * self.shape.k
+        sizes = (parts, filters, shape.taps, c, shape.c)
+        self._add(blocks(filters * shape.taps * c, 32), (256,), partial, *sizes, dw, add)
+
+
 class FilterGradient:
     """dw[k][(tap, c)] = the sum over pixels of dy[pixel][k] images[pixel + tap][c], for each group; canonical."""
 
@@ -71,7 +85,7 @@ class FilterGradient:
         self.shape, self.processors = shape, device.processors
         self._walking = forward_walk(shape).arguments((shape.p, shape.q))
         self._products = {tile: device.kernel("conv.cu", f"weights_{tile.name}") for tile in WEIGHTS}
-        self._add = device.kernel("conv_layout.cu", "add_filter_parts")
+        self._add = FilterSums(device, shape)
 
     @staticmethod
     def scratch(shape: Shape, rows: int, processors: int) -> int:
@@ -89,9 +103,7 @@ class FilterGradient:
         output = (None if direct else partial, dw, None, 0, add, *Target(n, shape.k * n).arguments)
         self._products[cut.tile](cut.grid, (cut.tile.threads,), images, *self._walking, dy, *sizes, *output)
         if not direct:
-            filters = shape.groups * shape.k
-            tail = (cut.parts, filters, shape.taps, c, shape.c, dw, add)
-            self._add(blocks(filters * n), (256,), partial, *tail)
+            self._add(partial, cut.parts, c, dw, add)
 
 
 def _sizes(walk: Walk, n: int, rows: int) -> tuple[int, int, int]:
