@@ -1,6 +1,7 @@
 """Convolutions of images of few channels, a network's first: kernels/conv_narrow.cu."""
 
 from dataclasses import dataclass
+from math import ceil
 
 from dpnn.backends.base import Array
 from dpnn.backends.cuda.device import Device
@@ -14,10 +15,12 @@ _TAPS = {1: (4,), 3: (3, 4)}
 """By channels: the taps of a chunk that there are kernels for. Each makes windows of whole quads."""
 _SHARED = 96 * 1024
 """Bytes of shared memory that a block may ask for, on any GPU since 2020."""
-_FORWARD = 4
-"""Blocks of the forward kernel that a multiprocessor holds."""
-_WARPS, _IN_BLOCK = 18, 8
-"""Warps of the gradient's kernel that a multiprocessor holds, and that a block may have."""
+_IN_BLOCK = {"forward": 4, "weights": 8}
+"""Warps of a block; of a gradient's at most."""
+_WARPS = {"forward": 16, "weights": 18}
+"""Warps for which a multiprocessor has registers."""
+_MEMORY, _OWN = 228 * 1024, 1024
+"""Bytes of shared memory of an H100's multiprocessor, and what each block takes beside its own."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Patch:
     @property
     def chunks(self) -> int:
         """Of a row's taps of one residue."""
-        return -(--(-self.shape.s // self.shape.stride[1]) // self.taps)
+        return ceil(ceil(self.shape.s / self.shape.stride[1]) / self.taps)
 
     @property
     def units(self) -> int:
@@ -98,15 +101,17 @@ class NarrowForward:
     """y = the convolution of x with canonical filters, then bias and ReLU."""
 
     def __init__(self, device: Device, patch: Patch) -> None:
-        self.patch, self.most = patch, _FORWARD * device.processors
+        self.patch = patch
+        self._most = _resident(_IN_BLOCK["forward"], "forward", patch.forward_bytes, device.processors)
         self._kernel = device.kernel("conv_narrow.cu", f"narrow_{patch.name}")
 
     def __call__(self, rows: int, x: Array, w: Array, bias: Array | None, relu: bool, y: Array) -> None:
         """Of the first `rows` images."""
         patch, k = self.patch, self.patch.shape.k
-        grid = (min(patch.tiles(rows), self.most), -(-k // FILTERS))
+        across = -(-k // FILTERS)
+        grid = (min(patch.tiles(rows), max(1, self._most // across)), across)
         arguments = (x, *patch.arguments(rows), w, bias, y, k, int(relu))
-        self._kernel(grid, (128,), *arguments, shared=patch.forward_bytes)
+        self._kernel(grid, (32 * _IN_BLOCK["forward"],), *arguments, shared=patch.forward_bytes)
 
 
 class NarrowGradient:
@@ -136,7 +141,12 @@ class NarrowGradient:
 
 def _launch(patch: Patch, processors: int) -> tuple[int, int, int]:
     """Of the gradient's kernel: groups of units, warps of a block, blocks beside each other."""
-    groups = -(-patch.units // _IN_BLOCK)
+    groups = -(-patch.units // _IN_BLOCK["weights"])
     warps = -(-patch.units // groups)
     across = groups * -(-patch.shape.k // FILTERS)
-    return groups, warps, max(1, _WARPS // warps * processors // across)
+    return groups, warps, max(1, _resident(warps, "weights", patch.weights_bytes, processors) // across)
+
+
+def _resident(warps: int, kernel: str, nbytes: int, processors: int) -> int:
+    """Blocks that run side by side on a device: so many have as much to do each, and none comes late."""
+    return min(_WARPS[kernel] // warps, _MEMORY // (nbytes + _OWN)) * processors

@@ -98,7 +98,9 @@ def test_every_tile_of_a_gradient_of_filters(shim: Shim, tile: cut.Tile, monkeyp
 
 
 @pytest.mark.parametrize("processors", [2, 32], ids=["whole", "in-parts"])
-@pytest.mark.parametrize("case", ["vgg-first", "vgg-3x3", "groups-out-of-quads", "googlenet-5x5", "dense", "dense-out-of-quads"])
+@pytest.mark.parametrize(
+    "case", ["vgg-first", "vgg-3x3", "groups-out-of-quads", "googlenet-5x5", "dense", "dense-out-of-quads"]
+)
 def test_the_relu_behind_is_computed_with_it(shim: Shim, case: str, processors: int) -> None:
     shim.processors = processors
     layer, shape = CASES[case]
