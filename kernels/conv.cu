@@ -58,18 +58,17 @@ __device__ __forceinline__ void find_rows(Row* rows, const Image& image, int gro
 }
 
 // Copies the left side of a gather: a row for each pixel of the grid, k inside.
-template <int ROWS, int THREADS>
+template <int ROWS, int THREADS, bool IN_QUADS>
 struct Pixels {
     static constexpr int PASS = THREADS / 4, PASSES = ROWS / PASS;
     static_assert(PASS % 8 == 0, "rows of a thread are swizzled alike");
     const Image& image;
     const Row* rows;
     int r, s, c;  // of the thread's four numbers
-    bool quads;
 
     // From the sum's place `begin` on.
     __device__ __forceinline__ Pixels(const Image& image, const Row* rows, int begin)
-        : image(image), rows(rows + threadIdx.x / 4), quads(in_quads(image.at)) {
+        : image(image), rows(rows + threadIdx.x / 4) {
         const int k = begin + threadIdx.x % 4 * 4, tap = k / image.group_channels;
         c = k % image.group_channels;
         s = tap % image.taps_across;
@@ -80,10 +79,13 @@ struct Pixels {
         const int from = (r * image.w + s) * image.channels + c;
         const int down = r < image.taps_down ? r : NOWHERE;
         to += swizzled(threadIdx.x / 4, threadIdx.x % 4);
-        copy_quads<PASSES>(
-            quads, [&](int i) { return to + i * PASS * STEP; },
-            [&](int i) { return image.at + static_cast<unsigned>(rows[i * PASS].start + from); },
-            [&](int i) { return inside(rows[i * PASS].row + down, rows[i * PASS].column + s, image); });
+        Row row[PASSES];
+#pragma unroll
+        for (int i = 0; i < PASSES; ++i) row[i] = rows[i * PASS];
+#pragma unroll
+        for (int i = 0; i < PASSES; ++i)
+            copy_quad<IN_QUADS>(to + i * PASS * STEP, image.at + static_cast<unsigned>(row[i].start + from),
+                                inside(row[i].row + down, row[i].column + s, image));
     }
 
     __device__ __forceinline__ void advance() {
@@ -180,8 +182,8 @@ __device__ __forceinline__ void put(const Output& out, float* partial, const Pla
     }
 }
 
-// depth: rows of b; part: summands of one part, a multiple of STEP.
-template <int WARPS_M, int WARPS_N>
+// depth: rows of b; part: summands of one part, a multiple of STEP. IN_QUADS: the image and b are 16-byte aligned.
+template <int WARPS_M, int WARPS_N, bool IN_QUADS>
 __device__ __forceinline__ void gather(const Image& image, const float* b, const Output& out, float* partial, int m,
                                        int n, int depth, int ldb, int b_group, int groups, int part) {
     using T = Tile<WARPS_M, WARPS_N>;
@@ -193,8 +195,8 @@ __device__ __forceinline__ void gather(const Image& image, const float* b, const
     find_rows<T::M, T::THREADS>(rows, image, group, m0, m);
     const Place<T, true> place;
     float sum[8][8];
-    Pixels<T::M, T::THREADS> left(image, rows, begin);
-    Columns<T::N, T::THREADS> right(b, group * b_group, begin, depth, ldb, n0, ldb);
+    Pixels<T::M, T::THREADS, IN_QUADS> left(image, rows, begin);
+    Columns<T::N, T::THREADS, IN_QUADS> right(b, group * b_group, begin, depth, ldb, n0, ldb);
     multiply_steps<T>(left, right, steps, stages, place, sum);
     put(out, partial, place, m0, n0, m, n, group, sum);
 }
@@ -210,7 +212,7 @@ __device__ __forceinline__ void weights(const Image& image, const float* dy, con
     const int steps = (min(part, all - begin) + STEP - 1) / STEP;
     __shared__ Stages<T> stages;
     const Place<T, false> place;
-    Columns<T::M, T::THREADS> left(dy, group * ldk, begin, all, ldk * groups, m0, ldk);
+    Columns<T::M, T::THREADS, true> left(dy, group * ldk, begin, all, ldk * groups, m0, ldk);
     Windows<T::N, T::THREADS> right(image, group, begin, images, n0);
     float sum[8][8];
     multiply_steps<T>(left, right, steps, stages, place, sum);
@@ -230,14 +232,17 @@ __device__ __forceinline__ void weights(const Image& image, const float* dy, con
 
 #define GATHER \
     IMAGE, const float *b, int m, int n, int depth, int ldb, int b_group, int groups, int part, float *partial, OUTPUT
-#define GATHER_ON(WARPS_M, WARPS_N) \
-    dpnn::gather<WARPS_M, WARPS_N>(THE_IMAGE, b, THE_OUTPUT, partial, m, n, depth, ldb, b_group, groups, part)
+#define GATHER_ON(WARPS_M, WARPS_N, IN_QUADS) \
+    dpnn::gather<WARPS_M, WARPS_N, IN_QUADS>(THE_IMAGE, b, THE_OUTPUT, partial, m, n, depth, ldb, b_group, groups, part)
 
-KERNEL(256, 2) gather_128x128(GATHER) { GATHER_ON(2, 4); }
-KERNEL(128, 4) gather_128x64(GATHER) { GATHER_ON(2, 2); }
-KERNEL(64, 6) gather_128x32(GATHER) { GATHER_ON(2, 1); }
-KERNEL(128, 4) gather_64x128(GATHER) { GATHER_ON(1, 4); }
-KERNEL(64, 8) gather_64x64(GATHER) { GATHER_ON(1, 2); }
+KERNEL(256, 2) gather_128x128(GATHER) { GATHER_ON(2, 4, true); }
+KERNEL(128, 4) gather_128x64(GATHER) { GATHER_ON(2, 2, true); }
+KERNEL(64, 6) gather_128x32(GATHER) { GATHER_ON(2, 1, true); }
+KERNEL(128, 4) gather_64x128(GATHER) { GATHER_ON(1, 4, true); }
+KERNEL(64, 8) gather_64x64(GATHER) { GATHER_ON(1, 2, true); }
+
+// For operands that lie anywhere, as parameters may.
+KERNEL(128, 3) gather_any_64x128(GATHER) { GATHER_ON(1, 4, false); }
 
 #define WEIGHTS IMAGE, const float *dy, int images, int k, int ldk, int groups, int part, float *partial, OUTPUT
 #define WEIGHTS_ON(WARPS_M, WARPS_N) \

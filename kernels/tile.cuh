@@ -86,44 +86,40 @@ __device__ __forceinline__ void multiply(const Stages<T>& stages, int stage, con
     }
 }
 
-// COUNT times four numbers into shared memory: to(i) from from(i), or zeros where not inside(i). `quads`: whether all lie
-// on multiples of 16 bytes, and are copied at once; parameters may lie anywhere. The same for all threads.
-template <int COUNT, class To, class From, class Inside>
-__device__ __forceinline__ void copy_quads(bool quads, To to, From from, Inside inside) {
-    if (quads) {
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) copy_async<16>(to(i), from(i), inside(i));
+// Four numbers into shared memory, QUADS at a time or one by one; zeros where not `inside`.
+template <bool QUADS>
+__device__ __forceinline__ void copy_quad(float* to, const float* from, bool inside) {
+    if (QUADS) {
+        copy_async<16>(to, from, inside);
     } else {
-#pragma unroll 1
-        for (int i = 0; i < COUNT; ++i)
-#pragma unroll 1
-            for (int j = 0; j < 4; ++j) copy_async<4>(to(i) + j, from(i) + j, inside(i));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) copy_async<4>(to + i, from + i, inside);
     }
 }
 
 // Copies a matrix [depth][apart] step by step, k outside; zeros beyond it. It lies `offset` numbers behind `base`, and
 // ends before 2^31 of them.
-template <int WIDTH, int THREADS>
+template <int WIDTH, int THREADS, bool IN_QUADS>
 struct Columns {
     static constexpr int QUADS = WIDTH / 4, PASS = THREADS / QUADS, PASSES = STEP / PASS;
     static_assert(THREADS % QUADS == 0 && STEP % PASS == 0, "each pass copies whole rows");
     const float* base;
     unsigned place, end, apart;  // `place` of a column outside of the matrix lies behind its end for ever
-    bool quads;
 
     // Columns [first, first + WIDTH) of `columns`, from row `begin` on.
     __device__ __forceinline__ Columns(const float* base, unsigned offset, int begin, int depth, int apart, int first,
                                        int columns)
-        : base(base), end(offset + static_cast<unsigned>(depth) * apart), apart(apart), quads(in_quads(base)) {
+        : base(base), end(offset + static_cast<unsigned>(depth) * apart), apart(apart) {
         const int column = first + threadIdx.x % QUADS * 4;
         place = offset + (begin + threadIdx.x / QUADS) * apart + column + (column < columns ? 0u : 1u << 31);
     }
 
     __device__ __forceinline__ void copy(float* to) const {
-        copy_quads<PASSES>(
-            quads, [&](int i) { return to + (i * THREADS + threadIdx.x) * 4; },
-            [&](int i) { return base + (place + i * PASS * apart); },
-            [&](int i) { return place + i * PASS * apart < end; });
+#pragma unroll
+        for (int i = 0; i < PASSES; ++i) {
+            const unsigned from = place + i * PASS * apart;
+            copy_quad<IN_QUADS>(to + (i * THREADS + threadIdx.x) * 4, base + from, from < end);
+        }
     }
 
     __device__ __forceinline__ void advance() { place += STEP * apart; }

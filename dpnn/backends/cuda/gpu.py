@@ -66,6 +66,9 @@ class Gpu(Device):
         array: Array = _cupy().ndarray((nbytes,), np.uint8, self._cuda.MemoryPointer(memory, 0))
         return array
 
+    def address(self, array: Array) -> int:
+        return _address(array)
+
     def zero(self, array: Array) -> None:
         layout(array)
         if array.nbytes:

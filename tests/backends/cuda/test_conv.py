@@ -91,6 +91,12 @@ def test_every_tile_of_a_gather(shim: Shim, tile: cut.Tile, monkeypatch: pytest.
     check(shim, nn.Conv(132, 3, padding=1), (12, 9, 8))
 
 
+@pytest.mark.parametrize("case", ["vgg-3x3", "alexnet-groups", "dense", "dense-out-of-quads"])
+def test_a_gather_of_operands_that_lie_anywhere(shim: Shim, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shim, "address", lambda array: 4)
+    check(shim, *CASES[case], rows=5)
+
+
 @pytest.mark.parametrize("tile", cut.WEIGHTS, ids=lambda tile: tile.name)
 def test_every_tile_of_a_gradient_of_filters(shim: Shim, tile: cut.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "WEIGHTS", (tile,))
