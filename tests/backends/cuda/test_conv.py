@@ -85,6 +85,12 @@ def test_parts_of_sums_are_added_up(shim: Shim, case: str) -> None:
     check(shim, *CASES[case], rows=5)
 
 
+@pytest.mark.parametrize("case", ["vgg-first", "resnet-first", "few-channels-many-filters", "one-channel"])
+def test_blocks_go_from_tile_to_tile_where_channels_are_few(shim: Shim, case: str) -> None:
+    shim.processors = 1  # which holds 6 blocks at most, of 7 tiles and more
+    check(shim, *CASES[case], rows=7)
+
+
 @pytest.mark.parametrize("tile", cut.GATHER, ids=lambda tile: tile.name)
 def test_every_tile_of_a_gather(shim: Shim, tile: cut.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "GATHER", (tile,))
