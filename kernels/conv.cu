@@ -37,22 +37,24 @@ __device__ __forceinline__ bool inside(int row, int column, const Image& image) 
            static_cast<unsigned>(column) < static_cast<unsigned>(image.w);
 }
 
-// A row of the left side of a gather: the pixel that its tap (0, 0) falls on.
+// A row of a gather: the pixel that its tap (0, 0) falls on.
 struct alignas(16) Row {
     int start;  // where the pixel's numbers stand, behind the image's first
     int row, column;
-    int unused;
+    int pixel;  // of the output
 };
 
 // Rows [first, first + ROWS) of `n`. All threads of the block call it.
 template <int ROWS, int THREADS>
-__device__ __forceinline__ void find_rows(Row* rows, const Image& image, int group, int first, int n) {
+__device__ __forceinline__ void find_rows(Row* rows, const Image& image, const Output& out, int group, int first,
+                                          int n) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < ROWS; i += THREADS) {
         const int m = first + i, number = m / (image.p * image.q);
         const int row = m / image.q % image.p * image.down - image.above;
         const int column = m % image.q * image.right - image.before;
         const int start = ((number * image.h + row) * image.w + column) * image.channels;
-        rows[i] = {start + group * image.group_channels, m < n ? row : NOWHERE, column, 0};
+        rows[i] = {start + group * image.group_channels, m < n ? row : NOWHERE, column, output_pixel(out, m)};
     }
     __syncthreads();
 }
@@ -155,29 +157,39 @@ struct Windows {
     }
 };
 
-// Writes a tile's sums, whose first is (m0, n0) of (m, n), to the output or to the block's part of `partial`.
-template <class T, bool K_INSIDE>
+// Writes a tile's sums, whose first is (m0, n0) of (m, n), to the output or to the block's part of `partial`. pixel(row):
+// where a row of the tile goes in the output.
+template <class T, bool K_INSIDE, class Pixel>
 __device__ __forceinline__ void put(const Output& out, float* partial, const Place<T, K_INSIDE>& place, int m0, int n0,
-                                    int m, int n, int group, const float (&sum)[8][8]) {
-    const int width = (n + 3) / 4 * 4;
-    if (partial) partial += static_cast<long long>(blockIdx.z) * m * width;
-    const bool quads = takes_quads(out, n);
+                                    int m, int n, int group, const float (&sum)[8][8], Pixel pixel) {
+    const int apart = partial ? (n + 3) / 4 * 4 : out.apart;
+    float* to = partial ? partial + static_cast<long long>(blockIdx.z) * m * apart
+                        : out.at + static_cast<long long>(group) * out.group_apart;
+    const bool quads = partial || takes_quads(out, n), relu = !partial && out.relu, add = !partial && out.add;
+    float bias[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        const int column = n0 + place.column(j / 4) + j % 4;
+        bias[j] = !partial && out.bias && column < n ? out.bias[group * n + column] : 0.f;
+    }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        const int row = m0 + place.row(i);
-        if (row >= m) continue;
-        float* line = output_row(out, group, row);
+        const int row = place.row(i);
+        if (m0 + row >= m) continue;
+        float* line = to + static_cast<long long>(partial ? m0 + row : pixel(row)) * apart;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int column = n0 + place.column(half);
-            if (column >= n) continue;
-            alignas(16) float value[4];
+            alignas(16) float value[4], old[4] = {0.f, 0.f, 0.f, 0.f};
+            if (add && quads && column < n) copy_four(old, line + column);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) value[j] = sum[i][4 * half + j];
-            if (partial)
-                copy_four(partial + static_cast<long long>(row) * width + column, value);
-            else
-                put_four(out, line, group, column, n, quads, value);
+            for (int j = 0; j < 4; ++j) {
+                value[j] = sum[i][4 * half + j] + bias[4 * half + j];
+                if (relu) value[j] = value[j] > 0.f ? value[j] : 0.f;
+                value[j] += old[j];
+                if (!quads && column + j < n) line[column + j] = add ? line[column + j] + value[j] : value[j];
+            }
+            if (quads && column < n) copy_four(line + column, value);
         }
     }
 }
@@ -192,13 +204,13 @@ __device__ __forceinline__ void gather(const Image& image, const float* b, const
     const int steps = (min(part, all - begin) + STEP - 1) / STEP;
     __shared__ Stages<T> stages;
     __shared__ Row rows[T::M];
-    find_rows<T::M, T::THREADS>(rows, image, group, m0, m);
+    find_rows<T::M, T::THREADS>(rows, image, out, group, m0, m);
     const Place<T, true> place;
     float sum[8][8];
     Pixels<T::M, T::THREADS, IN_QUADS> left(image, rows, begin);
     Columns<T::N, T::THREADS, IN_QUADS> right(b, group * b_group, begin, depth, ldb, n0, ldb);
     multiply_steps<T>(left, right, steps, stages, place, sum);
-    put(out, partial, place, m0, n0, m, n, group, sum);
+    put(out, partial, place, m0, n0, m, n, group, sum, [&](int row) { return rows[row].pixel; });
 }
 
 // k: filters of a group; ldk: of a group in dy; part: pixels of one part, a multiple of STEP.
@@ -216,7 +228,7 @@ __device__ __forceinline__ void weights(const Image& image, const float* dy, con
     Windows<T::N, T::THREADS> right(image, group, begin, images, n0);
     float sum[8][8];
     multiply_steps<T>(left, right, steps, stages, place, sum);
-    put(out, partial, place, m0, n0, k, n, group, sum);
+    put(out, partial, place, m0, n0, k, n, group, sum, [&](int row) { return m0 + row; });
 }
 
 }  // namespace dpnn
