@@ -48,7 +48,6 @@ struct alignas(16) Row {
 template <int ROWS, int THREADS>
 __device__ __forceinline__ void find_rows(Row* rows, const Image& image, const Output& out, int group, int first,
                                           int n) {
-#pragma unroll 1
     for (int i = threadIdx.x; i < ROWS; i += THREADS) {
         const int m = first + i, number = m / (image.p * image.q);
         const int row = m / image.q % image.p * image.down - image.above;
