@@ -37,22 +37,23 @@ __device__ __forceinline__ bool inside(int row, int column, const Image& image) 
            static_cast<unsigned>(column) < static_cast<unsigned>(image.w);
 }
 
-// A row of the left side of a gather: the pixel that its tap (0, 0) falls on.
+// A row of a gather: the pixel that its tap (0, 0) falls on.
 struct alignas(16) Row {
     int start;  // where the pixel's numbers stand, behind the image's first
     int row, column;
-    int unused;
+    int pixel;  // of the output
 };
 
 // Rows [first, first + ROWS) of `n`. All threads of the block call it.
 template <int ROWS, int THREADS>
-__device__ __forceinline__ void find_rows(Row* rows, const Image& image, int group, int first, int n) {
+__device__ __forceinline__ void find_rows(Row* rows, const Image& image, const Output& out, int group, int first,
+                                          int n) {
     for (int i = threadIdx.x; i < ROWS; i += THREADS) {
         const int m = first + i, number = m / (image.p * image.q);
         const int row = m / image.q % image.p * image.down - image.above;
         const int column = m % image.q * image.right - image.before;
         const int start = ((number * image.h + row) * image.w + column) * image.channels;
-        rows[i] = {start + group * image.group_channels, m < n ? row : NOWHERE, column, 0};
+        rows[i] = {start + group * image.group_channels, m < n ? row : NOWHERE, column, output_pixel(out, m)};
     }
     __syncthreads();
 }
@@ -155,35 +156,45 @@ struct Windows {
     }
 };
 
-// Writes a tile's sums, whose first is (m0, n0) of (m, n), to the output or to the block's part of `partial`.
-template <class T, bool K_INSIDE>
+// Writes a tile's sums, whose first is (m0, n0) of (m, n), to the output or to the block's part of `partial`. pixel(row):
+// where a row of the tile goes in the output.
+template <class T, bool K_INSIDE, class Pixel>
 __device__ __forceinline__ void put(const Output& out, float* partial, const Place<T, K_INSIDE>& place, int m0, int n0,
-                                    int m, int n, int group, const float (&sum)[8][8]) {
-    const int width = (n + 3) / 4 * 4;
-    if (partial) partial += static_cast<long long>(blockIdx.z) * m * width;
-    const bool quads = takes_quads(out, n);
+                                    int m, int n, int group, const float (&sum)[8][8], Pixel pixel) {
+    const int apart = partial ? (n + 3) / 4 * 4 : out.apart;
+    float* to = partial ? partial + static_cast<long long>(blockIdx.z) * m * apart
+                        : out.at + static_cast<long long>(group) * out.group_apart;
+    const bool quads = partial || takes_quads(out, n), relu = !partial && out.relu, add = !partial && out.add;
+    float bias[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        const int column = n0 + place.column(j / 4) + j % 4;
+        bias[j] = !partial && out.bias && column < n ? out.bias[group * n + column] : 0.f;
+    }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        const int row = m0 + place.row(i);
-        if (row >= m) continue;
-        float* line = output_row(out, group, row);
+        const int row = place.row(i);
+        if (m0 + row >= m) continue;
+        float* line = to + static_cast<long long>(partial ? m0 + row : pixel(row)) * apart;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int column = n0 + place.column(half);
-            if (column >= n) continue;
-            alignas(16) float value[4];
+            alignas(16) float value[4], old[4] = {0.f, 0.f, 0.f, 0.f};
+            if (add && quads && column < n) copy_four(old, line + column);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) value[j] = sum[i][4 * half + j];
-            if (partial)
-                copy_four(partial + static_cast<long long>(row) * width + column, value);
-            else
-                put_four(out, line, group, column, n, quads, value);
+            for (int j = 0; j < 4; ++j) {
+                value[j] = sum[i][4 * half + j] + bias[4 * half + j];
+                if (relu) value[j] = value[j] > 0.f ? value[j] : 0.f;
+                value[j] += old[j];
+                if (!quads && column + j < n) line[column + j] = add ? line[column + j] + value[j] : value[j];
+            }
+            if (quads && column < n) copy_four(line + column, value);
         }
     }
 }
 
-// depth: rows of b; part: summands of one part, a multiple of STEP.
-template <int WARPS_M, int WARPS_N>
+// depth: rows of b; part: summands of one part, a multiple of STEP. IN_QUADS: the image and b are 16-byte aligned.
+template <int WARPS_M, int WARPS_N, bool IN_QUADS>
 __device__ __forceinline__ void gather(const Image& image, const float* b, const Output& out, float* partial, int m,
                                        int n, int depth, int ldb, int b_group, int groups, int part) {
     using T = Tile<WARPS_M, WARPS_N>;
@@ -192,19 +203,13 @@ __device__ __forceinline__ void gather(const Image& image, const float* b, const
     const int steps = (min(part, all - begin) + STEP - 1) / STEP;
     __shared__ Stages<T> stages;
     __shared__ Row rows[T::M];
-    find_rows<T::M, T::THREADS>(rows, image, group, m0, m);
+    find_rows<T::M, T::THREADS>(rows, image, out, group, m0, m);
     const Place<T, true> place;
     float sum[8][8];
-    if (in_quads(image.at) && in_quads(b)) {
-        Pixels<T::M, T::THREADS, true> left(image, rows, begin);
-        Columns<T::N, T::THREADS, true> right(b, group * b_group, begin, depth, ldb, n0, ldb);
-        multiply_steps<T>(left, right, steps, stages, place, sum);
-    } else {
-        Pixels<T::M, T::THREADS, false> left(image, rows, begin);
-        Columns<T::N, T::THREADS, false> right(b, group * b_group, begin, depth, ldb, n0, ldb);
-        multiply_steps<T>(left, right, steps, stages, place, sum);
-    }
-    put(out, partial, place, m0, n0, m, n, group, sum);
+    Pixels<T::M, T::THREADS, IN_QUADS> left(image, rows, begin);
+    Columns<T::N, T::THREADS, IN_QUADS> right(b, group * b_group, begin, depth, ldb, n0, ldb);
+    multiply_steps<T>(left, right, steps, stages, place, sum);
+    put(out, partial, place, m0, n0, m, n, group, sum, [&](int row) { return rows[row].pixel; });
 }
 
 // k: filters of a group; ldk: of a group in dy; part: pixels of one part, a multiple of STEP.
@@ -222,7 +227,7 @@ __device__ __forceinline__ void weights(const Image& image, const float* dy, con
     Windows<T::N, T::THREADS> right(image, group, begin, images, n0);
     float sum[8][8];
     multiply_steps<T>(left, right, steps, stages, place, sum);
-    put(out, partial, place, m0, n0, k, n, group, sum);
+    put(out, partial, place, m0, n0, k, n, group, sum, [&](int row) { return m0 + row; });
 }
 
 }  // namespace dpnn
@@ -238,14 +243,17 @@ __device__ __forceinline__ void weights(const Image& image, const float* dy, con
 
 #define GATHER \
     IMAGE, const float *b, int m, int n, int depth, int ldb, int b_group, int groups, int part, float *partial, OUTPUT
-#define GATHER_ON(WARPS_M, WARPS_N) \
-    dpnn::gather<WARPS_M, WARPS_N>(THE_IMAGE, b, THE_OUTPUT, partial, m, n, depth, ldb, b_group, groups, part)
+#define GATHER_ON(WARPS_M, WARPS_N, IN_QUADS) \
+    dpnn::gather<WARPS_M, WARPS_N, IN_QUADS>(THE_IMAGE, b, THE_OUTPUT, partial, m, n, depth, ldb, b_group, groups, part)
 
-KERNEL(256, 2) gather_128x128(GATHER) { GATHER_ON(2, 4); }
-KERNEL(128, 4) gather_128x64(GATHER) { GATHER_ON(2, 2); }
-KERNEL(64, 6) gather_128x32(GATHER) { GATHER_ON(2, 1); }
-KERNEL(128, 4) gather_64x128(GATHER) { GATHER_ON(1, 4); }
-KERNEL(64, 8) gather_64x64(GATHER) { GATHER_ON(1, 2); }
+KERNEL(256, 2) gather_128x128(GATHER) { GATHER_ON(2, 4, true); }
+KERNEL(128, 4) gather_128x64(GATHER) { GATHER_ON(2, 2, true); }
+KERNEL(64, 6) gather_128x32(GATHER) { GATHER_ON(2, 1, true); }
+KERNEL(128, 4) gather_64x128(GATHER) { GATHER_ON(1, 4, true); }
+KERNEL(64, 8) gather_64x64(GATHER) { GATHER_ON(1, 2, true); }
+
+// For operands that lie anywhere, as parameters may.
+KERNEL(128, 3) gather_any_64x128(GATHER) { GATHER_ON(1, 4, false); }
 
 #define WEIGHTS IMAGE, const float *dy, int images, int k, int ldk, int groups, int part, float *partial, OUTPUT
 #define WEIGHTS_ON(WARPS_M, WARPS_N) \

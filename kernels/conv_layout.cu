@@ -80,15 +80,23 @@ add_parts_turned(const float* partial, int parts, int m, int n, const float* bia
     }
 }
 
-// A thread for each number of `partial`; `filters` of all groups, `rows` numbers a tap, of which c are real.
+// `filters` of all groups, `rows` numbers a tap, of which c are real. A block has 32 numbers of a part; a thread adds up
+// every 8th part, eight threads' sums are added in their order.
 KERNEL(256)
 add_filter_parts(const float* partial, int parts, int filters, int taps, int rows, int c, float* dw, int add) {
-    const long long i = blockIdx.x * 256ll + threadIdx.x, size = static_cast<long long>(filters) * taps * rows;
-    const int channel = static_cast<int>(i % rows);
-    if (i >= size || channel >= c) return;
+    __shared__ float sums[8][32];
+    const int lane = threadIdx.x % 32, first = threadIdx.x / 32;
+    const long long i = blockIdx.x * 32ll + lane, size = static_cast<long long>(filters) * taps * rows;
     float value = 0.f;
-#pragma unroll 4
-    for (int part = 0; part < parts; ++part) value += partial[part * size + i];
+    if (i < size) {
+#pragma unroll 8
+        for (int part = first; part < parts; part += 8) value += partial[part * size + i];
+    }
+    sums[first][lane] = value;
+    __syncthreads();
+    const int channel = static_cast<int>(i % rows);
+    if (first > 0 || i >= size || channel >= c) return;
+    for (int other = 1; other < 8; ++other) value += sums[other][lane];
     const long long place = (i / (static_cast<long long>(taps) * rows) * c + channel) * taps + i / rows % taps;
     dw[place] = add ? dw[place] + value : value;
 }

@@ -35,14 +35,17 @@ __device__ __forceinline__ bool takes_quads(const Output& out, int n) {
     return in_quads(out.at) && n % 4 == 0 && out.apart % 4 == 0 && out.group_apart % 4 == 0;
 }
 
+// The number of a row's pixel among all of the images.
+__device__ __forceinline__ int output_pixel(const Output& out, int m) {
+    if (out.down * out.right == 1) return m;
+    const int row = m / out.q % out.p * out.down + out.first_row, column = m % out.q * out.right + out.first_column;
+    return (m / (out.p * out.q) * out.h + row) * out.w + column;
+}
+
 // Where a row's numbers start.
 __device__ __forceinline__ float* output_row(const Output& out, int group, int m) {
-    long long pixel = m;
-    if (out.down * out.right > 1) {
-        const int row = m / out.q % out.p * out.down + out.first_row, column = m % out.q * out.right + out.first_column;
-        pixel = (static_cast<long long>(m / (out.p * out.q)) * out.h + row) * out.w + column;
-    }
-    return out.at + pixel * out.apart + static_cast<long long>(group) * out.group_apart;
+    return out.at + static_cast<long long>(output_pixel(out, m)) * out.apart +
+           static_cast<long long>(group) * out.group_apart;
 }
 
 // Writes four numbers of a row, from `column` of n on, or as many as there are.

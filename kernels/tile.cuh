@@ -134,21 +134,21 @@ __device__ __forceinline__ void multiply_steps(Left& left, Right& right, int ste
 #pragma unroll
         for (int j = 0; j < 8; ++j) sum[i][j] = 0.f;
     if (steps > 0) {
-        left.copy(stages.a[0]);
-        right.copy(stages.b[0]);
+        left.copy(stages.a[steps % 2]);
+        right.copy(stages.b[steps % 2]);
         close_copies();
     }
-    for (int step = 0; step < steps; ++step) {
+    for (; steps > 0; --steps) {  // what is left is all that is counted: registers are few
         copies_arrived<0>();
         __syncthreads();  // all see this step's numbers; nobody reads the last step's any more
-        if (step + 1 < steps) {
+        if (steps > 1) {
             left.advance();
             right.advance();
-            left.copy(stages.a[(step + 1) % 2]);
-            right.copy(stages.b[(step + 1) % 2]);
+            left.copy(stages.a[(steps - 1) % 2]);
+            right.copy(stages.b[(steps - 1) % 2]);
             close_copies();
         }
-        multiply<T, K_INSIDE>(stages, step % 2, place, sum);
+        multiply<T, K_INSIDE>(stages, steps % 2, place, sum);
     }
 }
 

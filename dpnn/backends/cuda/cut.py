@@ -37,6 +37,8 @@ class Tile:
 
 
 GATHER = (Tile(128, 128, 0.88), Tile(128, 64, 0.86), Tile(64, 128, 0.86), Tile(128, 32, 0.82), Tile(64, 64, 0.83))
+ANYWHERE = (Tile(64, 128, 0.6),)
+"""Of gathers whose operands may lie anywhere in memory."""
 WEIGHTS = (Tile(128, 128, 0.87), Tile(128, 64, 0.85), Tile(64, 128, 0.83), Tile(64, 64, 0.80))
 
 

@@ -35,6 +35,10 @@ class Device(Protocol):
         """Memory of the device, uint8, aligned to 256 bytes."""
         ...
 
+    def address(self, array: Array) -> int:
+        """Where an array's memory begins."""
+        ...
+
     def zero(self, array: Array) -> None:
         """Set an array, contiguous in memory, to zeros."""
         ...

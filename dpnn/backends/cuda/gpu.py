@@ -91,6 +91,9 @@ class Gpu(Device):
         array: Array = _cupy().ndarray((nbytes,), np.uint8, self._cuda.MemoryPointer(memory, 0))
         return array
 
+    def address(self, array: Array) -> int:
+        return _address(array)
+
     def _last_room(self, nbytes: int) -> Any:
         runtime = self._cuda.runtime
         try:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from dpnn.backends.base import Array
-from dpnn.backends.cuda.cut import GATHER, WEIGHTS, partial_size, plan
+from dpnn.backends.cuda.cut import ANYWHERE, GATHER, WEIGHTS, partial_size, plan
 from dpnn.backends.cuda.device import Device, blocks
 from dpnn.backends.cuda.geometry import Shape, Target, Walk, forward_walk, quads
 
@@ -22,9 +22,10 @@ class Gather:
     """out[pixel][n] = the sum over taps and channels of images[pixel + tap][c] matrix[(tap, c)][n], for each group."""
 
     def __init__(self, device: Device, walk: Walk) -> None:
-        self.walk, self.processors = walk, device.processors
+        self.walk, self.device = walk, device
         self._walking = walk.arguments((walk.taps[1], walk.c))
         self._products = {tile: device.kernel("conv.cu", f"gather_{tile.name}") for tile in GATHER}
+        self._anywhere = {tile: device.kernel("conv.cu", f"gather_any_{tile.name}") for tile in ANYWHERE}
         self._add = device.kernel("conv_layout.cu", "add_parts")
 
     @staticmethod
@@ -37,11 +38,13 @@ class Gather:
     ) -> int:
         """The first `rows` images. The number of parts in `partial`; 0 where one part went to `output` at once."""
         m, n, k = _sizes(self.walk, matrix.n, rows)
-        cut = plan(GATHER, m, n, k, self.walk.groups, self.processors)
+        quads = all(self.device.address(array) % 16 == 0 for array in (images, matrix.array))
+        tiles, products = (GATHER, self._products) if quads else (ANYWHERE, self._anywhere)
+        cut = plan(tiles, m, n, k, self.walk.groups, self.device.processors)
         parts = 0 if cut.parts == 1 and output else cut.parts
         sizes = (m, n, matrix.depth, matrix.apart, matrix.depth * matrix.apart, self.walk.groups, cut.part)
         to = (partial if parts else None, *(output or (None, None, 0, 0, *Target(n, 0).arguments)))
-        self._products[cut.tile](cut.grid, (cut.tile.threads,), images, *self._walking, matrix.array, *sizes, *to)
+        products[cut.tile](cut.grid, (cut.tile.threads,), images, *self._walking, matrix.array, *sizes, *to)
         return parts
 
     def __call__(
@@ -64,6 +67,20 @@ class Gather:
             self._add(grid, (256,), partial, parts, m, matrix.n, *output)
 
 
+class FilterSums:
+    """dw = or += the sums over parts of partial[part][k][(tap, c)]: the products' order is not the canonical one."""
+
+    def __init__(self, device: Device, shape: Shape) -> None:
+        self.shape = shape
+        self._add = device.kernel("conv_layout.cu", "add_filter_parts")
+
+    def __call__(self, partial: Array, parts: int, c: int, dw: Array, add: int) -> None:
+        """`c`: channels of `partial`, with those that only round them up."""
+        shape, filters = self.shape, self.shape.groups * self.shape.k
+        sizes = (parts, filters, shape.taps, c, shape.c)
+        self._add(blocks(filters * shape.taps * c, 32), (256,), partial, *sizes, dw, add)
+
+
 class FilterGradient:
     """dw[k][(tap, c)] = the sum over pixels of dy[pixel][k] images[pixel + tap][c], for each group; canonical."""
 
@@ -71,7 +88,7 @@ class FilterGradient:
         self.shape, self.processors = shape, device.processors
         self._walking = forward_walk(shape).arguments((shape.p, shape.q))
         self._products = {tile: device.kernel("conv.cu", f"weights_{tile.name}") for tile in WEIGHTS}
-        self._add = device.kernel("conv_layout.cu", "add_filter_parts")
+        self._add = FilterSums(device, shape)
 
     @staticmethod
     def scratch(shape: Shape, rows: int, processors: int) -> int:
@@ -89,9 +106,7 @@ class FilterGradient:
         output = (None if direct else partial, dw, None, 0, add, *Target(n, shape.k * n).arguments)
         self._products[cut.tile](cut.grid, (cut.tile.threads,), images, *self._walking, dy, *sizes, *output)
         if not direct:
-            filters = shape.groups * shape.k
-            tail = (cut.parts, filters, shape.taps, c, shape.c, dw, add)
-            self._add(blocks(filters * n), (256,), partial, *tail)
+            self._add(partial, cut.parts, c, dw, add)
 
 
 def _sizes(walk: Walk, n: int, rows: int) -> tuple[int, int, int]:

@@ -3,10 +3,11 @@
 from abc import abstractmethod
 from typing import TypeVar
 
-from dpnn.backends.base import Group, Mode, Room, Slot
+from dpnn.backends.base import Array, Group, Mode, Room, Slot
 from dpnn.backends.cuda.bias import BiasGradient
 from dpnn.backends.cuda.device import Device
 from dpnn.backends.cuda.geometry import Shape, backward_walks, quads
+from dpnn.backends.cuda.narrow import NarrowGradient, patch_of
 from dpnn.backends.cuda.op import KernelOp
 from dpnn.backends.cuda.operands import Operands, backward_order
 from dpnn.backends.cuda.product import FilterGradient, Gather, Matrix
@@ -23,6 +24,7 @@ class WeightedOp(KernelOp[W]):
     def __init__(self, group: Group, slot: Slot, mode: Mode, device: Device) -> None:
         super().__init__(group, slot, mode, device)
         self.shape = Shape.of(self.node)
+        self.patch = patch_of(self.shape)
         roles = {param.role for param in self.node.params}
         self.w = slot.param(self.node, "weight")
         self.bias = slot.param(self.node, "bias") if "bias" in roles else None
@@ -33,9 +35,11 @@ class WeightedOp(KernelOp[W]):
     def bind_gradients(self, group: Group, slot: Slot) -> None:
         super().bind_gradients(group, slot)
         shape, device = Shape.of(self.node), self.device
+        patch = patch_of(shape)
         _, _, backward = slot.room(group)
         self.backward_scratch = carve(backward, backward_sizes(shape, len(self.x), device.processors))
         self.bias_gradient = BiasGradient(device, shape.groups * shape.k)
+        self.narrow_gradient = NarrowGradient(device, patch) if patch else None
         self.filter_gradient = FilterGradient(device, shape)
         self.gathers = [(Gather(device, walk), target, first) for walk, target, first in backward_walks(shape)]
 
@@ -58,13 +62,21 @@ class WeightedOp(KernelOp[W]):
         if self.relu or self.bias is not None:
             y = self.y if self.relu else None
             self.bias_gradient(outputs, y, dy, scratch["sums"], self.d_params.get("bias"), self.add)
-        x = self.operands.padded(self.x, rows * shape.h * shape.w * shape.groups, shape.c, scratch["x"])
         dy = self.operands.padded(dy, outputs * shape.groups, shape.k, scratch["dy"])
-        self.filter_gradient(rows, x, dy, scratch["partial"], self.d_params["weight"], self.add)
+        self.weight_gradient(rows, dy)
         if self.dx is not None:
             for gather, target, first in self.gathers:
                 matrix = self._turned(gather.walk.taps, first)
                 gather(rows, dy, matrix, scratch["partial"], self.dx, target)
+
+    def weight_gradient(self, rows: int, dy: Array) -> None:
+        """Of the filters, or weights. `dy`: with its channels rounded up to quads."""
+        shape, scratch, dw = self.shape, self.backward_scratch, self.d_params["weight"]
+        if self.narrow_gradient:
+            self.narrow_gradient(rows, self.x, dy, scratch["partial"], dw, self.add)
+            return
+        x = self.operands.padded(self.x, rows * shape.h * shape.w * shape.groups, shape.c, scratch["x"])
+        self.filter_gradient(rows, x, dy, scratch["partial"], dw, self.add)
 
     def _turned(self, taps: tuple[int, int], first: tuple[int, int]) -> Matrix:
         """The filters as (taps, K) x C: a filter of one tap lies like that in memory."""
@@ -77,13 +89,15 @@ class WeightedOp(KernelOp[W]):
 
 def backward_sizes(shape: Shape, rows: int, processors: int) -> dict[str, int]:
     """Numbers of scratch of backward, by name."""
-    partial = [FilterGradient.scratch(shape, rows, processors)]
+    patch = patch_of(shape)
+    narrow = NarrowGradient.scratch(patch, rows, processors) if patch else 0
+    partial = [narrow or FilterGradient.scratch(shape, rows, processors)]
     filters = [0]
     for walk, _, first in backward_walks(shape):
         partial.append(Gather.scratch(walk, shape.c, rows, processors))
         filters.append(backward_order(shape, walk.taps, first).size)
     return {
-        "x": padded_size(rows * shape.h * shape.w * shape.groups, shape.c),
+        "x": 0 if patch else padded_size(rows * shape.h * shape.w * shape.groups, shape.c),
         "dy": padded_size(rows * shape.p * shape.q * shape.groups, shape.k),
         "filters": max(filters) if _turns(shape) else 0,
         "partial": max(partial),

@@ -69,6 +69,9 @@ class Shim:
         self._memory[raw.ctypes.data, begin, nbytes] = raw
         return raw[begin : begin + nbytes]
 
+    def address(self, array: Array) -> int:
+        return int(array.ctypes.data)
+
     def check(self) -> None:
         """Raise AssertionError if something was written just before or behind an array of `empty` that still lives."""
         for (_, begin, nbytes), raw in list(self._memory.items()):

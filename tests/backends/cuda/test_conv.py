@@ -21,7 +21,13 @@ CASES = {
     "alexnet-11x11-stride-4": (nn.Conv(10, 11, stride=4, padding=2), (3, 23, 19)),
     "resnet-7x7-stride-2": (nn.Conv(8, 7, stride=2, padding=3), (3, 15, 14)),
     "vgg-3x3": (nn.Conv(36, 3, padding=1), (20, 7, 9)),
-    "vgg-first": (nn.Conv(66, 3, padding=1), (3, 9, 8)),
+    "vgg-first": (nn.Conv(64, 3, padding=1), (3, 9, 17)),
+    "vgg-first-out-of-quads": (nn.Conv(66, 3, padding=1), (3, 9, 8)),
+    "resnet-first": (nn.Conv(64, 7, stride=2, padding=3), (3, 18, 35)),
+    "few-channels-many-filters": (nn.Conv(116, (2, 3), stride=(3, 1)), (3, 9, 8)),
+    "few-channels-large-stride": (nn.Conv(48, (3, 2), stride=(1, 4), padding=2), (3, 9, 15)),
+    "few-channels-chunks": (nn.Conv(56, (1, 9), padding=(0, 4)), (3, 3, 18)),
+    "one-channel": (nn.Conv(60, 5, stride=(2, 1), padding=2), (1, 11, 21)),
     "googlenet-1x1": (nn.Conv(24, 1), (48, 7, 7)),
     "googlenet-5x5": (nn.Conv(33, 5, padding=2, bias=False), (6, 7, 6)),
     "resnet-1x1-stride-2": (nn.Conv(12, 1, stride=2), (16, 7, 8)),
@@ -79,10 +85,22 @@ def test_parts_of_sums_are_added_up(shim: Shim, case: str) -> None:
     check(shim, *CASES[case], rows=5)
 
 
+@pytest.mark.parametrize("case", ["vgg-first", "resnet-first", "few-channels-many-filters", "one-channel"])
+def test_blocks_go_from_tile_to_tile_where_channels_are_few(shim: Shim, case: str) -> None:
+    shim.processors = 1  # which holds 6 blocks at most, of 7 tiles and more
+    check(shim, *CASES[case], rows=7)
+
+
 @pytest.mark.parametrize("tile", cut.GATHER, ids=lambda tile: tile.name)
 def test_every_tile_of_a_gather(shim: Shim, tile: cut.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "GATHER", (tile,))
     check(shim, nn.Conv(132, 3, padding=1), (12, 9, 8))
+
+
+@pytest.mark.parametrize("case", ["vgg-3x3", "alexnet-groups", "dense", "dense-out-of-quads"])
+def test_a_gather_of_operands_that_lie_anywhere(shim: Shim, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shim, "address", lambda array: 4)
+    check(shim, *CASES[case], rows=5)
 
 
 @pytest.mark.parametrize("tile", cut.WEIGHTS, ids=lambda tile: tile.name)
@@ -92,7 +110,9 @@ def test_every_tile_of_a_gradient_of_filters(shim: Shim, tile: cut.Tile, monkeyp
 
 
 @pytest.mark.parametrize("processors", [2, 32], ids=["whole", "in-parts"])
-@pytest.mark.parametrize("case", ["vgg-3x3", "groups-out-of-quads", "googlenet-5x5", "dense", "dense-out-of-quads"])
+@pytest.mark.parametrize(
+    "case", ["vgg-first", "vgg-3x3", "groups-out-of-quads", "googlenet-5x5", "dense", "dense-out-of-quads"]
+)
 def test_the_relu_behind_is_computed_with_it(shim: Shim, case: str, processors: int) -> None:
     shim.processors = processors
     layer, shape = CASES[case]
@@ -136,7 +156,7 @@ class Shifted(Bench):
         return self._moved("gradient", self.d_params, role)
 
 
-@pytest.mark.parametrize("case", ["dense", "googlenet-1x1", "vgg-3x3"])
+@pytest.mark.parametrize("case", ["dense", "googlenet-1x1", "vgg-first", "vgg-3x3"])
 def test_parameters_may_lie_anywhere(shim: Shim, case: str) -> None:
     check(shim, *CASES[case], kind=Shifted)
 

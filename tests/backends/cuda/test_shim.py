@@ -351,6 +351,7 @@ def run_layer(device: Shim, layer: nn.Layer, *shapes: nn.Shape, bench: type) -> 
 LAYERS: dict[str, tuple[nn.Layer, *tuple[nn.Shape, ...]]] = {
     "conv.cu": (nn.Conv(8, 3, padding=1), (5, 7, 6)),
     "conv_bias.cu": (nn.Conv(8, 3, padding=1), (5, 7, 6)),
+    "conv_narrow.cu": (nn.Conv(48, 3, padding=1), (3, 15, 18)),
     "conv_layout.cu": (nn.Dense(40), (300,)),
     "join.cu": (nn.Flatten(), (40, 5, 7)),
     "loss.cu": (nn.SoftmaxCrossEntropy(), (300,), ()),
