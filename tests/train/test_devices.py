@@ -34,6 +34,7 @@ CASES = {
     "branches": (2, ("parallel.parts=2", "parallel.placement=branches", "parallel.microbatches=1")),
     "filters": (2, ("parallel.parts=2", "parallel.placement=filters", "parallel.microbatches=1", SMOOTH)),
 }
+SOAK = ("average-reset", "filters")
 DOWNPOUR = (
     "parallel.strategy=downpour", "parallel.servers=1", "train.global_batch=0", "train.replica_batch=8",
     "train.steps=6", HEADS,
@@ -97,7 +98,7 @@ def told(folder, kind):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.soak if case in SOAK else ()) for case in CASES])
 def test_a_run_on_devices_is_one_on_the_cpu(run, device, case):
     ranks, settings = CASES[case]
     ours = run("device", ranks, device, *SHORT, *settings)

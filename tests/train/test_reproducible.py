@@ -8,7 +8,7 @@ CHOSEN = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.soak)])
 def test_ranks_that_divide_the_grains_end_with_the_same_bits(trained, identical, ranks):
     assert identical(trained(1, *CHOSEN), trained(ranks, *CHOSEN)) > 10_000
 

@@ -69,7 +69,7 @@ def _nvrtc() -> ctypes.CDLL:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("compiler", [by_nvcc, by_nvrtc])
+@pytest.mark.parametrize("compiler", [pytest.param(by_nvcc, marks=pytest.mark.soak), by_nvrtc])
 def test_kernels_compile_and_do_not_spill(
     compiler: Callable[[str, str, Path], str], file: str, architecture: str, tmp_path: Path
 ):

@@ -58,9 +58,9 @@ class Run:
         ("lenet", 28, 4, 1e-3, {}),
         ("alexnet", 67, 2, 1e-4, {}),
         ("googlenet", 79, 2, 1e-5, {"heads": True}),
-        ("vgg", 32, 2, 2e-5, {"depth": 11}),
+        pytest.param("vgg", 32, 2, 2e-5, {"depth": 11}, marks=pytest.mark.soak),
         ("resnet", 33, 4, 1e-3, {"depth": 18}),
-        ("resnet", 33, 4, 1e-4, {"depth": 50, "sync": True}),
+        pytest.param("resnet", 33, 4, 1e-4, {"depth": 50, "sync": True}, marks=pytest.mark.soak),
     ],
     ids=["lenet", "alexnet", "googlenet-heads", "vgg11", "resnet18", "resnet50-sync"],
 )
