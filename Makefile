@@ -1,7 +1,7 @@
 # Everything runs in an environment beside the code; it needs Python 3.11 or newer, and a package index the first time.
 #
 #   make demo       pack the digits, train on 4 ranks, print the error and where the run lies
-#   make test       the whole suite: once in one process, then what runs inside MPI on 2, 3, 4 and 6 ranks
+#   make test       the whole suite: what needs no MPI or starts it, then what runs inside MPI on 2, 3, 4 and 6 ranks
 #   make lint       ruff, and mypy on dpnn/
 #   make soak       the long tests        make bench     every program in benchmarks/
 #   make gpu        the tests on a GPU: CUDA=cuda13 (the default) or cuda12, as `nvidia-smi` names it
@@ -41,7 +41,7 @@ PYTEST := $(BIN)/python -m pytest
 RANKS := timeout --kill-after=20 1200 $(BIN)/python -c \
 	'import sys; from dpnn.comm.launch import launch; sys.exit(launch(int(sys.argv[1]), sys.argv[2:], ("-m", "pytest")))'
 
-.PHONY: setup demo test soak gpu verified bench lint clean
+.PHONY: setup demo test test-alone test-starting soak gpu verified bench lint clean
 
 setup: $(ENV)/.has-$(BASE)
 
@@ -50,10 +50,17 @@ demo: setup
 	$(BIN)/dpnn launch -n 4 train jobs/digits.toml
 
 test: $(ENV)/.has-$(TEST)
-	$(PYTEST) -m "$(ONCE)"
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-alone test-starting
 	for n in 2 3 4 6; do \
 		$(RANKS) $$n -m "parallel[$$n] and not soak" -p no:cacheprovider --color=no || exit 1; \
 	done
+
+# What starts MPI programs waits much of its time: the rest runs meanwhile.
+test-alone:
+	$(PYTEST) -m "$(ONCE) and not mpi"
+
+test-starting:
+	$(PYTEST) -m "$(ONCE) and mpi"
 
 soak: $(ENV)/.has-$(TEST)
 	$(PYTEST) -m soak

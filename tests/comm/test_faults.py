@@ -23,8 +23,10 @@ def test_a_blocking_call_ends_with_its_answer_with_its_error_or_at_its_limit():
     assert within(5.0, "nobody", lambda: threading.current_thread().name) == "dpnn-blocking"
     with pytest.raises(ZeroDivisionError):
         within(5.0, "nobody", lambda: 1 // 0)
+    never = threading.Event()
     with pytest.raises(RankError, match=r"waited 0\.1 s for the other devices"):
-        within(0.1, "the other devices", threading.Event().wait)
+        within(0.1, "the other devices", never.wait)
+    never.set()  # ends the thread
 
 
 def test_an_error_that_mpi_reports_is_a_rank_error():

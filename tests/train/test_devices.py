@@ -34,7 +34,7 @@ CASES = {
     "branches": (2, ("parallel.parts=2", "parallel.placement=branches", "parallel.microbatches=1")),
     "filters": (2, ("parallel.parts=2", "parallel.placement=filters", "parallel.microbatches=1", SMOOTH)),
 }
-SOAK = ("average-reset", "filters")
+SOAK = ("average-reset", "filters", "branches", "smooth", "average-short")
 DOWNPOUR = (
     "parallel.strategy=downpour", "parallel.servers=1", "train.global_batch=0", "train.replica_batch=8",
     "train.steps=6", HEADS,
