@@ -38,7 +38,7 @@ class Lone:
         self._ours.step()
         executor = self._ours.executor
         places = [i for i, group in enumerate(executor.plan.groups) if "it" in [node.name for node in group.nodes]]
-        self._op = executor._ops[places[0]]
+        self._op = executor._ops[0][places[0]]
 
     def forward(self) -> None:
         """Forward alone."""

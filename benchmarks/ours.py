@@ -12,7 +12,6 @@ from dpnn import config, models
 from dpnn.balance import Nobody
 from dpnn.data import Batch
 from dpnn.evaluate import Model, segments_of
-from dpnn.memory import wait_for
 from dpnn.nn import Conv, Dense, Network, Shape
 from dpnn.optim import Optimizer
 from dpnn.plan import Placed, Store
@@ -105,7 +104,7 @@ class Ours:
     def step(self) -> None:
         """One step over the batch."""
         self.executor.run(*self._step)
-        wait_for(self.model.memory)
+        self.model.memory.wait()
 
     def scores(self, x: np.ndarray) -> np.ndarray:
         """The network's output for other images, (rows, classes); in mode "eval"."""

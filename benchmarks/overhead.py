@@ -99,11 +99,11 @@ class Stamped(Training):
 def step_times(world: World, steps: int, backends: list[Backend]) -> list[float]:
     """Seconds from the start of each step to that of the next, after the warm-up."""
     Path("job.toml").write_text(JOB.format(steps=steps))
-    prepared, _ = prepare("job.toml", (), None, 1)
+    prepared, _ = prepare("job.toml", (), None, None, 1)
     with (
         mock.patch("dpnn.evaluate.choose_backends", return_value=(backends, "")),
         mock.patch.object(Team, "run", run_nothing),
-        mock.patch("dpnn.train.Optimizer", NullOptimizer),
+        mock.patch("dpnn.strategies.flats.Optimizer", NullOptimizer),
     ):
         training = Stamped(world, prepared, None)
     training.stamps = []
