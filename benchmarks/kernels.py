@@ -96,19 +96,9 @@ class Rates:
             done, limit, name, goal, unit = nbytes, self._limits.copy, "copy", MEMORY_GOAL, "GB/s"
         self.bench.record(title, done / seconds / 1e9, limit / 1e9, name, goal, unit, more_is_better=True)
 
-    def lone(self, title: str, layer: Layer, shapes: Sequence[Shape], relu: bool = False) -> Lone | None:
-        """The layer in its buffers; None, and a note, where the backend has no op for it."""
-        try:
-            return Lone(self.backend, layer, shapes, self.rows, relu)
-        except NotImplementedError as error:
-            self.bench.note(f"{title}: {error}")
-            return None
-
     def moving(self, case: Case) -> None:
         """A layer that memory bounds."""
-        lone = self.lone(str(case), case.layer, case.shapes, case.relu)
-        if lone is None:
-            return
+        lone = Lone(self.backend, case.layer, case.shapes, self.rows, case.relu)
         op = lone.build()
         for name, call, (xs, ys) in zip(
             ("forward", "backward"), (op.forward, op.backward), PASSES[type(case.layer)], strict=True
@@ -120,9 +110,7 @@ class Rates:
 
         Backward by the data is what backward takes beyond that by the weights.
         """
-        lone = self.lone(title, layer, [shape])
-        if lone is None:
-            return
+        lone = Lone(self.backend, layer, [shape], self.rows)
         lone.data = False
         weights = lone.build()
         times = {"forward": self.seconds(weights.forward), "weights": self.seconds(weights.backward)}

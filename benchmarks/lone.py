@@ -17,7 +17,7 @@ PATTERN = np.random.default_rng(0).standard_normal(999_983, np.float32)
 
 
 class Lone:
-    """A layer, and a ReLU behind it where `relu`; it is the slot, too. NotImplementedError where there is no op for it.
+    """A layer, and a ReLU behind it where `relu`; it is the slot, too.
 
     `shapes`: of the layer's inputs, without ids. `data`: whether gradients by the inputs are wanted of an op that is
     built from now on.
@@ -27,10 +27,8 @@ class Lone:
         self._backend, self._device, self.rows, self.data = backend, backend.device, rows, True
         self.step = Step(rows=rows, batch=rows, total=rows)
         nodes = _nodes(layer, shapes, relu)
-        groups = [group for group in backend.groups(nodes, "train") if nodes[-1] in group.nodes]
-        if not groups or len(groups[0].nodes) != 1 + relu:
-            raise NotImplementedError(f"{backend.name} has no op for {type(layer).__name__}" + " with ReLU" * relu)
-        self.group, self.node, self.sources = groups[0], groups[0].nodes[0], nodes[: -1 - relu]
+        (self.group,) = (group for group in backend.groups(nodes, "train") if nodes[-1] in group.nodes)
+        self.node, self.sources = self.group.nodes[0], nodes[: -1 - relu]
         self._inputs = [self._filled(source) for source in self.sources]
         self._output = self._empty(nodes[-1])
         self._d_output = self._filled(nodes[-1])

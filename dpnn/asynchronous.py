@@ -201,7 +201,7 @@ class Replica:
             crew, lambda: (model.training(rows, pieces), model.evaluation(rows) if evaluates else None)
         )
         strategy: Strategy = self.worker
-        if store.lifted:
+        if model.memory.name:  # the backend computes on a device
             strategy = Mirrored(self.worker, store.params_wire, store.grads_wire, limit_s)
         self.executor = model.executor(training, strategy=strategy, eager=True, mesh=mesh)
         self.alone = self.together = None

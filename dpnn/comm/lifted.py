@@ -180,11 +180,11 @@ class GrainsOverHost(OverHost):
 
 
 def lifted(
-    node: Node, memory: Memory, grads: Wire, host: GradientReducer, arrived: Arrived, limit_s: float
+    node: Node, memory: Memory, grads: Wire, host: Callable[[], GradientReducer], arrived: Arrived, limit_s: float
 ) -> tuple[Reducer, str]:
     """The best way to sum the gradients of all replicas, and its name for the log; collective over them.
 
-    `host`: what sums them on the host, where nothing better is there.
+    `host` makes what sums them on the host, where nothing better is there.
     """
     if node.replicas == 1:
         return Alone(arrived), ""
@@ -193,7 +193,7 @@ def lifted(
         return Among(group, grads, arrived), "nccl"
     if _all_take_device_memory(node.data, limit_s):
         return FromDevices(node.data, memory, grads, arrived, limit_s), "mpi"
-    return OverHost(host, node, memory, grads, arrived, limit_s), "host"
+    return OverHost(host(), node, memory, grads, arrived, limit_s), "host"
 
 
 def devices_of(comm: "MPI.Comm", memory: Memory, limit_s: float) -> list[str]:

@@ -241,3 +241,12 @@ def _kind(part: Network) -> str:
 
 def _join(*names: str) -> str:
     return ".".join(filter(None, names))
+
+
+def readers_among(nodes: Sequence[Node]) -> dict[int, list[Node]]:
+    """Those of some nodes that read a node, by its index: a node that reads it twice stands there twice."""
+    readers: dict[int, list[Node]] = {}
+    for node in nodes:
+        for source in node.inputs:
+            readers.setdefault(source, []).append(node)
+    return readers

@@ -98,11 +98,6 @@ class Store:
         return self.grads_wire.buf
 
     @property
-    def lifted(self) -> bool:
-        """Whether the backend computes elsewhere than on the host."""
-        return self.params_wire.array is not self.params
-
-    @property
     def n_trained(self) -> int:
         """How many of the numbers are trained: they stand first."""
         return sum(piece.hi - piece.lo for piece in self.pieces if piece.spec.statistic == 0)

@@ -7,6 +7,7 @@ made, piece by piece while they are still in its cache; with clipping, once the 
 """
 
 import math
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -111,8 +112,8 @@ class Allreduce:
             if not flats.lifted:
                 return grains, ""
             return GrainsOverHost(grains, node, flats.memory, flats.grads, self._arrived, limit_s), "host"
-        host = GradientReducer(node, told, limit_s, rounds=job.parallel.wire == "bfloat16")
-        return lifted(node, flats.memory, flats.grads, host, self._arrived, limit_s) if flats.lifted else (host, "")
+        host = partial(GradientReducer, node, told, limit_s, rounds=job.parallel.wire == "bfloat16")
+        return lifted(node, flats.memory, flats.grads, host, self._arrived, limit_s) if flats.lifted else (host(), "")
 
     def _arrived(self, lo: int, hi: int) -> None:
         """Update by the sums of [lo, hi), unless the loss may not be finite, or all sums have to be known."""

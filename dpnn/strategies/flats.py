@@ -29,7 +29,7 @@ class Flats:
     @property
     def lifted(self) -> bool:
         """Whether the backend computes elsewhere than on the host."""
-        return self.params.array is not self.params.buf
+        return bool(self.memory.name)
 
     @property
     def kept(self) -> list[Wire]:

@@ -5,7 +5,7 @@ from collections.abc import Container, Sequence
 from dpnn.backends.base import Backend, Group
 from dpnn.nn.conv import Conv
 from dpnn.nn.dense import Dense
-from dpnn.nn.graph import Node
+from dpnn.nn.graph import Node, readers_among
 from dpnn.nn.join import Add, Fork
 from dpnn.nn.norm import BatchNorm, BatchNormalize
 from dpnn.nn.pointwise import ReLU
@@ -17,10 +17,7 @@ _IN_PLACE = (Add, BatchNorm, BatchNormalize, ReLU)
 
 def groups_of(nodes: Sequence[Node], known: Container[type], backend: Backend) -> list[Group]:
     """The groups of the nodes whose layers are `known`, in topological order of their last nodes."""
-    readers: dict[int, list[Node]] = {}
-    for node in nodes:
-        for source in node.inputs:
-            readers.setdefault(source, []).append(node)
+    readers = readers_among(nodes)
     taken: set[int] = set()
     groups: list[Group] = []
     for node in nodes:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from dpnn.backends.base import Backend, Edge, Group, Mode
 from dpnn.nn.conv import Conv
 from dpnn.nn.dense import Dense
-from dpnn.nn.graph import Node
+from dpnn.nn.graph import Node, readers_among
 from dpnn.nn.join import Add, Concat, Fork
 from dpnn.nn.layer import pair
 from dpnn.nn.norm import BatchNorm, BatchNormalize, BatchSums, LocalResponseNorm
@@ -23,10 +23,7 @@ _BEFORE_RELU = (Conv, Dense, *_NORMS, Add)
 def fuse(nodes: Sequence[Node], mode: Mode, backend: Backend) -> list[Group]:
     """The groups of the nodes that this backend computes, in topological order of their last nodes."""
     heads = [node for node in nodes if type(node.layer) in _HEADS and _fits(node)]
-    readers: dict[int, list[Node]] = {}
-    for node in nodes:
-        for source in node.inputs:
-            readers.setdefault(source, []).append(node)
+    readers = readers_among(nodes)
     taken: set[int] = set()
     groups: list[Group] = []
 
