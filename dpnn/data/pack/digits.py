@@ -15,5 +15,5 @@ def read_digits() -> Source:
     digits = load_digits()
     images = digits.images.astype(np.uint8)[..., None]
     labels = digits.target.astype(np.int32)
-    split = Split("train", InMemory(images), labels, np.arange(len(labels), dtype=np.uint64))
+    split = Split("train", InMemory(images, "digits"), labels, np.arange(len(labels), dtype=np.uint64))
     return Source([split], num_classes=10, held_out=0.2)

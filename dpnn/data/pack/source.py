@@ -27,13 +27,36 @@ class Samples(Protocol):
         """Some samples, (len(numbers), *shape), in any order."""
         ...
 
+    def name(self, number: int) -> str:
+        """What a person calls a sample: its file, or its place in one."""
+        ...
+
+
+class Records(Protocol):
+    """Samples encoded as bytes, each of its own length, somewhere."""
+
+    codec: str
+    """"image": a JPEG, PNG or other picture; "frames": (T, *shape) uint8, T at least 1."""
+    shape: tuple[int, ...]
+    """Of one frame; empty for images."""
+    nbytes: float
+    """Of a sample, on average and about: what shards are cut by."""
+
+    def read(self, number: int) -> bytes:
+        """One record. DataError saying what is wrong where it can't be had; packing rejects it then."""
+        ...
+
+    def name(self, number: int) -> str:
+        """What a person calls a sample: its file, or its place in one."""
+        ...
+
 
 @dataclass(frozen=True)
 class Split:
     """A part of a source that becomes a folder of shards. `ids` uint64 are unique over all parts."""
 
     name: str
-    samples: Samples
+    samples: Samples | Records
     labels: Labels
     ids: Array
 
@@ -45,19 +68,25 @@ class Source:
     splits: Sequence[Split]
     num_classes: int
     held_out: float = 0.0
+    class_names: tuple[str, ...] = ()
+    """One for each class, where they have names."""
 
 
 class InMemory:
     """Samples in an array (n, *shape) of one of the types that a shard may have."""
 
-    def __init__(self, array: Array) -> None:
-        self._array = array
+    def __init__(self, array: Array, where: str) -> None:
+        self._array, self._where = array, where
         self.shape = array.shape[1:]
         self.dtype = array.dtype
 
     def read(self, numbers: Array) -> Array:
         """Some of the samples."""
         return self._array[numbers]
+
+    def name(self, number: int) -> str:
+        """The array and the place in it."""
+        return f"{self._where}[{number}]"
 
 
 class Chosen:
@@ -70,6 +99,10 @@ class Chosen:
     def read(self, numbers: Array) -> Array:
         """Some of the chosen samples."""
         return self._samples.read(self._numbers[numbers])
+
+    def name(self, number: int) -> str:
+        """What the whole calls it."""
+        return self._samples.name(int(self._numbers[number]))
 
 
 def as_samples(array: Array, where: str) -> InMemory:
@@ -102,7 +135,7 @@ def as_samples(array: Array, where: str) -> InMemory:
             raise DataError(
                 f"{where}[{int(np.argmin(finite))}] holds a number that isn't finite; leave that sample out"
             )
-    return InMemory(array)
+    return InMemory(array, where)
 
 
 def as_classes(array: Array, where: str) -> Array:
