@@ -1,4 +1,4 @@
-"""The commands, thin: `dpnn pack | train | eval | plan | launch`. None imports MPI before it needs it."""
+"""The commands, thin: `dpnn pack | train | eval | plan | submit | launch`. None imports MPI before it needs it."""
 
 import argparse
 import os
@@ -12,7 +12,10 @@ from dpnn.errors import DpnnError, JobError, RankError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code (DESIGN, section 7)."""
-    arguments = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    # What stands behind "--" is sbatch's; argparse would take it for arguments of ours.
+    own = words.index("--") if words[:1] == ["submit"] and "--" in words else len(words)
+    arguments = _parser().parse_args(words[:own], argparse.Namespace(options=tuple(words[own + 1 :])))
     try:
         code: int = arguments.run(arguments)
     except DpnnError as error:
@@ -67,6 +70,39 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--instructions", action="store_true", help="also print the instructions of each part")
     _add_set(plan)
     plan.set_defaults(run=_plan)
+
+    submit = commands.add_parser(
+        "submit",
+        help="train in a batch job of Slurm",
+        description=_submit.__doc__,
+        usage="dpnn submit JOB --nodes N --ranks-per-node N --time TIME [option ...] [-- option of sbatch ...]",
+    )
+    submit.add_argument("job", nargs="?", default="", metavar="JOB", help="the job file (TOML)")
+    submit.add_argument("--resume", default="", metavar="RUN", help="go on with a run folder, in place of JOB")
+    submit.add_argument("--nodes", type=int, required=True, metavar="N", help="the number of nodes")
+    submit.add_argument("--ranks-per-node", type=int, required=True, metavar="N", help="ranks on each node")
+    submit.add_argument("--time", required=True, help="the time limit, as sbatch takes it: 2:00:00")
+    submit.add_argument("--cpus-per-rank", type=int, default=0, metavar="N", help="cores of each rank")
+    submit.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="GPUs of each node")
+    for name in ("account", "partition", "qos", "constraint"):
+        submit.add_argument(f"--{name}", default="", help="as sbatch takes it")
+    submit.add_argument(
+        "--array", default="", metavar="TASKS", help="a run for each task, as in 0-3; %%a in --set is its number"
+    )
+    submit.add_argument(
+        "--before", type=int, default=300, metavar="S",
+        help="stop, with a checkpoint, so many seconds before the time limit (default 300)",
+    )  # fmt: skip
+    submit.add_argument(
+        "--chain", type=int, default=0, metavar="N",
+        help="N jobs that wait for one another, in place of queueing again, where a site forbids that",
+    )  # fmt: skip
+    submit.add_argument(
+        "--site", metavar="FILE", help="the cluster's own settings (default: DPNN_SITE, or ~/.config/dpnn/site.toml)"
+    )
+    submit.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
+    _add_set(submit)
+    submit.set_defaults(run=_submit)
 
     launch = commands.add_parser("launch", help="start a command on several ranks", description=_launch.__doc__)
     launch.add_argument("-n", type=int, required=True, metavar="RANKS", help="the number of ranks")
@@ -148,6 +184,30 @@ def _plan(arguments: argparse.Namespace) -> int:
     from dpnn.preview import preview
 
     print(preview(arguments.source, arguments.overrides, arguments.ranks, arguments.instructions))
+    return 0
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    """Train in a batch job of Slurm, which is queued again until the run has ended. Needs no MPI.
+
+    What is the same for all jobs on a cluster stands in the site file (docs/cluster.md).
+    """
+    from dpnn.cluster import site, slurm
+
+    if bool(arguments.job) == bool(arguments.resume):
+        raise JobError("name a job file, or a run folder to go on with (--resume RUN)")
+    request = slurm.Request(
+        arguments.job, arguments.nodes, arguments.ranks_per_node, arguments.time, tuple(arguments.overrides),
+        arguments.resume, arguments.cpus_per_rank, arguments.gpus_per_node, arguments.account, arguments.partition,
+        arguments.qos, arguments.constraint, arguments.array, arguments.before, arguments.options,
+    )  # fmt: skip
+    slurm.check(request, arguments.chain)
+    cluster = site.read_site(arguments.site, requeue=not arguments.chain)
+    if arguments.dry_run:
+        print(slurm.script(request, cluster), end="")
+        return 0
+    for number in slurm.submit(request, cluster, arguments.chain):
+        print(f"submitted job {number}")
     return 0
 
 

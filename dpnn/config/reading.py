@@ -20,13 +20,24 @@ from dpnn.errors import JobError
 
 def load(path: str, overrides: Sequence[str] = ()) -> Job:
     """The job of a file, with overrides "a.b=value"; JobError where anything is wrong."""
+    return parse(_text(path, "the job file"), overrides, path)
+
+
+def read_table(table: type[Table], path: str, what: str) -> Any:
+    """The struct `table` of another file in TOML; `what` is what people call it. JobError where anything is wrong."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return _read(table, _values(_text(path, what), path), "")
+    except JobError as error:
+        raise JobError(f"{path}: {error}" if path not in str(error) else str(error)) from error
+
+
+def _text(path: str, what: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise JobError(f"the job file {path} can't be read ({error.strerror}); check the path") from error
+        raise JobError(f"{what} {path} can't be read ({error.strerror}); check the path") from error
     except UnicodeDecodeError as error:
-        raise JobError(f"the job file {path} is not text in UTF-8; name a TOML file") from error
-    return parse(text, overrides, path)
+        raise JobError(f"{what} {path} is not text in UTF-8; name a TOML file") from error
 
 
 def parse(text: str, overrides: Sequence[str] = (), name: str = "job") -> Job:
@@ -34,13 +45,7 @@ def parse(text: str, overrides: Sequence[str] = (), name: str = "job") -> Job:
 
     The value of an override is read as TOML, and as plain text where it isn't TOML.
     """
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        place = re.fullmatch(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", str(error), re.DOTALL)
-        problem, line = place.groups() if place else (str(error), None)
-        line = line or max(1, len(text.splitlines()))
-        raise JobError(f"{name}, line {line}: this is not TOML: {problem}") from error
+    values = _values(text, name)
     try:
         for override in overrides:
             _override(values, override)
@@ -49,6 +54,16 @@ def parse(text: str, overrides: Sequence[str] = (), name: str = "job") -> Job:
     except JobError as error:
         raise JobError(f"{name}: {error}") from error
     return job
+
+
+def _values(text: str, name: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        place = re.fullmatch(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", str(error), re.DOTALL)
+        problem, line = place.groups() if place else (str(error), None)
+        line = line or max(1, len(text.splitlines()))
+        raise JobError(f"{name}, line {line}: this is not TOML: {problem}") from error
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -81,7 +96,7 @@ def _read(table: type, values: Any, path: str) -> Any:
         values = {**{key: value for key, value in values.items() if key not in unknown}, "options": unknown}
     elif unknown:
         key = next(iter(unknown))
-        raise JobError(f"{path}{key} = {shown(unknown[key])}: there is no such key{_nearest_key(path, key)}")
+        raise JobError(f"{path}{key} = {shown(unknown[key])}: there is no such key{_nearest_key(table, path, key)}")
     fields: dict[str, Any] = {}
     for field in msgspec.structs.fields(table):
         key, kind = path + field.name, hints[field.name]
@@ -103,13 +118,14 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
         raise JobError(f"{key} = {shown(value)}: {wanted_of(kind)} is wanted{hint}") from error
 
 
-def _nearest_key(path: str, key: str) -> str:
+def _nearest_key(table: type, path: str, key: str) -> str:
     """The nearest name in the same table, else in another one, else all names of this table."""
     tables = {"": Job.__struct_fields__}
     for field in msgspec.structs.fields(Job):
         if isinstance(field.type, type(Table)):
             tables[field.name + "."] = field.type.__struct_fields__
     tables["parallel.staleness."] = Staleness.__struct_fields__
+    tables[path] = tuple(field.name for field in msgspec.structs.fields(table))
     near = [path + name for name in get_close_matches(key, tables[path], 1)]
     near += [other + name for other, names in tables.items() for name in get_close_matches(key, names, 1, 0.8)]
     return did_you_mean(near[:1]) or f"; known are {', '.join(path + name for name in tables[path])}"

@@ -19,6 +19,7 @@ Positive = Annotated[float, Meta(gt=0, le=_LARGEST, description="a number above 
 PositiveOr0 = Annotated[float, Meta(ge=0, le=_LARGEST, description="a number of 0 or more")]
 Share = Annotated[float, Meta(ge=0, lt=1, description="a number from 0 to less than 1")]
 Text = Annotated[str, Meta(description="text in quotes")]
+Texts = Annotated[tuple[str, ...], Meta(description="a list of texts in quotes")]
 Name = Annotated[str, Meta(min_length=1, description="text in quotes, not empty,")]
 Switch = Annotated[bool, Meta(description="true or false")]
 PLACEMENTS = ("auto", "branches", "depth", "filters")

@@ -1,0 +1,239 @@
+"""`dpnn submit`: a batch script for Slurm, rendered, shown or handed to sbatch. Needs no MPI.
+
+The script runs one training run in as many pieces as it takes. Some minutes before its time limit Slurm sends SIGUSR1
+to the script, which passes it on; the ranks agree on a step, write a checkpoint and exit with 75; the job is queued
+again and goes on there. Where a site forbids requeueing, a chain of jobs that wait for one another does the same.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpnn import config
+from dpnn.cluster.site import Cluster
+from dpnn.comm.mesh import replicas_of
+from dpnn.errors import JobError, RankError, Stopped
+
+RUN = "DPNN_CHAIN"
+"""The environment variable that names, in the later jobs of a chain, the run folder of the first."""
+_TIME = re.compile(r"(?:(?P<d>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of the batch system. Empty texts and 0: Slurm's own defaults."""
+
+    job: str
+    """The job file."""
+    nodes: int
+    ranks_per_node: int
+    time: str
+    """As sbatch takes it: minutes, H:MM:SS, D-H, D-H:MM:SS ..."""
+    overrides: tuple[str, ...] = ()
+    """KEY=VALUE, where %a stands for the number of an array's task."""
+    resume: str = ""
+    """A run folder to go on with."""
+    cpus_per_rank: int = 0
+    gpus_per_node: int = 0
+    account: str = ""
+    partition: str = ""
+    qos: str = ""
+    constraint: str = ""
+    array: str = ""
+    before_s: int = 300
+    """Seconds before the time limit at which the run is told to stop."""
+    options: tuple[str, ...] = ()
+    """More options of sbatch."""
+
+    @property
+    def name(self) -> str:
+        """Of the job, and of its run folder."""
+        return Path(self.resume or self.job).stem
+
+
+def check(request: Request, chain: int) -> None:
+    """JobError where the request can't work: read and checked now, not after hours in the queue."""
+    ranks = request.nodes * request.ranks_per_node
+    for what in ("nodes", "ranks_per_node", "before_s"):
+        if getattr(request, what) < 1:
+            raise JobError(
+                f"--{what.replace('_s', '').replace('_', '-')} {getattr(request, what)}: 1 or more is wanted"
+            )
+    limit = seconds(request.time)
+    if limit <= request.before_s:
+        raise JobError(
+            f"--time {request.time} is no longer than the {request.before_s} s before its end at which the run is told "
+            "to stop; ask for more time, or lower --before"
+        )
+    path = str(Path(request.resume, "job.toml")) if request.resume else request.job
+    job = config.load(path, [text.replace("%a", "0") for text in request.overrides])
+    replicas_of(ranks, job.parallel.parts, job.parallel.servers)
+    for option, given in (("--resume", request.resume), ("--chain", chain)):
+        if request.array and given:
+            raise JobError(f"--array starts a run for each of its tasks: leave out {option}")
+
+
+def seconds(time: str) -> int:
+    """Of a time limit in one of sbatch's forms; JobError for any other."""
+    match = _TIME.fullmatch(time)
+    if match is None:
+        raise JobError(f"--time {time}: minutes, H:MM:SS, D-H, D-H:MM or D-H:MM:SS is wanted")
+    days, *rest = (match[key] for key in "dabc")
+    parts = [int(part) for part in rest if part is not None]
+    if days is not None:  # from the hours down
+        hours, minutes, secs = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, secs = parts
+    else:
+        hours, (minutes, secs) = 0, (*parts, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + secs
+
+
+def script(request: Request, cluster: Cluster) -> str:
+    """The batch script."""
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            f"# dpnn submit: trains {request.resume or request.job}",
+            *(f"#SBATCH {shlex.quote(option)}" for option in _options(request, cluster)),
+            "",
+            *(f"module load {shlex.quote(module)}" for module in cluster.modules),
+            *cluster.setup,
+            *(["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"] if request.cpus_per_rank else []),
+            *_run_folder(request),
+            *_unless_ended(cluster),
+            *_arguments(request, cluster),
+            "",
+            "# A signal to the script goes on to the ranks, which stop at the next step with a checkpoint.",
+            "told=",
+            """ended() { grep -c '"kind":"end"' "$run/metrics.jsonl" 2>/dev/null; }""",
+            "before=$(ended)",
+            "trap 'told=near-limit; kill -USR1 $pid' USR1",
+            "trap 'told=cancelled; kill -USR1 $pid' TERM",
+            f'{_launcher(request, cluster)} "$@" & pid=$!',
+            "while wait $pid; code=$?; kill -0 $pid 2>/dev/null; do :; done  # a trap ends wait early",
+            "wait $pid; again=$?; [ $again = 127 ] || code=$again",
+            f'[ $code != 0 ] || [ "$(ended)" != "$before" ] || code={RankError.exit_code}  # srun's 0 of a failed start',
+            'echo $code > "$run/exit" 2>/dev/null',
+            "",
+            *_again(request, cluster),
+            "exit $code",
+            "",
+        ]
+    )
+
+
+def submit(request: Request, cluster: Cluster, chain: int) -> list[str]:
+    """Hand the script to sbatch; the numbers of the jobs, `chain` of them that wait for one another.
+
+    JobError with sbatch's own words where it refuses.
+    """
+    text = script(request, cluster)
+    ids: list[str] = []
+    for _ in range(max(chain, 1)):
+        after = [f"--dependency=afterany:{ids[-1]}"] if ids else []
+        # All work on the run of the first, which knows its own number.
+        shared = [f"--export=ALL,{RUN}={_folder(request, ids[0])}"] if ids else []
+        ids.append(_sbatch([*after, *shared], text))
+    return ids
+
+
+def _sbatch(options: Sequence[str], text: str) -> str:
+    try:
+        done = subprocess.run(
+            ["sbatch", "--parsable", *options], input=text, capture_output=True, text=True, timeout=120, check=False
+        )
+    except FileNotFoundError as error:
+        raise JobError(
+            "no sbatch on the PATH: run `dpnn submit` on a machine of a Slurm cluster, or --dry-run"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise JobError("sbatch didn't answer for 120 s; try again when the cluster does") from error
+    if done.returncode:
+        raise JobError(f"sbatch refused: {done.stderr.strip()}")
+    return done.stdout.strip().partition(";")[0]
+
+
+def _options(request: Request, cluster: Cluster) -> list[str]:
+    values = {
+        "job-name": request.name, "nodes": request.nodes, "ntasks-per-node": request.ranks_per_node,
+        "cpus-per-task": request.cpus_per_rank, "gpus-per-node": request.gpus_per_node, "time": request.time,
+        "account": request.account, "partition": request.partition, "qos": request.qos,
+        "constraint": request.constraint, "array": request.array,
+        "signal": f"B:USR1@{request.before_s}",
+        "output": "%x-%A_%a.out" if request.array else "%x-%j.out", "open-mode": "append",
+    }  # fmt: skip
+    own = [f"--{key}={value}" for key, value in values.items() if value]
+    return [*own, "--requeue" if cluster.requeue else "--no-requeue", *cluster.sbatch, *request.options]
+
+
+def _folder(request: Request, job_id: str) -> str:
+    """The run folder of a job that starts a run; `job_id` may be the shell's word for it."""
+    return request.resume or f"runs/{request.name}-{job_id}"
+
+
+def _run_folder(request: Request) -> list[str]:
+    if request.resume:
+        return [f"run={shlex.quote(request.resume)}"]
+    return [f'run="${{{RUN}:-runs/{request.name}-{_number(request)}}}"']
+
+
+def _arguments(request: Request, cluster: Cluster) -> list[str]:
+    """Set the arguments of dpnn: those that start the run, or those that go on with it."""
+    sets = [f"--set {_expanded(text)}" for text in request.overrides]
+    if cluster.stage:
+        sets.append(f'--set "data.stage={cluster.stage}"')
+    go_on = " ".join(['set -- train --resume "$run"', *sets])
+    if request.resume:
+        return [go_on]
+    anew = " ".join([f"set -- train {shlex.quote(request.job)}", *sets, '--set output.dir="$run"'])
+    return ['if [ -e "$run/job.toml" ]; then', f"    {go_on}", "else", f"    {anew}", "fi"]
+
+
+def _unless_ended(cluster: Cluster) -> list[str]:
+    """End a later job of a chain whose run has ended, or can't go on."""
+    if cluster.requeue:
+        return []
+    return [
+        f'if [ "${{{RUN}-}}" ]; then',
+        '    code=$(cat "$run/exit" 2>/dev/null)',
+        f"    case $code in {Stopped.exit_code} | {RankError.exit_code} | '') ;; *) exit $code ;; esac",
+        "fi",
+    ]
+
+
+def _expanded(text: str) -> str:
+    """An override for the shell: as it is, but for %a."""
+    return '"$SLURM_ARRAY_TASK_ID"'.join(shlex.quote(part) if part else "" for part in text.split("%a"))
+
+
+def _launcher(request: Request, cluster: Cluster) -> str:
+    """The beginning of the line that starts the ranks."""
+    dpnn = "dpnn" if cluster.setup or cluster.modules or cluster.container else f"{shlex.quote(sys.executable)} -m dpnn"
+    if cluster.launcher == "mpirun":
+        return f"{dpnn} launch -n {request.nodes * request.ranks_per_node}"
+    # Ranks aren't bound to a core: dpnn gives each its share of the node's.
+    gpus = " --gpu-bind=none" if request.gpus_per_node else ""
+    return " ".join(
+        filter(None, (f"{cluster.launcher} --cpu-bind=none{gpus} --kill-on-bad-exit=1", cluster.container, dpnn))
+    )
+
+
+def _again(request: Request, cluster: Cluster) -> list[str]:
+    if not cluster.requeue:
+        return []
+    return [
+        "# Stopped with a checkpoint, and not because somebody cancelled it: queued again.",
+        f'if [ $code = {Stopped.exit_code} ] && [ "$told" != cancelled ]; then',
+        f'    scontrol requeue "{_number(request)}"',
+        "fi",
+    ]
+
+
+def _number(request: Request) -> str:
+    """The job's own number, as the script's shell knows it."""
+    return "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if request.array else "$SLURM_JOB_ID"

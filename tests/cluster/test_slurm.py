@@ -1,0 +1,202 @@
+"""`dpnn submit`: the script it writes, and that script under a real Slurm with two nodes."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dpnn.cli import main
+from dpnn.cluster.slurm import seconds
+from dpnn.comm.library import version
+from dpnn.errors import JobError
+
+from . import local_slurm
+
+ROOT = Path(__file__).parents[2]
+LAUNCHERS = ("mpirun", pytest.param("srun", marks=pytest.mark.soak))
+COMMON = ["--nodes", "2", "--ranks-per-node", "1", "--time", "10:00"]
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """`dpnn submit job.toml ...` in an empty folder, without a site file of the user's."""
+    job = (ROOT / "jobs" / "digits.toml").read_text()
+    (tmp_path / "job.toml").write_text(job)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv("DPNN_SITE", raising=False)
+
+    def ask(*arguments: str, site: str = "") -> int:
+        (tmp_path / "site.toml").write_text(site)
+        return main(["submit", "job.toml", *COMMON, "--site", "site.toml", *arguments])
+
+    return ask
+
+
+@pytest.mark.parametrize(
+    ("time", "wanted"),
+    [("5", 300), ("5:30", 330), ("2:00:00", 7200), ("1-2", 93600), ("1-2:30", 95400), ("1-02:30:01", 95401)],
+)
+def test_a_time_limit_is_read_as_sbatch_reads_it(time, wanted):
+    assert seconds(time) == wanted
+
+
+@pytest.mark.parametrize("time", ["", "soon", "1:2:3:4", "-5"])
+def test_another_time_is_refused(time):
+    with pytest.raises(JobError, match="--time"):
+        seconds(time)
+
+
+def test_the_script_asks_for_what_was_asked(asked, capsys):
+    options = ["--account", "chem", "--partition", "gpu", "--gpus-per-node", "4", "--cpus-per-rank", "8"]
+    assert asked(*options, "--dry-run", "--", "--mail-type=END", "--comment=a b") == 0
+    script = capsys.readouterr().out
+    for line in (
+        "--nodes=2", "--ntasks-per-node=1", "--time=10:00", "--account=chem", "--partition=gpu", "--gpus-per-node=4",
+        "--cpus-per-task=8", "--signal=B:USR1@300", "--requeue", "--mail-type=END", "'--comment=a b'",
+    ):  # fmt: skip
+        assert f"#SBATCH {line}\n" in script
+    assert "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK\n" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+def test_the_site_file_says_how_ranks_are_started(asked, capsys):
+    site = """
+    [cluster]
+    launcher = "srun --mpi=pmix"
+    modules = ["openmpi/5.0"]
+    setup = ["source ~/dpnn/bin/activate"]
+    container = "apptainer exec dpnn.sif"
+    stage = "$TMPDIR/dpnn"
+    requeue = false
+    sbatch = ["--exclusive"]
+    """
+    assert asked("--dry-run", site=site) == 0
+    script = capsys.readouterr().out
+    assert "module load openmpi/5.0\nsource ~/dpnn/bin/activate\n" in script
+    assert "\nsrun --mpi=pmix --cpu-bind=none --kill-on-bad-exit=1 apptainer exec dpnn.sif dpnn " in script
+    assert '--set "data.stage=$TMPDIR/dpnn"' in script
+    assert "#SBATCH --no-requeue\n" in script
+    assert "#SBATCH --exclusive\n" in script
+    assert "scontrol requeue" not in script
+
+
+def test_each_task_of_an_array_has_a_run_of_its_own(asked, capsys):
+    assert asked("--array", "0-3", "--set", "seed=%a", "--dry-run") == 0
+    script = capsys.readouterr().out
+    assert 'run="${DPNN_CHAIN:-runs/job-${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"' in script
+    assert '--set seed="$SLURM_ARRAY_TASK_ID"' in script
+    assert 'requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' in script
+
+
+@pytest.mark.parametrize(
+    ("arguments", "site", "culprit"),
+    [
+        (["--time", "4:00"], "", "--time 4:00 is no longer than the 300 s"),
+        (["--nodes", "0"], "", "--nodes 0: 1 or more"),
+        (["--set", "train.epoch=3"], "", "train.epoch = 3: there is no such key"),
+        (["--set", "parallel.parts=3"], "", "parallel.parts = 3"),
+        ([], "[cluster]\nmodule = ['x']", "cluster.module .* did you mean cluster.modules"),
+        ([], "[cluster]\nlauncher = 'aprun'", 'cluster.launcher = "aprun"'),
+        ([], "[cluster]\ncontainer = 'apptainer exec x.sif'", "cluster.container needs"),
+        (["--site", "nowhere.toml"], "", "the site file nowhere.toml can't be read"),
+        (["--array", "0-3", "--chain", "2"], "", "--chain"),
+    ],
+)
+def test_what_can_not_work_is_refused_before_it_is_queued(asked, capsys, arguments, site, culprit):
+    assert asked(*arguments, site=site) == JobError.exit_code
+    assert re.search(culprit, capsys.readouterr().err)
+
+
+def test_without_slurm_the_way_out_is_told(asked, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert asked() == JobError.exit_code
+    assert "no sbatch on the PATH" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """A real Slurm of two nodes."""
+    why = local_slurm.missing()
+    if why:
+        pytest.skip(why)
+    cluster = local_slurm.LocalSlurm(tmp_path_factory.mktemp("slurm"))
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def submit(slurm, asked, capsys, monkeypatch):
+    """Submit a training of so many epochs; the numbers of the jobs."""
+    monkeypatch.setenv("SLURM_CONF", slurm.environ["SLURM_CONF"])
+    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
+    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+    for name in [name for name in os.environ if name.startswith(("PYTEST_", "OMPI_MCA", "PMIX_"))]:
+        monkeypatch.delenv(name)
+
+    def start(epochs: int, *arguments: str, launcher: str = "mpirun") -> list[str]:
+        assert main(["pack", "digits", "data/digits"]) == 0
+        sets = [f"train.epochs={epochs}", "train.eval_every=0", "parallel.timeout_s=60"]
+        options = [word for text in sets for word in ("--set", text)]
+        assert asked(*options, *arguments, site=f'[cluster]\nlauncher = "{launcher}"') == 0
+        return [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("submitted")]
+
+    return start
+
+
+def lines(kind: str, run: Path) -> list[dict]:
+    """Of a run's metrics."""
+    path = run / "metrics.jsonl"
+    every = path.read_text().splitlines() if path.exists() else []
+    return [line for line in map(json.loads, every) if line["kind"] == kind]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("how", LAUNCHERS)
+def test_a_job_near_its_limit_is_queued_again_and_goes_on(slurm, submit, tmp_path, how):
+    srun = "srun --mpi=pmix" if "Open MPI" in version() else "srun --mpi=pmi2"
+    (job,) = submit(25, launcher=srun if how == "srun" else how)
+    run = tmp_path / "runs" / f"job-{job}"
+    slurm.wait_for(lambda: lines("step", run), 60)
+    slurm.call("scancel", "--batch", "--signal=USR1", job)
+    slurm.wait_for(lambda: (run / "exit").exists(), 60)
+    assert (run / "exit").read_text().strip() == "75"
+    slurm.wait_for(lambda: slurm.state(job) == "PENDING", 30)
+    stopped = lines("end", run)[-1]
+    assert stopped["exit"] == 75
+    slurm.wait_until_left(job)
+    slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")  # else in two minutes
+    slurm.wait_for(lambda: slurm.state(job) == "COMPLETED", 100)
+    starts, steps = lines("start", run), lines("step", run)
+    assert len(starts) == 2
+    assert all(line["ranks"] == 2 for line in starts)
+    assert [line["step"] for line in steps] == list(range(1, starts[0]["total_steps"] + 1))
+    assert lines("end", run)[-1]["exit"] == 0
+
+
+@pytest.mark.timeout(120)
+def test_a_chain_goes_on_with_one_run_and_its_rest_does_nothing(slurm, submit, tmp_path):
+    first, second, third = submit(25, "--chain", "3")
+    run = tmp_path / "runs" / f"job-{first}"
+    slurm.wait_for(lambda: lines("step", run), 60)
+    slurm.call("scancel", "--batch", "--signal=USR1", first)
+    slurm.wait_for(lambda: slurm.state(third) == "COMPLETED", 80)
+    assert [slurm.state(job) for job in (first, second)] == ["FAILED", "COMPLETED"]
+    assert [line["exit"] for line in lines("end", run)] == [75, 0]
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+@pytest.mark.timeout(120)
+def test_a_cancelled_job_leaves_a_checkpoint_and_is_not_queued_again(slurm, submit, tmp_path):
+    (job,) = submit(3000)
+    run = tmp_path / "runs" / f"job-{job}"
+    slurm.wait_for(lambda: lines("step", run), 60)
+    slurm.call("scancel", "--batch", "--signal=TERM", job)
+    slurm.wait_for(lambda: slurm.state(job) == "FAILED", 30)
+    assert lines("end", run)[-1]["exit"] == 75
+    assert list((run / "checkpoints").iterdir())
