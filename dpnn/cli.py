@@ -1,4 +1,4 @@
-"""The commands, thin: `dpnn pack | train | eval | plan | submit | launch`. None imports MPI before it needs it."""
+"""The commands, thin: `dpnn pack | train | eval | plan | doctor | submit | launch`. None imports MPI without need."""
 
 import argparse
 import os
@@ -103,6 +103,13 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
     _add_set(submit)
     submit.set_defaults(run=_submit)
+
+    doctor = commands.add_parser(
+        "doctor", help="what this machine has, and what is missing", description=_doctor.__doc__
+    )
+    doctor.add_argument("--data", default=".", metavar="FOLDER", help="a folder on the file system where the data lie")
+    doctor.add_argument("--ranks", action="store_true", help="also what lies between the ranks; under a launcher")
+    doctor.set_defaults(run=_doctor)
 
     launch = commands.add_parser("launch", help="start a command on several ranks", description=_launch.__doc__)
     launch.add_argument("-n", type=int, required=True, metavar="RANKS", help="the number of ranks")
@@ -211,6 +218,29 @@ def _submit(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    """Say what this machine has, what is missing or slow, and what to do about it. Starts no MPI without --ranks.
+
+    Ends with 2 where something is wrong.
+    """
+    from dpnn.cluster.doctor import Finding, diagnose, table
+
+    def tell(findings: list[Finding]) -> int:
+        print(table(findings))
+        return JobError.exit_code if any(finding.state == "wrong" for finding in findings) else 0
+
+    if not arguments.ranks:
+        return tell(diagnose(arguments.data))
+    from dpnn.cluster.between import compare
+    from dpnn.comm.world import World, run
+
+    def look(world: World) -> int:
+        found = compare(world)
+        return world.first(lambda: tell([*diagnose(arguments.data), *found]))
+
+    return run(look, timeout_s=60)
+
+
 def _launch(arguments: argparse.Namespace) -> int:
     """Print the mpirun line that fits the installed MPI and this machine, and run it."""
     from dpnn.comm.launch import launch
@@ -226,6 +256,6 @@ def _launch(arguments: argparse.Namespace) -> int:
         return code or RankError.exit_code
 
     inner = _parser().parse_args(arguments.command)  # so that a wrong command is told once, and before anything starts
-    if inner.run not in (_train, _eval):
-        raise JobError(f"{arguments.command[0]} runs in one process; launch takes train and eval")
+    if inner.run not in (_train, _eval, _doctor):
+        raise JobError(f"{arguments.command[0]} runs in one process; launch takes train, eval and doctor --ranks")
     return launch(arguments.n, arguments.command, settle=settle)

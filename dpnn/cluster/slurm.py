@@ -117,7 +117,7 @@ def script(request: Request, cluster: Cluster) -> str:
             f'{_launcher(request, cluster)} "$@" & pid=$!',
             "while wait $pid; code=$?; kill -0 $pid 2>/dev/null; do :; done  # a trap ends wait early",
             "wait $pid; again=$?; [ $again = 127 ] || code=$again",
-            f'[ $code != 0 ] || [ "$(ended)" != "$before" ] || code={RankError.exit_code}  # srun says 0 if none starts',
+            f'[ $code != 0 ] || [ "$(ended)" != "$before" ] || code={RankError.exit_code}  # srun may say so',
             'echo $code > "$run/exit" 2>/dev/null',
             "",
             *_again(request, cluster),

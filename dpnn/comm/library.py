@@ -78,9 +78,22 @@ def load() -> ModuleType:
 
 def version() -> str:
     """Name and version of the MPI library that is loaded; it needn't be initialised."""
+    import mpi4py
+
+    if "MPI" not in vars(mpi4py):  # loaded here first: not to be initialised by that
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
     from mpi4py import MPI
 
     return MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
+
+
+def thread_level() -> str:
+    """Which threads may call MPI: "single", "funneled", "serialized" or "multiple"."""
+    from mpi4py import MPI
+
+    names = ("single", "funneled", "serialized", "multiple")
+    levels = (MPI.THREAD_SINGLE, MPI.THREAD_FUNNELED, MPI.THREAD_SERIALIZED, MPI.THREAD_MULTIPLE)
+    return names[levels.index(MPI.Query_thread())]
 
 
 def takes_device_memory() -> bool:

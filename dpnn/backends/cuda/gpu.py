@@ -42,6 +42,15 @@ def visible() -> int:
     return count
 
 
+def about_driver() -> str:
+    """The GPUs, the driver's CUDA and cuDNN, in words. Unavailable as `visible`."""
+    count, cupy = visible(), _cupy()
+    runtime = cupy.cuda.runtime
+    driver, own = (f"{n // 1000}.{n % 1000 // 10}" for n in (runtime.driverGetVersion(), runtime.runtimeGetVersion()))
+    names = dict.fromkeys(runtime.getDeviceProperties(i)["name"].decode() for i in range(count))
+    return f"{count} x {', '.join(names)}; driver for CUDA {driver}, CuPy {cupy.__version__} with CUDA {own}"
+
+
 class Failing:
     """A block in which an error of CUDA's becomes a RankError: what is asked for later may be told of it as well."""
 
