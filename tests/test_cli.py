@@ -78,7 +78,7 @@ def test_a_mistyped_command_is_told_with_its_usage(capsys, arguments, told):
         ([], "the following arguments are required"),
         (["trian", "job.toml"], "invalid choice: 'trian'"),
         (["train", "job.toml", "--resumee"], "unrecognized arguments: --resumee"),
-        (["pack", "digits", "data"], "dpnn: pack runs in one process; launch takes train, eval and doctor --ranks"),
+        (["pack", "digits", "data"], "dpnn: plan runs in one process: leave out launch"),
     ],
 )
 def test_launch_refuses_a_wrong_command_once_and_starts_nothing(command, told):
