@@ -16,8 +16,24 @@ Array = NDArray[Any]
 OPEN_FILES = 64
 
 
-class Extents:
-    """Record i is lengths[i] bytes of paths[files[i]] from offsets[i] on. May be read by several threads at a time.
+class OpenFiles:
+    """Reads bytes of many files, of which some stay open. May be used by several threads at a time."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+        self._open = lru_cache(OPEN_FILES)(lambda file: _Descriptor(os.open(paths[file], os.O_RDONLY)))
+
+    def read_bytes(self, file: int, offset: int, nbytes: int) -> bytes:
+        """Some bytes of paths[file]; DataError where they can't be had."""
+        try:
+            descriptor = self._open(file)  # held until the bytes are read: another thread may push it out meanwhile
+            return read_exactly(descriptor.number, offset, nbytes, self.paths[file])
+        except OSError as error:
+            raise DataError(f"{self.paths[file]} can't be read ({error.strerror})") from error
+
+
+class Extents(OpenFiles):
+    """Record i is lengths[i] bytes of paths[files[i]] from offsets[i] on.
 
     `files` int32, `offsets` and `lengths` int64, (n,). As it stands, the records are pictures; a format of another
     codec, or that knows better names, derives from it.
@@ -27,9 +43,9 @@ class Extents:
     shape: tuple[int, ...] = ()
 
     def __init__(self, paths: Sequence[Path], files: Array, offsets: Array, lengths: Array) -> None:
-        self.paths, self.files, self.offsets, self.lengths = paths, files, offsets, lengths
+        super().__init__(paths)
+        self.files, self.offsets, self.lengths = files, offsets, lengths
         self.nbytes = float(lengths.mean()) if len(lengths) else 0.0
-        self._open = lru_cache(OPEN_FILES)(lambda file: _Descriptor(os.open(paths[file], os.O_RDONLY)))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -37,14 +53,6 @@ class Extents:
     def read(self, number: int) -> bytes:
         """One record; DataError where its file is gone or has become shorter."""
         return self.read_bytes(int(self.files[number]), int(self.offsets[number]), int(self.lengths[number]))
-
-    def read_bytes(self, file: int, offset: int, nbytes: int) -> bytes:
-        """Some bytes of a file; DataError where they can't be had."""
-        try:
-            descriptor = self._open(file)  # held until the bytes are read: another thread may push it out meanwhile
-            return read_exactly(descriptor.number, offset, nbytes, self.paths[file])
-        except OSError as error:
-            raise DataError(f"{self.paths[file]} can't be read ({error.strerror})") from error
 
     def name(self, number: int) -> str:
         """The file and the place in it."""
