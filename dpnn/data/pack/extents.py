@@ -51,7 +51,9 @@ class Extents(OpenFiles):
         return len(self.files)
 
     def read(self, number: int) -> bytes:
-        """One record; DataError where its file is gone or has become shorter."""
+        """One record; DataError where it is empty, or its file is gone or has become shorter."""
+        if not self.lengths[number]:
+            raise DataError("the record is empty")
         return self.read_bytes(int(self.files[number]), int(self.offsets[number]), int(self.lengths[number]))
 
     def name(self, number: int) -> str:

@@ -77,7 +77,7 @@ class Files:
     def _weigh(self) -> float:
         """The mean size of some of the files."""
         sizes = []
-        for number in np.unique(np.linspace(0, len(self) - 1, _WEIGHED).astype(np.int64)):
+        for number in range(0, len(self), max(len(self) // _WEIGHED, 1)):
             with suppress(OSError):  # a file that isn't there is told when it is read
                 sizes.append(self._path(number).stat().st_size)
         return float(np.mean(sizes)) if sizes else 0.0

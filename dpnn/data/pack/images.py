@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from dpnn.data.pack.files import Files, Names
-from dpnn.data.pack.parts import find_parts, number_classes, reading
-from dpnn.data.pack.source import Source, Split
+from dpnn.data.pack.parts import Part, as_source, find_parts, reading
+from dpnn.data.pack.source import Source
 from dpnn.errors import DataError
 
 _LISTERS = 16
@@ -22,27 +22,16 @@ _LISTERS = 16
 def read_images(source: Path) -> Source:
     """The parts of the folder; DataError naming the folder of what is wrong."""
     with reading(source):
-        parts = find_parts(source)
-        classes = {part: _classes(folder) for part, folder in parts.items()}
-        class_names = number_classes(classes, source)
-        number = {name: i for i, name in enumerate(class_names)}
-        splits: list[Split] = []
-        first = 0
-        for part, folder in parts.items():
-            folders = [folder / name for name in classes[part]]
-            with ThreadPoolExecutor(_LISTERS) as pool:
-                names = Names(pool.map(_list, folders))
-            empty = [str(folder) for folder, count in zip(folders, names.counts, strict=True) if not count]
-            if empty and (part == "train" or len(empty) == len(folders)):
-                raise DataError(
-                    f"{empty[0]} holds no pictures ({len(empty)} such classes); remove the folder, or fill it"
-                )
-            place = np.repeat(np.arange(len(folders), dtype=np.int32), names.counts)
-            labels = np.array([number[name] for name in classes[part]], np.int32)[place]
-            ids = np.arange(first, first + len(names), dtype=np.uint64)
-            splits.append(Split(part, Files(folders, place, names), labels, ids))
-            first += len(names)
-    return Source(splits, len(class_names), class_names=class_names)
+        return as_source({name: _list_part(folder) for name, folder in find_parts(source).items()}, source)
+
+
+def _list_part(folder: Path) -> Part:
+    classes = _classes(folder)
+    folders = [folder / name for name in classes]
+    with ThreadPoolExecutor(_LISTERS) as pool:
+        names = Names(pool.map(_list, folders))
+    place = np.repeat(np.arange(len(folders), dtype=np.int32), names.counts)
+    return Part(classes, place, Files(folders, place, names))
 
 
 def _classes(folder: Path) -> list[str]:

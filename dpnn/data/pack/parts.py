@@ -3,9 +3,17 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from dpnn.data.pack.source import Records, Source, Split
 from dpnn.errors import DataError
+
+Array = NDArray[Any]
 
 _TESTS = ("test", "val", "validation")
 
@@ -35,20 +43,43 @@ def reading(source: Path) -> Iterator[None]:
         ) from error
 
 
-def number_classes(parts: Mapping[str, Sequence[str]], where: Path) -> tuple[str, ...]:
-    """The names of the classes in the order of their numbers: those of the training part, sorted.
+@dataclass(frozen=True)
+class Part:
+    """The pictures of a part: sample i is of classes[place[i]]. `classes` are sorted."""
 
-    DataError where another part has a class that the training part hasn't: no network could learn it.
+    classes: Sequence[str]
+    place: Array
+    samples: Records
+
+
+def as_source(parts: Mapping[str, Part], where: Path) -> Source:
+    """The parts together: classes are numbered in the order of the training part's names.
+
+    DataError for a class without pictures, and where another part has a class that the training part hasn't: no
+    network could learn it.
     """
-    names = tuple(sorted(parts["train"]))
-    for part, classes in parts.items():
-        strange = sorted(set(classes) - set(names))
+    class_names = tuple(parts["train"].classes)
+    splits: list[Split] = []
+    first = 0
+    for name, part in parts.items():
+        strange = sorted(set(part.classes) - set(class_names))
         if strange:
             raise DataError(
-                f"{where}: its {part} part has the class {strange[0]!r}, which its training part hasn't "
+                f"{where}: its {name} part has the class {strange[0]!r}, which its training part hasn't "
                 f"({len(strange)} such); remove it, or correct its name"
             )
-    return names
+        counts = np.bincount(part.place, minlength=len(part.classes))
+        if not counts.all() and (name == "train" or not counts.any()):
+            empty = part.classes[int(np.argmin(counts))]
+            raise DataError(
+                f"{where}: its {name} part has no pictures of the class {empty!r} ({np.count_nonzero(counts == 0)} "
+                f"such); add some, or remove the class"
+            )
+        labels = np.searchsorted(class_names, part.classes).astype(np.int32)[part.place]
+        ids = np.arange(first, first + len(labels), dtype=np.uint64)
+        splits.append(Split(name, part.samples, labels, ids))
+        first += len(labels)
+    return Source(splits, len(class_names), class_names=class_names)
 
 
 def _having(source: Path, names: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
