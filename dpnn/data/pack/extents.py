@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,19 @@ OPEN_FILES = 64
 
 
 class OpenFiles:
-    """Reads bytes of many files, of which some stay open. May be used by several threads at a time."""
+    """Reads bytes of many files, of which some stay open. Several threads may read at a time. Can be pickled."""
+
+    paths: Sequence[Path]
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-        self._open = lru_cache(OPEN_FILES)(lambda file: _Descriptor(os.open(paths[file], os.O_RDONLY)))
+        self.__setstate__({"paths": paths})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_open"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open = lru_cache(OPEN_FILES)(lambda file: _Descriptor(os.open(state["paths"][file], os.O_RDONLY)))
 
     def read_bytes(self, file: int, offset: int, nbytes: int) -> bytes:
         """Some bytes of paths[file]; DataError where they can't be had."""
@@ -39,7 +47,7 @@ class Extents(OpenFiles):
     codec, or that knows better names, derives from it.
     """
 
-    codec = "image"
+    codec: Literal["image", "frames"] = "image"
     shape: tuple[int, ...] = ()
 
     def __init__(self, paths: Sequence[Path], files: Array, offsets: Array, lengths: Array) -> None:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +42,7 @@ class Names:
 class Files:
     """Pictures: file i is folders[folder[i]] / names[i]. May be read by several threads at a time."""
 
-    codec = "image"
+    codec: Literal["image"] = "image"
     shape: tuple[int, ...] = ()
 
     def __init__(self, folders: Sequence[Path], folder: Array, names: Names) -> None:
