@@ -29,7 +29,7 @@ class OpenFiles:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._open = lru_cache(OPEN_FILES)(lambda file: _Descriptor(os.open(state["paths"][file], os.O_RDONLY)))
+        self._open = lru_cache(OPEN_FILES)(lambda file: Descriptor(os.open(state["paths"][file], os.O_RDONLY)))
 
     def read_bytes(self, file: int, offset: int, nbytes: int) -> bytes:
         """Some bytes of paths[file]; DataError where they can't be had."""
@@ -69,8 +69,8 @@ class Extents(OpenFiles):
         return f"{self.paths[self.files[number]]}, byte {self.offsets[number]}"
 
 
-class _Descriptor:
-    """An open file, which is closed when the last thread that reads from it has done so."""
+class Descriptor:
+    """An open file, which is closed when nobody holds it any more."""
 
     def __init__(self, number: int) -> None:
         self.number = number

@@ -42,7 +42,7 @@ class Names:
 class Files:
     """Pictures: file i is folders[folder[i]] / names[i]. May be read by several threads at a time."""
 
-    codec: Literal["image"] = "image"
+    codec: Literal["image", "frames"] = "image"
     shape: tuple[int, ...] = ()
 
     def __init__(self, folders: Sequence[Path], folder: Array, names: Names) -> None:
