@@ -1,5 +1,7 @@
 """TFRecord files and the messages in them are read as PyPI's tfrecord and protobuf write them, or refused by place."""
 
+import contextlib
+import re
 import struct
 
 import numpy as np
@@ -63,7 +65,7 @@ def test_an_empty_a_missing_and_a_compressed_file_are_told(tmp_path):
         list(scan(tmp_path / "none", 0))
     with pytest.raises(DataError, match="gone can't be read"):
         list(scan(tmp_path / "gone", 0))
-    with pytest.raises(DataError, match="packed, byte 0: .*compressed; unpack it first"):
+    with pytest.raises(DataError, match=r"packed, byte 0: .*compressed; unpack it first"):
         list(scan(tmp_path / "packed", 0))
 
 
@@ -84,13 +86,11 @@ def test_a_mutated_file_is_read_right_or_refused_by_its_name(file, at, byte, cut
     data = bytearray(whole)
     data[at] ^= byte
     file.write_bytes(data[:cut])
-    try:
-        found = records(file)
-    except DataError as error:
-        assert str(file) in str(error)
-    else:  # cut between two records
-        assert [b"first", b"", bytes(range(200))][: len(found)] == found
-        assert sum(len(record) + 16 for record in found) == len(data[:cut])
+    if data[:cut] == whole[: len(data[:cut])] and cut in (21, 37):  # between two records: there's nothing to see
+        assert records(file) == [b"first", b""][: cut // 16]
+    else:
+        with pytest.raises(DataError, match=re.escape(str(file))):
+            records(file)
 
 
 lists = st.one_of(
@@ -135,10 +135,8 @@ def test_integers_that_are_not_packed_are_read_too():
 @given(st.binary(max_size=60))
 def test_any_bytes_are_a_message_or_malformed(data):
     for read in (*READERS.values(), lambda *place: list(protobuf.entries(*place)), lambda *p: protobuf.rows(*p, 3)):
-        try:
+        with contextlib.suppress(protobuf.Malformed):
             read(data, 0, len(data))
-        except protobuf.Malformed as error:
-            assert str(error)
 
 
 @pytest.mark.parametrize("frames", [0, 1, 300])
