@@ -93,9 +93,12 @@ class Board:
         self._ko = (NEVER, EMPTY)
         self.turn += 1
 
-    def arrange(self, colour: int, points: Iterable[int]) -> None:
-        """Set up or take away stones. IllegalMove where one has no liberty then; the board isn't of use any more."""
-        for point in points:
+    def arrange(self, stones: Iterable[tuple[int, int]]) -> None:
+        """Set up stones, (point, colour), or EMPTY points.
+
+        IllegalMove where a stone has no liberty then; the board is of no use any more.
+        """
+        for point, colour in stones:
             self.colours[point], self.came[point] = colour, NEVER
         self._ko = (NEVER, EMPTY)
         self.groups = [None] * len(self.colours)
