@@ -63,9 +63,12 @@ def points(values: list[str], columns: int, rows: int) -> list[int]:
     """The points of a list, row * columns + column; "aa:cc" is a rectangle. ValueError where one is off the board."""
     found = []
     for value in values:
-        first, _, last = value.strip().partition(":")
-        a, b = (_place(corner, columns, rows) for corner in (first, last or first))
-        found += [row * columns + column for row in range(a[1], b[1] + 1) for column in range(a[0], b[0] + 1)]
+        first, colon, last = value.strip().partition(":")
+        left, top = _place(first, columns, rows)
+        right, bottom = _place(last, columns, rows) if colon else (left, top)
+        if right < left or bottom < top:
+            raise ValueError(f"{value!r} is no rectangle")
+        found += [row * columns + column for row in range(top, bottom + 1) for column in range(left, right + 1)]
     return found
 
 
@@ -83,9 +86,9 @@ def move(values: list[str], columns: int, rows: int) -> int:
 def size(root: Node) -> tuple[int, int]:
     """Columns and rows of the board. ValueError where they are none."""
     value = root.get("SZ", ["19"])[0]
-    columns, _, rows = value.partition(":")
+    columns, colon, rows = value.partition(":")
     try:
-        found = int(columns), int(rows or columns)
+        found = int(columns), int(rows if colon else columns)
     except ValueError:
         raise ValueError(f"a board of size {value!r}") from None
     if not (min(found) >= 1 and max(found) <= 52):
