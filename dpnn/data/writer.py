@@ -172,6 +172,7 @@ def _hole(file: Any, name: str, shape: tuple[int, ...], dtype: str) -> int:
     how = h5p.create(h5p.DATASET_CREATE)
     how.set_alloc_time(h5d.ALLOC_TIME_EARLY)
     how.set_fill_time(h5d.FILL_TIME_NEVER)
+    how.set_obj_track_times(False)  # or no two files would be the same
     kind = h5t.py_create(np.dtype(dtype), logical=True)
     offset: int = h5d.create(file.id, name.encode(), kind, h5s.create_simple(shape), how).get_offset()
     return offset

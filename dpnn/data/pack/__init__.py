@@ -53,7 +53,8 @@ def pack(
     files are; `shorter_side`: larger ones are made so large, as JPEG; `raw`: all are decoded and become squares of so
     many pixels. `shard_mb`: the target size of a shard in MiB. `seed`: of the order in which the samples are laid into
     the shards. `on_bad`: what is done with samples that can't be read or decoded: left out and named in a file, or the
-    first ends all. `progress(done, total)` counts samples; those of other ranks by the share that this one has done.
+    first ends all. `progress(done, total)` counts samples, those of other ranks by the share that this one has done;
+    what it raises ends the packing.
 
     The manifests are written when all shards are there. A packing that ended before goes on where the same is asked
     for: its finished shards are checked and kept.
