@@ -192,12 +192,15 @@ def _with_test(source: Source, fraction: float | None) -> Source:
     if len(source.splits) > 1:
         raise JobError(f"test_fraction = {fraction:g}, but the source has a test part of its own; leave it out")
     (whole,) = source.splits
-    n = len(whole.ids)
+    groups = np.arange(len(whole.ids)) if whole.groups is None else whole.groups
+    n = int(groups.max()) + 1
     n_test = round(n * fraction)
     if not 0 < n_test < n:
-        raise DataError(f"test_fraction = {fraction:g} of {n} samples leaves a part without samples; use another")
-    order = philox.permutation(n, 0, _HELD_OUT)
-    parts = {"train": np.sort(order[n_test:]), "test": np.sort(order[:n_test])}
+        what = "samples" if whole.groups is None else "groups of samples"
+        raise DataError(f"test_fraction = {fraction:g} of {n} {what} leaves a part without samples; use another")
+    held_out = np.zeros(n, bool)
+    held_out[philox.permutation(n, 0, _HELD_OUT)[:n_test]] = True
+    parts = {"train": np.flatnonzero(~held_out[groups]), "test": np.flatnonzero(held_out[groups])}
     splits = [
         Split(name, chosen(whole.samples, numbers), whole.labels[numbers], whole.ids[numbers])
         for name, numbers in parts.items()

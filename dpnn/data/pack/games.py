@@ -23,6 +23,8 @@ SIZE = 19
 POINTS = SIZE**2
 COLUMNS = "ABCDEFGHJKLMNOPQRST"
 
+FILES = "*.[sS][gG][fF]"
+
 _PASS = POINTS
 """Stands for a point where a player passes."""
 _SETUP = 4
@@ -39,7 +41,7 @@ def read_games(folder: Path) -> Source:
     What can't be read, or breaks the rules, is left out from there on, and told. DataError where nothing is left.
     """
     listed = _Listed()
-    for path in sorted(folder.rglob("*.[sS][gG][fF]")):
+    for path in sorted(folder.rglob(FILES)):
         listed.add_file(path)
     if not listed.games:
         first = ": ".join(listed.left_out[0]) if listed.left_out else "there is no .sgf file"

@@ -35,8 +35,8 @@ def varint(data: bytes, at: int) -> tuple[int, int]:
             return value, at
         shift += 7
         if shift == 70:
-            raise Malformed(f"byte {at}: a varint of more than 10 bytes")
-    raise Malformed(f"byte {at}: the bytes end in a varint")
+            raise Malformed(f"a varint of more than 10 bytes (at byte {at} of the record)")
+    raise Malformed(f"it ends in a varint (at byte {at} of the record)")
 
 
 def fields(data: bytes, lo: int, hi: int) -> Iterator[tuple[int, int, int, int]]:
@@ -53,9 +53,9 @@ def fields(data: bytes, lo: int, hi: int) -> Iterator[tuple[int, int, int, int]]
         elif wire in _SIZES:
             end = lo + _SIZES[wire]
         else:
-            raise Malformed(f"byte {start}: a field of type {wire}")
+            raise Malformed(f"a field of an unknown type (at byte {start} of the record)")
         if end > hi or not tag >> 3:
-            raise Malformed(f"byte {start}: a field that ends behind its message, or has no number")
+            raise Malformed(f"a field that ends behind its message, or has no number (at byte {start} of the record)")
         yield tag >> 3, wire, lo, end
         lo = end
 
@@ -68,7 +68,7 @@ def parts(data: bytes, lo: int, hi: int, number: int) -> Iterator[tuple[int, int
 def take(data: bytes, lo: int, hi: int) -> bytes:
     """The bytes of a range."""
     if hi > len(data):
-        raise Malformed(f"byte {lo}: the bytes end before byte {hi}")
+        raise Malformed(f"it ends in a value (at byte {lo} of the record)")
     return data[lo:hi]
 
 
@@ -94,7 +94,7 @@ def integers(data: bytes, lo: int, hi: int) -> list[int]:
                 value, a = varint(data, a)
                 values.append((value + (1 << 63)) % (1 << 64) - (1 << 63))
             if a > b:
-                raise Malformed(f"byte {b}: a varint that goes on behind its list")
+                raise Malformed(f"a varint that goes on behind its list (at byte {b} of the record)")
     return values
 
 
@@ -107,7 +107,7 @@ def numbers(data: bytes, lo: int, hi: int) -> Array:
     ]
     joined = b"".join(packed)
     if len(joined) % 4:
-        raise Malformed(f"byte {lo}: {len(joined)} bytes of float32")
+        raise Malformed(f"a broken float32 (in the list at byte {lo} of the record)")
     return np.frombuffer(joined, "<f4")
 
 
@@ -127,11 +127,11 @@ def rows(data: bytes, lo: int, hi: int, width: int) -> Array:
     stride = first[3] - lo
     values = strings(data, first[2], first[3])
     if [len(value) for value in values] != [width] or (hi - lo) % stride:
-        raise Malformed(f"byte {lo}: frames that aren't each one value of {width} bytes")
+        raise Malformed(f"frames that aren't each one value of {width} bytes (at byte {lo} of the record)")
     table = np.frombuffer(take(data, lo, hi), np.uint8).reshape(-1, stride)
     head = stride - width
     if first[0] != 1 or not data.endswith(values[0], lo, lo + stride) or (table[:, :head] != table[0, :head]).any():
-        raise Malformed(f"byte {lo}: frames that aren't each one value of {width} bytes")
+        raise Malformed(f"frames that aren't each one value of {width} bytes (at byte {lo} of the record)")
     return table[:, head:]
 
 
@@ -140,5 +140,5 @@ def _values(data: bytes, lo: int, hi: int, kind: int) -> Iterator[tuple[int, int
     for number, wire, a, b in fields(data, lo, hi):
         if number in (_BYTES_LIST, _FLOAT_LIST, _INT64_LIST):
             if number != kind or wire != BYTES:
-                raise Malformed(f"byte {lo}: a list of another type")
+                raise Malformed(f"a list of another type (at byte {lo} of the record)")
             yield from fields(data, a, b)

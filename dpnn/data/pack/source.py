@@ -67,7 +67,8 @@ class Split:
     labels: Labels
     ids: Array
     groups: Array | None = None
-    """Samples of the same number, int32 (n,), stay together when a part is held out: the positions of one game."""
+    """A number from 0 on for each sample, int32 (n,), none left out: samples of the same one stay together when a part
+    is held out, as the positions of a game do."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +51,7 @@ def read_youtube8m(path: Path, num_classes: int = CLASSES) -> Source:
         files = np.repeat(np.arange(len(paths), dtype=np.int32), [len(part.labels) for part in listed])
         offsets = np.concatenate([part.offsets for part in listed])
         lengths = np.concatenate([part.lengths for part in listed])
-        records = TFRecords(paths, files, offsets, lengths)
+        records = VideoRecords(paths, files, offsets, lengths)
         videos = Frames(records, layout) if layout.frames else Videos(records, layout)
         ids = np.arange(first, first + len(records), dtype=np.uint64)
         splits.append(Split(name, videos, Lists.join([part.labels for part in listed]), ids))
@@ -81,8 +81,20 @@ class Layout:
                 raise protobuf.Malformed(f"no feature {name.decode()!r}")
         return [found[name] for name in self.widths]
 
-    def __str__(self) -> str:
-        return " and ".join(f"{name.decode()} of {width}" for name, width in self.widths.items())
+
+class VideoRecords(TFRecords):
+    """Records that a person knows by the `id` of the video too."""
+
+    def name(self, number: int) -> str:
+        """File, place in it, and the `id` of the video, where that can be read."""
+        where, nbytes = super().name(number), int(self.lengths[number])
+        try:
+            data = self.read_bytes(int(self.files[number]), int(self.offsets[number]), nbytes)
+            place = _feature(data, nbytes, b"id")
+            found = b"".join(protobuf.strings(data, *place)) if place else b""
+        except (DataError, protobuf.Malformed):
+            found = b""
+        return where + (f", video {found.decode('ascii', 'backslashreplace')}" if found else "")
 
 
 class Videos:
@@ -90,7 +102,7 @@ class Videos:
 
     dtype = np.dtype(np.float32)
 
-    def __init__(self, records: TFRecords, layout: Layout) -> None:
+    def __init__(self, records: VideoRecords, layout: Layout) -> None:
         self._records, self._layout, self.shape = records, layout, layout.shape
 
     def read(self, numbers: Array) -> Array:
@@ -105,23 +117,23 @@ class Videos:
             raise DataError(f"{self.name(number)}: {error}") from error
         if [len(feature) for feature in features] != [*self._layout.widths.values()]:
             found = " and ".join(str(len(feature)) for feature in features)
-            raise DataError(f"{self.name(number)}: {found} numbers, where the first video has {self._layout}")
+            raise DataError(f"{self.name(number)}: not as many numbers as the first video has ({found})")
         video = np.concatenate(features)
         if not np.isfinite(video).all():
-            raise DataError(f"{self.name(number)} holds a number that isn't finite")
+            raise DataError(f"{self.name(number)}: a number that isn't finite")
         return video
 
     def name(self, number: int) -> str:
         """The file, the place in it, and what the data set calls the video."""
-        return _name(self._records, number)
+        return self._records.name(number)
 
 
 class Frames:
     """Videos of the frame level: a record is T frames, each uint8 (1152,), picture, then sound."""
 
-    codec = "frames"
+    codec: Literal["image", "frames"] = "frames"
 
-    def __init__(self, records: TFRecords, layout: Layout) -> None:
+    def __init__(self, records: VideoRecords, layout: Layout) -> None:
         self._records, self._layout, self.shape = records, layout, layout.shape
         self.nbytes = records.nbytes
 
@@ -135,12 +147,13 @@ class Frames:
             raise DataError(f"{self.name(number)}: {error}") from error
         counts = [len(feature) for feature in features]
         if len(set(counts)) > 1 or not counts[0]:
-            raise DataError(f"{self.name(number)}: {' and '.join(map(str, counts))} frames of {self._layout}")
+            found = " and ".join(map(str, counts))
+            raise DataError(f"{self.name(number)}: no frames, or not as many of each feature ({found})")
         return np.concatenate(features, axis=1).tobytes()
 
     def name(self, number: int) -> str:
         """The file, the place in it, and what the data set calls the video."""
-        return _name(self._records, number)
+        return self._records.name(number)
 
 
 @dataclass(frozen=True)
@@ -239,15 +252,3 @@ def _features(data: bytes, frames: bool) -> dict[bytes, tuple[int, int]]:
 def _record(path: Path, offset: int, nbytes: int) -> TFRecords:
     """One record, as it is read and checked."""
     return TFRecords([path], *as_extents([(0, offset, nbytes)]))
-
-
-def _name(records: TFRecords, number: int) -> str:
-    """File, place in it, and the `id` of the video, where that can be read."""
-    nbytes = int(records.lengths[number])
-    try:
-        data = records.read_bytes(int(records.files[number]), int(records.offsets[number]), nbytes)
-        place = _feature(data, nbytes, b"id")
-        found = b"".join(protobuf.strings(data, *place)) if place else b""
-    except (DataError, protobuf.Malformed):
-        found = b""
-    return f"{records.name(number)}" + (f", video {found.decode('ascii', 'backslashreplace')}" if found else "")
