@@ -17,13 +17,13 @@ import numpy as np
 
 from dpnn import philox
 from dpnn.data.labels import Lists
-from dpnn.data.pack.folder import Folder
+from dpnn.data.pack.folder import Folder, write_names
 from dpnn.data.pack.formats import Options, open_source
 from dpnn.data.pack.journal import Finished, Journal, Plan, digest_of
 from dpnn.data.pack.ranks import Alone, Ranks
 from dpnn.data.pack.source import Source, Split, chosen
 from dpnn.data.pack.stored import Rejected, form_of
-from dpnn.data.pack.summary import Packed, Summary
+from dpnn.data.pack.summary import Packed, Summary, count_reasons
 from dpnn.errors import DataError, JobError
 
 __all__ = ["Options", "Packed", "Ranks", "Summary", "pack"]
@@ -106,9 +106,11 @@ def pack(
             for one, its, manifest in zip(folders, shards, manifests, strict=True):
                 one.write_rejected(its)
                 manifest.write(one.path)
+            write_names(target, data.left_out)
             journal.end()
         parts = zip(folders, manifests, shards, strict=True)
-        return Summary(tuple(Packed.of(one.path, manifest, its) for one, manifest, its in parts))
+        packed = tuple(Packed.of(one.path, manifest, its) for one, manifest, its in parts)
+        return Summary(target, packed, count_reasons(reason for _, reason in data.left_out))
 
     return ranks.first(end)
 

@@ -48,7 +48,7 @@ def _guess(path: Path) -> str:
         return "digits"
     if path.suffix == ".tfrecord" or any(path.glob("*.tfrecord")):
         return "youtube8m"
-    if any(path.glob(FILES)):
+    if path.suffix.lower() == ".sgf" or any(path.glob(FILES)):
         return "sgf"
     if path.is_dir():
         return "idx"

@@ -35,17 +35,17 @@ _SUICIDE = ("nz", "new zealand", "goe", "ing", "tromp")
 """How the names of the rules begin that let a player take several own stones."""
 
 
-def read_games(folder: Path) -> Source:
-    """The positions of all games on 19 x 19 in *.sgf files, in the folder and below.
+def read_games(path: Path) -> Source:
+    """The positions of all games on 19 x 19 in a file, or in the *.sgf files of a folder and below.
 
     What can't be read, or breaks the rules, is left out from there on, and told. DataError where nothing is left.
     """
     listed = _Listed()
-    for path in sorted(folder.rglob(FILES)):
-        listed.add_file(path)
+    for file in [path] if path.is_file() else sorted(path.rglob(FILES)):
+        listed.add_file(file)
     if not listed.games:
         first = ": ".join(listed.left_out[0]) if listed.left_out else "there is no .sgf file"
-        raise DataError(f"{folder} holds no game of Go on {SIZE} x {SIZE} that can be packed; {first}")
+        raise DataError(f"{path} holds no game of Go on {SIZE} x {SIZE} that can be packed; {first}")
     positions = Positions(listed.names, listed.games)
     ids = np.arange(len(positions.moves), dtype=np.uint64)
     names = tuple(f"{column}{SIZE - row}" for row in range(SIZE) for column in COLUMNS)
@@ -123,12 +123,12 @@ class _Listed:
             found, problem = found[:last], str(error)
         events = np.array(found, np.uint16)
         if problem and not unfit:
-            problem = f"left out from move {_count_moves(events) + 1} on: {problem}"
+            problem += f" (left out from move {_count_moves(events) + 1} on)"
         key = hashlib.blake2b(events.data, digest_size=16).digest()
         if not _count_moves(events):
             problem = problem or "it has no moves"
         elif key in self._seen:
-            problem = f"it has the moves of {self._seen[key]}"
+            problem = f"it has the moves of another game ({self._seen[key]})"
         else:
             self._seen[key] = name
             self.names.append(name)

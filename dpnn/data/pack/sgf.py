@@ -28,7 +28,7 @@ class Malformed(ValueError):
     """The text is no game record. `at`: the byte of the file."""
 
     def __init__(self, at: int, problem: str) -> None:
-        super().__init__(f"byte {at}: {problem}")
+        super().__init__(f"{problem} (at byte {at})")
         self.at = at
 
 
@@ -67,7 +67,7 @@ def points(values: list[str], columns: int, rows: int) -> list[int]:
         left, top = _place(first, columns, rows)
         right, bottom = _place(last, columns, rows) if colon else (left, top)
         if right < left or bottom < top:
-            raise ValueError(f"{value!r} is no rectangle")
+            raise ValueError(f"a list that is no rectangle ({value!r})")
         found += [row * columns + column for row in range(top, bottom + 1) for column in range(left, right + 1)]
     return found
 
@@ -75,7 +75,7 @@ def points(values: list[str], columns: int, rows: int) -> list[int]:
 def move(values: list[str], columns: int, rows: int) -> int:
     """The point of a move, or PASS: "", and "tt" on boards up to 19. ValueError where it is off the board."""
     if len(values) != 1:
-        raise ValueError(f"{len(values)} moves at once")
+        raise ValueError(f"several moves at once ({len(values)})")
     value = values[0].strip()
     if not value or (value == "tt" and max(columns, rows) <= 19):
         return PASS
@@ -90,9 +90,9 @@ def size(root: Node) -> tuple[int, int]:
     try:
         found = int(columns), int(rows if colon else columns)
     except ValueError:
-        raise ValueError(f"a board of size {value!r}") from None
+        raise ValueError(f"a board without a size ({value!r})") from None
     if not (min(found) >= 1 and max(found) <= 52):
-        raise ValueError(f"a board of size {value!r}")
+        raise ValueError(f"a board without a size ({value!r})")
     return found
 
 
@@ -111,7 +111,7 @@ def _main_line(text: str, at: int) -> tuple[list[Node], int]:
         mark, name, values = token.groups()
         if name is not None:
             if before != ";":
-                raise _Broken(token.start(2), f"the property {name} belongs to no node")
+                raise _Broken(token.start(2), "a property that belongs to no node")
             if not closed:
                 if not name.isupper():
                     name = "".join(letter for letter in name if letter.isupper())
@@ -144,7 +144,7 @@ def _problem(text: str, at: int) -> str:
         return "the file ends in the middle of a game"
     if re.match(r"[A-Za-z]+\s*\[", rest):
         return "the file ends in the middle of a value"
-    return f"{rest[:10]!r} is no node, property or variation"
+    return "something that is no node, property or variation"
 
 
 def _unescaped(found: re.Match[str]) -> str:
@@ -158,7 +158,7 @@ def _place(value: str, columns: int, rows: int) -> tuple[int, int]:
         column, row = (ord(c) - ord("a") if c >= "a" else ord(c) - ord("A") + 26 for c in value)
         if column < columns and row < rows:
             return column, row
-    raise ValueError(f"{value[:10]!r} is not on a board of {columns} x {rows}")
+    raise ValueError(f"a point that isn't on the board ({value[:10]!r})")
 
 
 def _decode(data: bytes) -> tuple[str, str]:
