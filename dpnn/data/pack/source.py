@@ -1,5 +1,6 @@
 """What a source of data gives to the packer; a format is a function that returns a `Source`."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -190,3 +191,8 @@ def check_lengths(samples: int, labels: int, where: str) -> None:
     """DataError where not every sample has its label."""
     if samples != labels:
         raise DataError(f"{where}: {samples} samples and {labels} labels; each sample needs one label")
+
+
+def plain(name: str) -> str:
+    """A name that can be written anywhere: what isn't UTF-8 in the name of a file is spelled out."""
+    return os.fsencode(name).decode(errors="backslashreplace")
