@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--force", action="store_true", help="overwrite data packed there before")
     # Each of dpnn.data.pack.Options.
     pack.add_argument("--format", default="", metavar="NAME", help="of the source, where its path doesn't tell")
+    pack.add_argument(
+        "--classes", type=int, default=0, metavar="N", help="the number of classes of YouTube-8M (default 3862)"
+    )
     pack.set_defaults(run=_pack)
 
     train = commands.add_parser("train", help="train a network", description=_train.__doc__)

@@ -17,13 +17,13 @@ import numpy as np
 
 from dpnn import philox
 from dpnn.data.labels import Lists
-from dpnn.data.pack.folder import Folder
+from dpnn.data.pack.folder import Folder, write_names
 from dpnn.data.pack.formats import Options, open_source
 from dpnn.data.pack.journal import Finished, Journal, Plan, digest_of
 from dpnn.data.pack.ranks import Alone, Ranks
 from dpnn.data.pack.source import Source, Split, chosen
 from dpnn.data.pack.stored import Rejected, form_of
-from dpnn.data.pack.summary import Packed, Summary
+from dpnn.data.pack.summary import Packed, Summary, count_reasons
 from dpnn.errors import DataError, JobError
 
 __all__ = ["Options", "Packed", "Ranks", "Summary", "pack"]
@@ -108,9 +108,11 @@ def pack(
             for one, its, manifest in zip(folders, shards, manifests, strict=True):
                 one.write_rejected(its)
                 manifest.write(one.path)
+            write_names(target, data.left_out)
             journal.end()
         parts = zip(folders, manifests, shards, strict=True)
-        return Summary(tuple(Packed.of(one.path, manifest, its) for one, manifest, its in parts))
+        packed = tuple(Packed.of(one.path, manifest, its) for one, manifest, its in parts)
+        return Summary(target, packed, count_reasons(reason for _, reason in data.left_out))
 
     return ranks.first(end)
 
@@ -194,12 +196,15 @@ def _with_test(source: Source, fraction: float | None) -> Source:
     if len(source.splits) > 1:
         raise JobError(f"test_fraction = {fraction:g}, but the source has a test part of its own; leave it out")
     (whole,) = source.splits
-    n = len(whole.ids)
+    groups = np.arange(len(whole.ids)) if whole.groups is None else whole.groups
+    n = int(groups.max()) + 1
     n_test = round(n * fraction)
     if not 0 < n_test < n:
-        raise DataError(f"test_fraction = {fraction:g} of {n} samples leaves a part without samples; use another")
-    order = philox.permutation(n, 0, _HELD_OUT)
-    parts = {"train": np.sort(order[n_test:]), "test": np.sort(order[:n_test])}
+        what = "samples" if whole.groups is None else "groups of samples"
+        raise DataError(f"test_fraction = {fraction:g} of {n} {what} leaves a part without samples; use another")
+    held_out = np.zeros(n, bool)
+    held_out[philox.permutation(n, 0, _HELD_OUT)[:n_test]] = True
+    parts = {"train": np.flatnonzero(~held_out[groups]), "test": np.flatnonzero(held_out[groups])}
     splits = [
         Split(name, chosen(whole.samples, numbers), whole.labels[numbers], whole.ids[numbers])
         for name, numbers in parts.items()

@@ -134,9 +134,7 @@ class Folder:
 
     def write_rejected(self, finished: Sequence[Finished]) -> None:
         """A file that names the samples that are left out, and says why; none where all are kept."""
-        if rejected := _rejected(finished):
-            with replacing(self.path / REJECTED) as temporary, open(temporary, "w", newline="") as file:
-                csv.writer(file).writerows([("name", "reason"), *((one.name, one.reason) for one in rejected)])
+        write_names(self.path, [(one.name, one.reason) for one in _rejected(finished)])
 
     def _parts(self, numbers: Array, pool: ThreadPoolExecutor, ahead: int) -> Iterator[Part]:
         """The samples as they are stored, in order."""
@@ -152,6 +150,13 @@ class Folder:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def write_names(folder: Path, left_out: Sequence[tuple[str, str]]) -> None:
+    """A file in a folder with the names and reasons of what is left out; none where nothing is."""
+    if left_out:
+        with replacing(folder / REJECTED) as temporary, open(temporary, "w", newline="") as file:
+            csv.writer(file).writerows([("name", "reason"), *left_out])
 
 
 def _rejected(finished: Sequence[Finished]) -> list[Rejected]:

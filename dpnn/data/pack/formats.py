@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpnn.data.pack.digits import read_digits
+from dpnn.data.pack.games import FILES, read_games
 from dpnn.data.pack.idx import read_folder
 from dpnn.data.pack.npz import read_npz
 from dpnn.data.pack.source import Source
+from dpnn.data.pack.youtube8m import CLASSES, read_youtube8m
 from dpnn.errors import JobError
 
 
@@ -17,12 +19,16 @@ class Options:
 
     format: str = ""
     """A name of FORMATS; empty: by the path."""
+    classes: int = 0
+    """The number of classes, where the source doesn't tell; 0: 3862, as YouTube-8M has."""
 
 
 FORMATS: dict[str, Callable[[Path, Options], Source]] = {
     "digits": lambda path, options: read_digits(),
     "idx": lambda path, options: read_folder(path),
     "npz": lambda path, options: read_npz(path),
+    "youtube8m": lambda path, options: read_youtube8m(path, options.classes or CLASSES),
+    "sgf": lambda path, options: read_games(path),
 }
 
 
@@ -40,6 +46,10 @@ def _guess(path: Path) -> str:
     """The format of what lies at a path."""
     if str(path) == "digits":
         return "digits"
+    if path.suffix == ".tfrecord" or any(path.glob("*.tfrecord")):
+        return "youtube8m"
+    if path.suffix.lower() == ".sgf" or any(path.glob(FILES)):
+        return "sgf"
     if path.is_dir():
         return "idx"
     if path.suffix == ".npz":

@@ -119,6 +119,7 @@ class Journal:
         if self._folder.exists():
             self._folder.rename(self._target / _DONE)
         shutil.rmtree(self._target / _DONE, ignore_errors=True)
+        _remove(self._target, rf"{re.escape(REJECTED)}|{_TEMPORARY}")
         for part in PARTS:
             _remove(self._target / part, rf"{part}-\d+-of-\d+\.h5|{re.escape(REJECTED)}|{_TEMPORARY}")
 

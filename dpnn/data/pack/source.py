@@ -66,6 +66,9 @@ class Split:
     samples: Samples | Records
     labels: Labels
     ids: Array
+    groups: Array | None = None
+    """A number from 0 on for each sample, int32 (n,), none left out: samples of the same one stay together when a part
+    is held out, as the positions of a game do."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class Source:
     held_out: float = 0.0
     class_names: tuple[str, ...] = ()
     """One for each class, where they have names."""
+    left_out: Sequence[tuple[str, str]] = ()
+    """What can't be packed, as listing the source showed: its name and the reason."""
 
 
 class InMemory:

@@ -1,7 +1,7 @@
 """What was packed, told to a person."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -29,13 +29,11 @@ class Packed:
         """Of a folder with these shards."""
         sizes = [one.sizes for one in finished if one.sizes is not None]
         mean = sum(size.total for size in sizes) / manifest.samples
-        # What stands in brackets differs from sample to sample.
-        reasons = Counter(sample.reason.split(" (")[0] for one in finished for sample in one.rejected)
         return cls(
             folder,
             manifest,
             (min(size.least for size in sizes), mean, max(size.most for size in sizes)) if sizes else None,
-            dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
+            count_reasons(sample.reason for one in finished for sample in one.rejected),
         )
 
     def __str__(self) -> str:
@@ -52,12 +50,7 @@ class Packed:
             least, mean, most = self.sizes
             lines.append(f"a sample has {least:,} to {most:,} bytes, {mean:,.0f} on average")
         if self.rejected:
-            shown = [f"{n:,} x {reason}" for reason, n in list(self.rejected.items())[:_MOST_REASONS]]
-            if len(self.rejected) > len(shown):
-                shown.append(f"{len(self.rejected) - len(shown)} more reasons")
-            lines.append(
-                f"{sum(self.rejected.values()):,} left out, named in {self.folder / REJECTED}: {'; '.join(shown)}"
-            )
+            lines.append(_told(self.rejected, self.folder))
         return "\n  ".join(lines)
 
 
@@ -65,7 +58,26 @@ class Packed:
 class Summary:
     """What was packed, part by part; as text, some lines for each."""
 
+    folder: Path
     parts: tuple[Packed, ...]
+    left_out: dict[str, int]
+    """How much of the source belongs to no part, by reason: files, games."""
 
     def __str__(self) -> str:
-        return "\n".join(str(part) for part in self.parts)
+        lines = [str(part) for part in self.parts]
+        if self.left_out:
+            lines.append(f"of the source, {_told(self.left_out, self.folder)}")
+        return "\n".join(lines)
+
+
+def count_reasons(reasons: Iterable[str]) -> dict[str, int]:
+    """How often each is given, the most frequent first; what stands in brackets differs from case to case."""
+    counts = Counter(reason.split(" (")[0] for reason in reasons)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _told(reasons: dict[str, int], folder: Path) -> str:
+    shown = [f"{n:,} x {reason}" for reason, n in list(reasons.items())[:_MOST_REASONS]]
+    if len(reasons) > len(shown):
+        shown.append(f"{len(reasons) - len(shown)} more reasons")
+    return f"{sum(reasons.values()):,} left out, named in {folder / REJECTED}: {'; '.join(shown)}"
