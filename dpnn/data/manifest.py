@@ -26,11 +26,12 @@ class Content(msgspec.Struct, frozen=True, kw_only=True):
     """What all shards of a folder have in common."""
 
     kind: Literal["raw", "encoded"]
-    """raw: arrays of one shape; encoded: records of bytes, each of which `codec` makes an image."""
+    """raw: arrays of one shape; encoded: records of bytes, which `codec` makes samples."""
     shape: tuple[int, ...] = ()
-    """Of one sample, as stored: (H, W, C) for images. Empty for encoded samples."""
+    """Of one raw sample, as stored: (H, W, C) for images. Of one frame. Empty for encoded images."""
     dtype: str = "uint8"
-    codec: str = ""
+    codec: Literal["", "image", "frames"] = ""
+    """image: a JPEG, PNG or other picture, as its bytes say. frames: one or more uint8 arrays of `shape`, end to end."""
     labels: Literal["single", "multi"]
     num_classes: int
     block: int
@@ -41,15 +42,22 @@ class Content(msgspec.Struct, frozen=True, kw_only=True):
         """Bytes of one raw sample."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
-    def contradictions(self) -> list[str]:
-        """What is wrong with it."""
+    @property
+    def channels(self) -> int:
+        """Of how many numbers the mean and the standard deviation are: of the last dimension, or of RGB."""
+        return self.shape[-1] if self.shape else 3
+
+    def content_contradictions(self) -> list[str]:
+        """What contradicts itself in it, so that no shard can be read by it."""
+        of_kind = f"codec = {self.codec!r}" if self.codec else f"kind = {self.kind!r}"
         wrong = [
             (self.dtype not in DTYPES, f"dtype = {self.dtype!r} is none of {', '.join(DTYPES)}"),
             (self.block < 1, f"block = {self.block} is less than 1"),
             (self.num_classes < 1, f"num_classes = {self.num_classes} is less than 1"),
-            ((self.kind == "raw") != bool(self.shape), f"shape = {list(self.shape)} doesn't fit kind = {self.kind!r}"),
+            ((self.codec == "image") == bool(self.shape), f"shape = {list(self.shape)} doesn't fit {of_kind}"),
             (any(dim < 1 for dim in self.shape), f"shape = {list(self.shape)} has a dimension below 1"),
             ((self.kind == "encoded") != bool(self.codec), f"codec = {self.codec!r} doesn't fit kind = {self.kind!r}"),
+            (self.kind == "encoded" and self.dtype != "uint8", f"dtype = {self.dtype!r} doesn't fit {of_kind}"),
         ]
         return [text for is_wrong, text in wrong if is_wrong]
 
@@ -82,8 +90,10 @@ class Manifest(Content, frozen=True, kw_only=True):
     histogram: tuple[int, ...]
     """Samples of each class."""
     mean: tuple[float, ...]
-    """Of the stored values, for each channel (the last dimension). Empty for encoded samples."""
+    """Of the stored values, for each channel (the last dimension); of the decoded ones for encoded images, as RGB."""
     std: tuple[float, ...]
+    class_names: tuple[str, ...] = ()
+    """One for each class, where they have names."""
     shards: tuple[Shard, ...]
 
     @property
@@ -155,24 +165,24 @@ class Manifest(Content, frozen=True, kw_only=True):
             manifest, seal = msgspec.json.decode(text, type=cls), msgspec.json.decode(text, type=_Seal).seal
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise DataError(f"{path} can't be read ({error}); pack the data again") from error
-        wrong = manifest.contradictions()
+        wrong = manifest._contradictions()
         if not wrong and seal != manifest.digest:
             wrong = [f"it was damaged, or changed by hand (its seal is {seal!r} instead of {manifest.digest!r})"]
         return manifest, [Problem(text=f"{path}: {it}; pack the data again", file=str(path)) for it in wrong]
 
-    def contradictions(self) -> list[str]:
+    def _contradictions(self) -> list[str]:
         """What contradicts itself, worst first."""
         if self.version != VERSION:
             return [f"version = {self.version}, and this dpnn reads version {VERSION}"]
         if not self.shards:
             return ["it names no shards, so there is nothing to train on"]
-        channels = self.shape[-1] if self.shape else 0
         wrong = [
             (len(self.histogram) != self.num_classes, "the histogram has not one number for each class"),
-            (not len(self.mean) == len(self.std) == channels, "mean and std have not one number for each channel"),
+            (not len(self.mean) == len(self.std) == self.channels, "mean and std have not one number for each channel"),
+            (len(self.class_names) not in (0, self.num_classes), "class_names are not one for each class"),
             (self.samples != sum(self.counts), f"samples = {self.samples}, and its shards hold {sum(self.counts)}"),
         ]
-        problems = super().contradictions() + [text for is_wrong, text in wrong if is_wrong]
+        problems = self.content_contradictions() + [text for is_wrong, text in wrong if is_wrong]
         problems += [f"{shard.name} holds no samples" for shard in self.shards if shard.samples < 1]
         problems += [f"{s.name!r} is not a plain file name" for s in self.shards if not _is_plain(s.name)]
         names, uuids = Counter(s.name for s in self.shards), Counter(s.uuid for s in self.shards)

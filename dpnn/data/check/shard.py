@@ -24,7 +24,7 @@ from dpnn.errors import DataError
 Array = NDArray[Any]
 
 _GLANCE = 64
-"""So many numbers of a sample are compared before all are: few samples that aren't constant begin so."""
+"""So many pixels of a sample are compared before all are: few that aren't constant begin so."""
 
 
 class Interrupted(Exception):
@@ -56,6 +56,8 @@ class ShardCheck:
         self._folder, self._content, self._quick = folder, content, quick
         self._probe, self._stop = probe, stop
         self._room = Room()
+        self._channels = content.shape[-1] if len(content.shape) == 3 else 1
+        self._pixels = math.prod(content.shape) // self._channels
 
     def __call__(self, shard: Shard) -> Checked:
         """Check one shard."""
@@ -89,10 +91,10 @@ class ShardCheck:
             return
         # From here on these are the bytes that were packed, which HDF5 wrote itself.
         layout, problems = shards.inspect(path, content, shard)
+        problems += [] if problems else shards.payload_problems(layout, path, content, shard)
         yield from problems
         if problems:
             return
-        yield from shards.payload_problems(layout, path, content, shard)
         index = shards.index_in(outside, layout, content)
         problems = list(shards.index_problems(index, path, content, shard))
         yield from problems
@@ -112,9 +114,12 @@ class ShardCheck:
     def _payload(self, file: int, path: Path, shard: Shard, index: Index, checked: Checked) -> Iterator[Problem]:
         """What is wrong with the samples, block by block."""
         content, name = self._content, shards.payload_name(self._content)
+        damaged: dict[int, str] = {}
         bad: dict[int, str] = {}
         constant: list[int] = []
         for block in range(len(index.crcs)):
+            if self._stop.is_set():
+                raise Interrupted
             lo, hi = shards.block_range(content, shard, index, block)
             data = memoryview(bytearray(hi - lo))
             shards.read_exactly(file, data, shard.payload_offset + lo, path)
@@ -123,17 +128,24 @@ class ShardCheck:
             try:
                 shards.check_block(data, path, content, index, block)
             except DataError as error:
-                yield Problem(text=str(error), file=str(path), dataset=name, index=first)
+                damaged[first] = str(error)
                 continue
-            for number, pixels in enumerate(self._samples(data, index, first, lo), first):
+            if index.offsets is None:
+                values = np.frombuffer(data, content.dtype).reshape(-1, self._pixels, self._channels)
+                bad |= dict.fromkeys((first + _not_finite(values)).tolist(), "it holds a number that isn't finite")
+                constant += (first + _constant(values)).tolist()
+                continue
+            cuts = index.offsets[first : first + content.block + 1] - lo
+            for number, (a, b) in enumerate(itertools.pairwise(cuts.tolist()), first):
                 if self._stop.is_set():
                     raise Interrupted
-                if isinstance(pixels, str):
-                    bad[number] = pixels
-                elif not np.isfinite(pixels).all():
-                    bad[number] = "it holds a number that isn't finite"
-                elif len(pixels) > 1 and (pixels[:_GLANCE] == pixels[0]).all() and (pixels == pixels[0]).all():
-                    constant.append(number)
+                try:
+                    constant += [number] * len(_constant(self._decoded(data[a:b])))
+                except BadImage as error:
+                    bad[number] = str(error)
+
+        def tell_block(first: int) -> Problem:
+            return Problem(text=damaged[first], file=str(path), dataset=name, index=first)
 
         def tell(number: int) -> Problem:
             text = f"{path}, {name}[{number}]: {bad[number]}; leave the sample out and pack the data again"
@@ -143,26 +155,30 @@ class ShardCheck:
             text = f"{path}, {name}[{number}]: all of the sample is one value"
             return Problem(text=text, file=str(path), dataset=name, index=number, warning=True)
 
+        yield from listed(np.array(list(damaged), np.int64), tell_block)
         yield from listed(np.array(list(bad), np.int64), tell)
         yield from listed(np.array(constant, np.int64), warn)
 
-    def _samples(self, data: memoryview, index: Index, first: int, start: int) -> Iterator[Array | str]:
-        """The samples of a block as (pixels, channels) or (numbers, 1); for each that can't be decoded, why."""
-        content = self._content
-        if index.offsets is None:
-            channels = content.shape[-1] if len(content.shape) == 3 else 1
-            numbers = np.frombuffer(data, content.dtype)
-            yield from numbers.reshape(-1, math.prod(content.shape) // channels, channels)
-            return
-        cuts = index.offsets[first : first + content.block + 1] - start
-        for lo, hi in itertools.pairwise(cuts.tolist()):
-            if content.codec == "image":
-                try:
-                    yield decode(data[lo:hi], room=self._room).reshape(-1, 3)
-                except BadImage as error:
-                    yield str(error)
-            else:
-                yield np.frombuffer(data[lo:hi], np.uint8)[:, None]
+    def _decoded(self, record: memoryview) -> Array:
+        """A record as (1, pixels, channels)."""
+        if self._content.codec == "image":
+            return decode(record, room=self._room).reshape(1, -1, 3)
+        return np.frombuffer(record, np.uint8).reshape(1, -1, 1)
+
+
+def _not_finite(samples: Array) -> Array:
+    """Which of the samples (n, pixels, channels) hold a number that is none."""
+    if samples.dtype.kind != "f":
+        return np.empty(0, np.int64)
+    return np.flatnonzero(~np.isfinite(samples).all(axis=(1, 2)))
+
+
+def _constant(samples: Array) -> Array:
+    """Which of the samples (n, pixels, channels) have the same value in several pixels, and no other."""
+    if samples.shape[1] == 1:
+        return np.empty(0, np.int64)
+    likely: Array = np.flatnonzero((samples[:, :_GLANCE] == samples[:, :1]).all(axis=(1, 2)))
+    return likely[(samples[likely] == samples[likely, :1]).all(axis=(1, 2))]
 
 
 def _repeated(lists: Lists, path: Path) -> Iterator[Problem]:
@@ -175,10 +191,9 @@ def _repeated(lists: Lists, path: Path) -> Iterator[Problem]:
     def tell(place: int) -> Problem:
         at = int(order[place])
         text = (
-            f"{path}, y_indices[{at}] = {classes[place]}: sample {samples[place]} has this label twice; "
-            "correct the labels and pack the data again"
+            f"{path}, y_indices[{at}] = {classes[place]}: sample {samples[place]} has this label twice; it counts once"
         )
-        return Problem(text=text, file=str(path), dataset="y_indices", index=at)
+        return Problem(text=text, file=str(path), dataset="y_indices", index=at, warning=True)
 
     yield from listed(again, tell)
 
