@@ -50,7 +50,7 @@ def moment_problems(folder: Path, manifest: Manifest) -> Iterator[Problem]:
 
 
 def histogram_problems(folder: Path, manifest: Manifest, counts: Array) -> Iterator[Problem]:
-    """Classes whose number of samples isn't the manifest's, and classes without samples. `counts`: found in the shards."""
+    """Classes whose number of samples, `counts` in the shards, isn't the manifest's; and those that have none."""
     file = str(folder / NAME)
 
     def tell(k: int) -> Problem:
