@@ -11,9 +11,11 @@ The payload (x or bytes) is covered by block_crc32, all else in the file by the 
 before HDF5 opens the file. A CRC is zlib's crc32, computed by ISA-L: its rates are in benchmarks/checksum.py.
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,12 @@ Array = NDArray[Any]
 FORMAT = "dpnn-shard"
 VERSION = 1
 REPAIR = "copy the shard again, or pack the data again"
+_TYPES = {
+    name: h5py.h5t.py_create(np.dtype(name).newbyteorder("<"))
+    for name in ("uint8", "float16", "float32", "int32", "int64", "uint32", "uint64")
+}
+_TEXT = h5py.string_dtype()
+_TEXT_TYPE = h5py.h5t.py_create(_TEXT)
 
 
 @dataclass(frozen=True)
@@ -64,8 +72,8 @@ class Index:
 class Outside:
     """The bytes of a file before and behind its payload."""
 
-    head: bytes
-    tail: bytes
+    head: bytearray
+    tail: bytearray
     tail_offset: int
 
     @property
@@ -128,7 +136,7 @@ def read_outside(file: int, path: Path, shard: Shard) -> Outside:
     head, tail = bytearray(shard.payload_offset), bytearray(size - end)
     read_exactly(file, memoryview(head), 0, path)
     read_exactly(file, memoryview(tail), end, path)
-    return Outside(bytes(head), bytes(tail), end)
+    return Outside(head, tail, end)
 
 
 def check_digest(outside: Outside, path: Path, shard: Shard) -> None:
@@ -148,18 +156,24 @@ def read_layout(path: Path, content: Content, shard: Shard) -> Layout:
 
 
 def inspect(path: Path, content: Content, shard: Shard) -> tuple[Layout, list[Problem]]:
-    """Where each dataset stands that is as the format says, and all attributes and datasets that aren't."""
+    """Where each dataset stands that is as the format says, and all attributes and datasets that aren't.
+
+    By HDF5's own calls: a data set may have thousands of shards, and `h5py.File` takes four times as long.
+    """
+    layout: Layout = {}
     try:
-        with h5py.File(path, "r", locking=False) as file:
-            problems = list(_attribute_problems(path, dict(file.attrs), attributes(content, shard.samples, shard.uuid)))
-            layout = {}
+        file = h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY, _access())
+        try:
+            problems = list(_attribute_problems(path, file, attributes(content, shard.samples, shard.uuid)))
             for name, (dtype, shape) in _datasets(content, shard).items():
                 found = _place(path, file, name, dtype, shape)
                 if isinstance(found, Place):
                     layout[name] = found
                 else:
                     problems.append(found)
-    except OSError as error:
+        finally:
+            file.close()
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         return {}, [Problem(text=f"{path} can't be opened as HDF5 ({error}); {REPAIR}", file=str(path))]
     return layout, problems
 
@@ -167,7 +181,7 @@ def inspect(path: Path, content: Content, shard: Shard) -> tuple[Layout, list[Pr
 def read_index(outside: Outside, layout: Layout, path: Path, content: Content, shard: Shard) -> Index:
     """Labels, ids and checksums; DataError naming dataset and index of what is wrong with them."""
     refuse(payload_problems(layout, path, content, shard))
-    index = index_in(outside, layout, content)
+    index = index_of(outside, layout, content)
     refuse(index_problems(index, path, content, shard))
     return index
 
@@ -181,8 +195,8 @@ def payload_problems(layout: Layout, path: Path, content: Content, shard: Shard)
         yield Problem(text=text, file=str(path), dataset=name)
 
 
-def index_in(outside: Outside, layout: Layout, content: Content) -> Index:
-    """Labels, ids and checksums as they stand in the file."""
+def index_of(outside: Outside, layout: Layout, content: Content) -> Index:
+    """Labels, ids and checksums as they stand in the file, unchecked."""
     arrays = {name: outside.array(place) for name, place in layout.items() if name != payload_name(content)}
     labels = arrays["y"] if content.labels == "single" else Lists(arrays["y_indptr"], arrays["y_indices"])
     nbytes = sum(array.nbytes for array in arrays.values())
@@ -195,14 +209,16 @@ def index_problems(index: Index, path: Path, content: Content, shard: Shard) -> 
     yield from label_problems(index.labels, content.num_classes, file)
     if index.offsets is not None:
         yield from offset_problems(index.offsets, shard.payload_bytes, file, "offsets", may_be_empty=False)
-    ids, first, n = np.unique(index.ids, return_index=True, return_counts=True)
-    if len(ids) < len(index.ids):
+    ids = np.sort(index.ids)
+    twice = ids[1:][ids[1:] == ids[:-1]]
+    if len(twice):
+        values, first = np.unique(index.ids, return_index=True)
 
         def tell(place: int) -> Problem:
             text = f"{path}, id[{place}] = {index.ids[place]} stands there twice; pack the data again"
             return Problem(text=text, file=file, dataset="id", index=place)
 
-        yield from listed(np.sort(first[n > 1]), tell)
+        yield from listed(np.sort(first[np.isin(values, twice)]), tell)
 
 
 def block_range(content: Content, shard: Shard, index: Index, block: int) -> tuple[int, int]:
@@ -239,14 +255,41 @@ def _datasets(content: Content, shard: Shard) -> dict[str, tuple[str, tuple[int,
     return datasets | {"id": ("uint64", (n,)), "block_crc32": ("uint32", (-(-n // content.block),))}
 
 
-def _attribute_problems(path: Path, found: dict[str, Any], expected: dict[str, str | int]) -> Iterator[Problem]:
+@cache
+def _access() -> Any:
+    """How HDF5 opens a file: without locking it, which many file systems can't."""
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_file_locking(False, ignore_when_disabled=False)
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    return access
+
+
+def _attribute_problems(path: Path, file: Any, expected: dict[str, str | int]) -> Iterator[Problem]:
     for name, value in expected.items():
-        if name not in found:
+        try:
+            attribute = h5py.h5a.open(file, name.encode())
+        except KeyError:
             reason = "it was never completed" if name == "complete" else "it is no shard of dpnn's"
             yield Problem(text=f"{path} has no attribute {name!r}: {reason}; {REPAIR}", file=str(path))
-        elif found[name] != value:
-            text = f"{path}: attribute {name} = {found[name]!r} instead of {value!r}; {REPAIR}"
+            continue
+        said = _value(attribute)
+        if said != value:
+            text = f"{path}: attribute {name} = {said!r} instead of {value!r}; {REPAIR}"
             yield Problem(text=text, file=str(path))
+
+
+def _value(attribute: Any) -> object:
+    """Of an attribute: an int, a str, or, where it is neither, its type by name."""
+    kind = attribute.get_type()
+    if isinstance(kind, h5py.h5t.TypeIntegerID) and kind.get_size() <= 8 and attribute.shape == ():
+        number = np.empty((), np.int64)
+        attribute.read(number, h5py.h5t.NATIVE_INT64)
+        return int(number)
+    if isinstance(kind, h5py.h5t.TypeStringID) and kind.is_variable_str() and attribute.shape == ():
+        text = np.empty((), _TEXT)
+        attribute.read(text, _TEXT_TYPE)
+        return bytes(text.item() or b"").decode(errors="replace")
+    return kind.dtype.name
 
 
 def _place(path: Path, file: Any, name: str, dtype: str, shape: Sequence[int] | None) -> Place | Problem:
@@ -255,16 +298,19 @@ def _place(path: Path, file: Any, name: str, dtype: str, shape: Sequence[int] | 
     def wrong(text: str, way_out: str = REPAIR) -> Problem:
         return Problem(text=f"{path}{text}; {way_out}", file=str(path), dataset=name)
 
-    dataset = file.get(name)
-    if not isinstance(dataset, h5py.Dataset):
+    try:
+        dataset = h5py.h5d.open(file, name.encode())
+    except KeyError:
         return wrong(f" has no dataset {name!r}")
     # HDF5 keeps the byte order in the type: a big-endian dataset is another type.
-    if dataset.dtype != np.dtype(dtype).newbyteorder("<"):
+    counts = dataset.shape
+    if dataset.get_type() != _TYPES[dtype]:
         return wrong(f", {name} has the type {dataset.dtype.str} instead of {dtype}")
-    if dataset.shape != shape and not (shape is None and dataset.ndim == 1):
+    if counts != shape and not (shape is None and len(counts) == 1):
         wanted = "one dimension" if shape is None else f"the shape {tuple(shape)}"
-        return wrong(f", {name} has the shape {dataset.shape} instead of {wanted}")
-    offset = dataset.id.get_offset()
-    if dataset.chunks is not None or (offset is None and dataset.size):
+        return wrong(f", {name} has the shape {counts} instead of {wanted}")
+    offset, count = dataset.get_offset(), math.prod(counts)
+    contiguous = dataset.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS
+    if not contiguous or (offset is None and count):
         return wrong(f", {name} is not contiguous, or was never written", "pack the data again")
-    return Place(offset or 0, dataset.dtype, dataset.size)
+    return Place(offset or 0, np.dtype(dtype).newbyteorder("<"), count)

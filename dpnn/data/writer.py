@@ -136,9 +136,7 @@ def _name(content: Content, rest: dict[str, Array]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _surround(
-    file: IO[bytes], nbytes: int, content: Content, samples: int, name: str, rest: dict[str, Array]
-) -> int:
+def _surround(file: IO[bytes], nbytes: int, content: Content, samples: int, name: str, rest: dict[str, Array]) -> int:
     """Write all of a shard but its payload, which is there at _PLACE; where the payload begins."""
     shape, dtype = (nbytes,), "uint8"
     if content.kind == "raw":

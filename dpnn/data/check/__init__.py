@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from dpnn.data.check.folder import differences, histogram_problems, moment_problems, stray_files
 from dpnn.data.check.ids import merged, repeated, shared
 from dpnn.data.check.probe import Probe
+from dpnn.data.check.report import Report
 from dpnn.data.check.shard import ShardCheck
 from dpnn.data.manifest import NAME, VERSION, Manifest
 from dpnn.data.problems import Problem
@@ -27,44 +27,6 @@ from dpnn.errors import DataError
 Array = NDArray[Any]
 
 __all__ = ["Probe", "Report", "check"]
-
-
-@dataclass
-class Report:
-    """What was found, and how much was looked at."""
-
-    folder: str
-    quick: bool
-    problems: list[Problem] = field(default_factory=list)
-    folders: int = 0
-    shards: int = 0
-    samples: int = 0
-    unlabelled: int = 0
-    nbytes: int = 0
-    seconds: float = 0.0
-    interrupted: bool = False
-
-    @property
-    def errors(self) -> int:
-        """How many things make the data unusable."""
-        return sum(problem.count for problem in self.problems if not problem.warning)
-
-    @property
-    def warnings(self) -> int:
-        """How many things look odd."""
-        return sum(problem.count for problem in self.problems if problem.warning)
-
-    def __str__(self) -> str:
-        """One line."""
-        how = "interrupted after" if self.interrupted else "checked"
-        what = "all but the samples of " if self.quick else ""
-        unlabelled = f", {self.unlabelled:,} of them without a label" if self.unlabelled else ""
-        return (
-            f"{self.folder}: {how} {what}{self.folders} folder{'s' * (self.folders != 1)}, "
-            f"{self.shards:,} shard{'s' * (self.shards != 1)}, {self.samples:,} samples{unlabelled}, "
-            f"{self.nbytes / 1e9:,.3f} GB in {self.seconds:,.1f} s: "
-            f"{self.errors:,} error{'s' * (self.errors != 1)}, {self.warnings:,} warning{'s' * (self.warnings != 1)}"
-        )
 
 
 def check(

@@ -99,7 +99,7 @@ def _answer(request: _Request) -> list[Problem]:
                 outside = shards.read_outside(file, path, shard)
             finally:
                 os.close(file)
-            problems += shards.index_problems(shards.index_in(outside, layout, content), path, content, shard)
+            problems += shards.index_problems(shards.index_of(outside, layout, content), path, content, shard)
     except DataError as error:
         return [Problem(text=str(error), file=request.path)]
     except Exception as error:  # whatever h5py makes of damaged structures

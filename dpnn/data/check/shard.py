@@ -95,7 +95,7 @@ class ShardCheck:
         yield from problems
         if problems:
             return
-        index = shards.index_in(outside, layout, content)
+        index = shards.index_of(outside, layout, content)
         problems = list(shards.index_problems(index, path, content, shard))
         yield from problems
         checked.ids = index.ids
@@ -177,8 +177,9 @@ def _constant(samples: Array) -> Array:
     """Which of the samples (n, pixels, channels) have the same value in several pixels, and no other."""
     if samples.shape[1] == 1:
         return np.empty(0, np.int64)
-    likely: Array = np.flatnonzero((samples[:, :_GLANCE] == samples[:, :1]).all(axis=(1, 2)))
-    return likely[(samples[likely] == samples[likely, :1]).all(axis=(1, 2))]
+    likely = np.flatnonzero((samples[:, :_GLANCE] == samples[:, :1]).all(axis=(1, 2)))
+    constant: Array = likely[(samples[likely] == samples[likely, :1]).all(axis=(1, 2))]
+    return constant
 
 
 def _repeated(lists: Lists, path: Path) -> Iterator[Problem]:
