@@ -36,6 +36,7 @@ EXTRAS = {
         "pytest-timeout>=2.3",  # no test hangs
         "mpi-pytest>=2025.1",  # tests that run on several ranks
         "hypothesis>=6.100",  # cases that nobody thought of
+        "tfrecord>=1.14",  # writes TFRecord files, for ours to be read as it reads them
         "nvidia-cuda-nvrtc==13.0.*",  # compiles the CUDA kernels without a GPU: 90 MB, of which CuPy would be 70 more
         "setuptools>=77",  # tests/test_install.py builds a wheel without the network
     ],

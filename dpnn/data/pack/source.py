@@ -59,6 +59,8 @@ class Split:
     samples: Samples | Records
     labels: Labels
     ids: Array
+    groups: Array | None = None
+    """Samples of the same number, int32 (n,), stay together when a part is held out: the positions of one game."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Source:
     held_out: float = 0.0
     class_names: tuple[str, ...] = ()
     """One for each class, where they have names."""
+    left_out: Sequence[tuple[str, str]] = ()
+    """What can't be packed, as listing the source showed: its name and the reason."""
 
 
 class InMemory:
