@@ -101,7 +101,7 @@ class _Run:
         """Check all shards; the ids found in them, sorted."""
         stop = threading.Event()
         check = ShardCheck(folder, manifest, self._quick, self.probe, stop)
-        counts = np.zeros(manifest.num_classes, np.int64)
+        counts = np.zeros((), np.int64)
         all_counted = True
         ids: list[Array] = []
         with ThreadPoolExecutor(self._threads) as pool:
@@ -119,7 +119,7 @@ class _Run:
                     if checked.counts is None:
                         all_counted = False
                     else:
-                        counts += checked.counts
+                        counts = counts + checked.counts
                     if self._progress is not None:
                         self._progress(len(manifest.shards) - len(futures), len(manifest.shards))
             except BaseException:
