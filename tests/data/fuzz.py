@@ -38,24 +38,26 @@ class Wrong(Exception):
 def mutated(data, rng):
     """Bytes with one to three damages."""
     data = bytearray(data)
+    kinds = 9 if rng.integers(2) else 5  # every other time the length stays: that is seen by no size
     for _ in range(rng.integers(1, 4)):
         at, n = int(rng.integers(len(data) + 1)), int(rng.integers(1, 1 + rng.choice([8, 64, 4096])))
-        match rng.integers(9):
+        match rng.integers(kinds):
             case 0 | 1 if data:
                 data[at % len(data)] ^= 1 << rng.integers(8)
             case 2 if data:
                 data[at % len(data)] = rng.integers(256)
             case 3:
-                del data[at : at + n]
-            case 4:
-                data[at:at] = rng.bytes(n)
-            case 5:
-                to = int(rng.integers(len(data) + 1))
-                data[at : at + n], data[to : to + n] = data[to : to + n], data[at : at + n]
-            case 6:
-                del data[at:]
-            case 7:
                 data[at : at + n] = bytes(len(data[at : at + n]))
+            case 4:
+                n, to = min(n, len(data) // 2), int(rng.integers(len(data) + 1))
+                at, to = min(at, len(data) - n), min(to, len(data) - n)
+                data[at : at + n], data[to : to + n] = data[to : to + n], data[at : at + n]
+            case 5:
+                del data[at : at + n]
+            case 6:
+                data[at:at] = rng.bytes(n)
+            case 7:
+                del data[at:]
             case 8:
                 data += rng.bytes(n) if rng.integers(2) else bytes(n)
     return bytes(data)
