@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,35 +16,53 @@ Array = NDArray[Any]
 OPEN_FILES = 64
 
 
-class Extents:
-    """Record i is lengths[i] bytes of paths[files[i]] from offsets[i] on. May be read by several threads at a time.
+class OpenFiles:
+    """Reads bytes of many files, of which some stay open. Several threads may read at a time. Can be pickled."""
 
-    `files` int32, `offsets` and `lengths` int64, (n,). As it stands, the records are pictures; a format of another
-    codec, or that knows better names, derives from it.
-    """
+    paths: Sequence[Path]
 
-    codec = "image"
-    shape: tuple[int, ...] = ()
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.__setstate__({"paths": paths})
 
-    def __init__(self, paths: Sequence[Path], files: Array, offsets: Array, lengths: Array) -> None:
-        self.paths, self.files, self.offsets, self.lengths = paths, files, offsets, lengths
-        self.nbytes = float(lengths.mean()) if len(lengths) else 0.0
-        self._open = lru_cache(OPEN_FILES)(lambda file: _Descriptor(os.open(paths[file], os.O_RDONLY)))
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_open"}
 
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def read(self, number: int) -> bytes:
-        """One record; DataError where its file is gone or has become shorter."""
-        return self.read_bytes(int(self.files[number]), int(self.offsets[number]), int(self.lengths[number]))
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open = lru_cache(OPEN_FILES)(lambda file: _Descriptor(os.open(state["paths"][file], os.O_RDONLY)))
 
     def read_bytes(self, file: int, offset: int, nbytes: int) -> bytes:
-        """Some bytes of a file; DataError where they can't be had."""
+        """Some bytes of paths[file]; DataError where they can't be had."""
         try:
             descriptor = self._open(file)  # held until the bytes are read: another thread may push it out meanwhile
             return read_exactly(descriptor.number, offset, nbytes, self.paths[file])
         except OSError as error:
             raise DataError(f"{self.paths[file]} can't be read ({error.strerror})") from error
+
+
+class Extents(OpenFiles):
+    """Record i is lengths[i] bytes of paths[files[i]] from offsets[i] on.
+
+    `files` int32, `offsets` and `lengths` int64, (n,). As it stands, the records are pictures; a format of another
+    codec, or that knows better names, derives from it.
+    """
+
+    codec: Literal["image", "frames"] = "image"
+    shape: tuple[int, ...] = ()
+
+    def __init__(self, paths: Sequence[Path], files: Array, offsets: Array, lengths: Array) -> None:
+        super().__init__(paths)
+        self.files, self.offsets, self.lengths = files, offsets, lengths
+        self.nbytes = float(lengths.mean()) if len(lengths) else 0.0
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, number: int) -> bytes:
+        """One record; DataError where it is empty, or its file is gone or has become shorter."""
+        if not self.lengths[number]:
+            raise DataError("the record is empty")
+        return self.read_bytes(int(self.files[number]), int(self.offsets[number]), int(self.lengths[number]))
 
     def name(self, number: int) -> str:
         """The file and the place in it."""

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpnn.data.labels import Labels
-from dpnn.data.manifest import DTYPES
 from dpnn.errors import DataError
 
 Array = NDArray[Any]
@@ -24,7 +23,10 @@ class Samples(Protocol):
     dtype: np.dtype[Any]
 
     def read(self, numbers: Array) -> Array:
-        """Some samples, (len(numbers), *shape), in any order."""
+        """Some samples, (len(numbers), *shape), in any order; one thread reads at a time.
+
+        DataError saying what is wrong where they can't be had; packing then reads each alone, and rejects what is bad.
+        """
         ...
 
     def name(self, number: int) -> str:
@@ -32,10 +34,11 @@ class Samples(Protocol):
         ...
 
 
+@runtime_checkable
 class Records(Protocol):
     """Samples encoded as bytes, each of its own length, somewhere."""
 
-    codec: str
+    codec: Literal["image", "frames"]
     """"image": a JPEG, PNG or other picture; "frames": (T, *shape) uint8, T at least 1."""
     shape: tuple[int, ...]
     """Of one frame; empty for images."""
@@ -43,7 +46,10 @@ class Records(Protocol):
     """Of a sample, on average and about: what shards are cut by."""
 
     def read(self, number: int) -> bytes:
-        """One record. DataError saying what is wrong where it can't be had; packing rejects it then."""
+        """One record; several threads read at a time.
+
+        DataError saying what is wrong where it can't be had; packing rejects it then.
+        """
         ...
 
     def name(self, number: int) -> str:
@@ -65,7 +71,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Source:
-    """All that is packed at a time. `held_out`: the share of a lone part that is held out by default."""
+    """All that is packed at a time. `held_out`: the share of a lone part that is held out by default.
+
+    It is made on one rank and sent to the others, so it can be pickled: what it reads from is opened when it is read.
+    """
 
     splits: Sequence[Split]
     num_classes: int
@@ -77,7 +86,7 @@ class Source:
 
 
 class InMemory:
-    """Samples in an array (n, *shape) of one of the types that a shard may have."""
+    """Samples in an array (n, *shape)."""
 
     def __init__(self, array: Array, where: str) -> None:
         self._array, self._where = array, where
@@ -109,37 +118,25 @@ class Chosen:
         return self._samples.name(int(self._numbers[number]))
 
 
-def as_samples(array: Array, where: str) -> InMemory:
-    """Samples as a shard holds them: uint8, float16 or float32; grey images (n, H, W) become (n, H, W, 1).
+class ChosenRecords:
+    """Some of other records, by their numbers."""
 
-    Integers become uint8 where they fit, otherwise float32 where it holds them exactly. DataError naming `where` for
-    other types, and for numbers that are not finite.
-    """
-    if array.ndim < 2 or not array.size:
-        raise DataError(f"{where} has the shape {array.shape}; it must hold one or more samples, (samples, ...)")
-    if array.ndim == 3:
-        array = array[..., None]
-    kind = array.dtype.kind
-    if kind == "b":
-        array = array.astype(np.uint8)
-    elif kind in "iu" and array.dtype != np.uint8:
-        low, high = int(array.min()), int(array.max())
-        if max(-low, high) > 1 << 24:
-            raise DataError(f"{where} holds integers from {low} to {high}, which float32 can't hold; scale them first")
-        array = array.astype(np.uint8 if low >= 0 and high <= 255 else np.float32)
-    elif kind == "f" and array.dtype.name not in DTYPES:
-        with np.errstate(over="ignore"):  # what float32 can't hold becomes infinite, and is told below
-            array = array.astype(np.float32)
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    if array.dtype.name not in DTYPES:
-        raise DataError(f"{where} is of type {array.dtype}; it must hold integers or floating-point numbers")
-    if array.dtype.kind == "f":
-        finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
-        if not finite.all():
-            raise DataError(
-                f"{where}[{int(np.argmin(finite))}] holds a number that isn't finite; leave that sample out"
-            )
-    return InMemory(array, where)
+    def __init__(self, records: Records, numbers: Array) -> None:
+        self._records, self._numbers = records, numbers
+        self.codec, self.shape, self.nbytes = records.codec, records.shape, records.nbytes
+
+    def read(self, number: int) -> bytes:
+        """One of the chosen records."""
+        return self._records.read(int(self._numbers[number]))
+
+    def name(self, number: int) -> str:
+        """What the whole calls it."""
+        return self._records.name(int(self._numbers[number]))
+
+
+def chosen(samples: Samples | Records, numbers: Array) -> Samples | Records:
+    """Some of the samples, by their numbers."""
+    return ChosenRecords(samples, numbers) if isinstance(samples, Records) else Chosen(samples, numbers)
 
 
 def as_classes(array: Array, where: str) -> Array:
@@ -152,9 +149,3 @@ def as_classes(array: Array, where: str) -> Array:
     if len(wrong):
         raise DataError(f"{where}[{wrong[0]}] = {array[wrong[0]]}: a class is a number from 0 to {MOST_CLASSES - 1}")
     return array.astype(np.int32)
-
-
-def check_lengths(samples: int, labels: int, where: str) -> None:
-    """DataError where not every sample has its label."""
-    if samples != labels:
-        raise DataError(f"{where}: {samples} samples and {labels} labels; each sample needs one label")
