@@ -138,7 +138,7 @@ class Shards:
         ).write(self._folder)  # fmt: skip
         self._whole = {path.name: path.read_bytes() for path in self._folder.iterdir()}
         self._truth = self._read()
-        self._probe = Probe(LIMIT_S / 2)
+        self._probe = Probe(3)
 
     def case(self, rng):
         """Damage, read and check; then mend."""
