@@ -1,8 +1,9 @@
-"""The commands, thin: `dpnn pack | train | eval | plan | doctor | submit | launch`. None imports MPI without need."""
+"""The commands, thin: `dpnn pack | data | train | eval | plan | doctor | submit | launch`. MPI only where it must be."""
 
 import argparse
 import math
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -10,7 +11,7 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 from dpnn import __version__
-from dpnn.errors import DpnnError, JobError, RankError, Stopped
+from dpnn.errors import DataError, DpnnError, JobError, RankError, Stopped
 
 if TYPE_CHECKING:
     from dpnn.cluster.signals import StopRequest
@@ -67,6 +68,11 @@ def _parser() -> argparse.ArgumentParser:
         "--classes", type=int, default=0, metavar="N", help="the number of classes of YouTube-8M (default 3862)"
     )
     pack.set_defaults(run=_pack)
+
+    data = commands.add_parser(
+        "data", help="check packed data, or look at them", description="Check packed data, or look at them."
+    )
+    _add_data_commands(data)
 
     train = commands.add_parser("train", help="train a network", description=_train.__doc__)
     train.add_argument("job", nargs="?", help="the job file (TOML)")
@@ -144,6 +150,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_data_commands(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    folder = "a folder of shards, or one that holds train/ and test/"
+
+    check = commands.add_parser(
+        "check", help="list all that is wrong with packed data", description=_data_check.__doc__
+    )
+    check.add_argument("folder", metavar="FOLDER", help=folder)
+    check.add_argument(
+        "--quick",
+        action="store_true",
+        help="leave out the samples: only the manifest, labels, ids and HDF5's structures",
+    )
+    check.add_argument("--json", action="store_true", help="print an object a line: each finding, then the summary")
+    check.set_defaults(run=_data_check)
+
+
 def _add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
@@ -209,6 +232,30 @@ def _pack_together(arguments: argparse.Namespace, request: "StopRequest", world:
     if first:
         print(summary, flush=True)
     return 0
+
+
+def _data_check(arguments: argparse.Namespace) -> int:
+    """Read everything that was packed and list all that is wrong with it: damaged or missing files, labels out of
+    range, ids that stand twice, pictures that can't be decoded, and more. Exit code 3 where there is an error.
+    """
+    from rich.progress import Progress
+
+    from dpnn.data.check import check
+    from dpnn.data.check.report import lines
+
+    with Progress(transient=True, disable=arguments.json or not sys.stdout.isatty()) as progress:
+        bar = progress.add_task("checking")
+        report = check(
+            arguments.folder,
+            quick=arguments.quick,
+            threads=len(os.sched_getaffinity(0)),
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    for line in lines(report, arguments.json):
+        print(line)
+    if report.interrupted:
+        return 128 + signal.SIGINT
+    return DataError.exit_code if report.errors else 0
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -1,13 +1,13 @@
 """What a sample is: one class (all labels are an int32 array), or any number of classes (all labels are `Lists`)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpnn.errors import DataError
+from dpnn.data.problems import Problem, listed, refuse
 
 Array = NDArray[Any]
 
@@ -67,35 +67,48 @@ class Lists:
 Labels = Array | Lists
 
 
-def check_labels(labels: Labels, num_classes: int, where: str) -> None:
+def check_labels(labels: Labels, num_classes: int, file: str) -> None:
     """DataError naming the first sample whose label isn't one of 0..num_classes-1, or whose list is out of order."""
+    refuse(label_problems(labels, num_classes, file))
+
+
+def label_problems(labels: Labels, num_classes: int, file: str) -> Iterator[Problem]:
+    """Lists out of order; where there are none, labels that are not one of 0..num_classes-1."""
     if isinstance(labels, Lists):
         classes, dataset = labels.indices, "y_indices"
-        check_offsets(labels.indptr, len(labels.indices), f"{where}, y_indptr", may_be_empty=True)
+        broken = list(offset_problems(labels.indptr, len(labels.indices), file, "y_indptr", may_be_empty=True))
+        if broken:
+            yield from broken
+            return
     else:
         classes, dataset = labels, "y"
-    wrong = np.flatnonzero((classes < 0) | (classes >= num_classes))
-    if len(wrong):
-        place = int(wrong[0])
+
+    def tell(place: int) -> Problem:
         sample = place
         if isinstance(labels, Lists):
             sample = int(np.searchsorted(labels.indptr, place, side="right")) - 1
-        raise DataError(
-            f"{where}, {dataset}[{place}] = {classes[place]}: the label of sample {sample} is not in "
+        text = (
+            f"{file}, {dataset}[{place}] = {classes[place]}: the label of sample {sample} is not in "
             f"0..{num_classes - 1}; correct the labels and pack the data again"
         )
+        return Problem(text=text, file=file, dataset=dataset, index=place)
+
+    yield from listed(np.flatnonzero((classes < 0) | (classes >= num_classes)), tell)
 
 
-def check_offsets(offsets: Array, end: int, where: str, may_be_empty: bool) -> None:
-    """DataError naming the first of `offsets` that doesn't rise from 0 to `end`."""
-    steps = np.diff(offsets)
-    wrong = np.flatnonzero(steps < 0 if may_be_empty else steps <= 0)
-    if len(wrong):
-        i = int(wrong[0])
-        what = "is empty" if steps[i] == 0 else "has a negative length"
-        raise DataError(f"{where}[{i}:{i + 2}] = {offsets[i : i + 2].tolist()}: the record {what}; pack the data again")
+def offset_problems(offsets: Array, end: int, file: str, dataset: str, may_be_empty: bool) -> Iterator[Problem]:
+    """Where `offsets` don't rise from 0 to `end`."""
+    steps = offsets[1:] < offsets[:-1] if may_be_empty else offsets[1:] <= offsets[:-1]
+
+    def tell(i: int) -> Problem:
+        what = "is empty" if offsets[i] == offsets[i + 1] else "has a negative length"
+        text = f"{file}, {dataset}[{i}:{i + 2}] = {offsets[i : i + 2].tolist()}: the record {what}; pack the data again"
+        return Problem(text=text, file=file, dataset=dataset, index=i)
+
+    yield from listed(np.flatnonzero(steps), tell)
     if offsets[0] != 0 or offsets[-1] != end:
-        raise DataError(f"{where} runs from {offsets[0]} to {offsets[-1]} instead of 0 to {end}; pack the data again")
+        text = f"{file}, {dataset} runs from {offsets[0]} to {offsets[-1]} instead of 0 to {end}; pack the data again"
+        yield Problem(text=text, file=file, dataset=dataset)
 
 
 def histogram(labels: Labels, num_classes: int) -> list[int]:

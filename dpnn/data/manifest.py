@@ -1,4 +1,8 @@
-"""`manifest.json`: what a folder of shards holds. Rank 0 reads it, all others get it from rank 0."""
+"""`manifest.json`: what a folder of shards holds. Rank 0 reads it, all others get it from rank 0.
+
+It ends in a seal, the CRC of all it says: shards are checked against their manifest, and nothing else would tell that
+the manifest itself (a mean, say) was damaged or edited.
+"""
 
 import math
 from collections import Counter
@@ -10,6 +14,7 @@ import numpy as np
 from isal.isal_zlib import crc32
 
 from dpnn.data.durable import replacing
+from dpnn.data.problems import Problem, refuse
 from dpnn.errors import DataError
 
 NAME = "manifest.json"
@@ -41,6 +46,20 @@ class Content(msgspec.Struct, frozen=True, kw_only=True):
     def channels(self) -> int:
         """Of how many numbers the mean and the standard deviation are: of the last dimension, or of RGB."""
         return self.shape[-1] if self.shape else 3
+
+    def content_contradictions(self) -> list[str]:
+        """What contradicts itself in it, so that no shard can be read by it."""
+        of_kind = f"codec = {self.codec!r}" if self.codec else f"kind = {self.kind!r}"
+        wrong = [
+            (self.dtype not in DTYPES, f"dtype = {self.dtype!r} is none of {', '.join(DTYPES)}"),
+            (self.block < 1, f"block = {self.block} is less than 1"),
+            (self.num_classes < 1, f"num_classes = {self.num_classes} is less than 1"),
+            ((self.codec == "image") == bool(self.shape), f"shape = {list(self.shape)} doesn't fit {of_kind}"),
+            (any(dim < 1 for dim in self.shape), f"shape = {list(self.shape)} has a dimension below 1"),
+            ((self.kind == "encoded") != bool(self.codec), f"codec = {self.codec!r} doesn't fit kind = {self.kind!r}"),
+            (self.kind == "encoded" and self.dtype != "uint8", f"dtype = {self.dtype!r} doesn't fit {of_kind}"),
+        ]
+        return [text for is_wrong, text in wrong if is_wrong]
 
     @property
     def network_shape(self) -> tuple[int, ...]:
@@ -85,26 +104,30 @@ class Manifest(Content, frozen=True, kw_only=True):
     @property
     def digest(self) -> str:
         """CRC32 of the manifest, 8 hexadecimal digits: which data a checkpoint belongs to."""
-        return f"{crc32(self.to_bytes()):08x}"
+        return f"{crc32(msgspec.json.encode(self)):08x}"
 
     def to_bytes(self) -> bytes:
-        """The JSON text."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=1)
+        """The JSON text, with its seal."""
+        seal = msgspec.json.encode(_Seal(self.digest))
+        return msgspec.json.format(msgspec.json.encode(self)[:-1] + b"," + seal[1:], indent=1)
 
     @classmethod
     def from_bytes(cls, text: bytes, path: Path = Path(NAME)) -> "Manifest":
         """From the JSON text of `path`; DataError naming what is wrong with it."""
-        try:
-            manifest = msgspec.json.decode(text, type=cls)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} can't be read ({error}); pack the data again") from error
-        for problem in manifest._problems():
-            raise DataError(f"{path}: {problem}; pack the data again")
+        manifest, problems = cls._decode(text, path)
+        refuse(problems)
         return manifest
 
     @classmethod
     def read(cls, folder: str | Path) -> "Manifest":
         """The manifest of a folder; DataError where there is none, or a damaged one."""
+        manifest, problems = cls.inspect(folder)
+        refuse(problems)
+        return manifest
+
+    @classmethod
+    def inspect(cls, folder: str | Path) -> tuple["Manifest", list[Problem]]:
+        """The manifest of a folder and all that is wrong in it; DataError where there is none that can be read."""
         path = Path(folder) / NAME
         try:
             text = path.read_bytes()
@@ -118,7 +141,7 @@ class Manifest(Content, frozen=True, kw_only=True):
             raise DataError(f"{missing}; {way_out}") from error
         except OSError as error:
             raise DataError(f"{path} can't be read ({error.strerror}); check its permissions") from error
-        return cls.from_bytes(text, path)
+        return cls._decode(text, path)
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`: the last thing that is written into a folder of shards."""
@@ -136,29 +159,32 @@ class Manifest(Content, frozen=True, kw_only=True):
         if self.num_classes > num_classes or (labels == "multi" and self.num_classes != num_classes):
             raise DataError(f"{folder}: it has {self.num_classes} classes, the network {num_classes}; pack both alike")
 
-    def _problems(self) -> list[str]:
+    @classmethod
+    def _decode(cls, text: bytes, path: Path) -> tuple["Manifest", list[Problem]]:
+        try:
+            manifest, seal = msgspec.json.decode(text, type=cls), msgspec.json.decode(text, type=_Seal).seal
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} can't be read ({error}); pack the data again") from error
+        wrong = manifest._contradictions()
+        if not wrong and seal != manifest.digest:
+            wrong = [f"it was damaged, or changed by hand (its seal is {seal!r} instead of {manifest.digest!r})"]
+        return manifest, [Problem(text=f"{path}: {it}; pack the data again", file=str(path)) for it in wrong]
+
+    def _contradictions(self) -> list[str]:
         """What contradicts itself, worst first."""
         if self.version != VERSION:
             return [f"version = {self.version}, and this dpnn reads version {VERSION}"]
         if not self.shards:
             return ["it names no shards, so there is nothing to train on"]
-        of_kind = f"codec = {self.codec!r}" if self.codec else f"kind = {self.kind!r}"
         wrong = [
-            (self.dtype not in DTYPES, f"dtype = {self.dtype!r} is none of {', '.join(DTYPES)}"),
-            (self.block < 1, f"block = {self.block} is less than 1"),
-            (self.num_classes < 1, f"num_classes = {self.num_classes} is less than 1"),
-            ((self.codec == "image") == bool(self.shape), f"shape = {list(self.shape)} doesn't fit {of_kind}"),
-            (any(dim < 1 for dim in self.shape), f"shape = {list(self.shape)} has a dimension below 1"),
-            ((self.kind == "encoded") != bool(self.codec), f"codec = {self.codec!r} doesn't fit kind = {self.kind!r}"),
-            (self.kind == "encoded" and self.dtype != "uint8", f"dtype = {self.dtype!r} doesn't fit {of_kind}"),
             (len(self.histogram) != self.num_classes, "the histogram has not one number for each class"),
             (not len(self.mean) == len(self.std) == self.channels, "mean and std have not one number for each channel"),
             (len(self.class_names) not in (0, self.num_classes), "class_names are not one for each class"),
             (self.samples != sum(self.counts), f"samples = {self.samples}, and its shards hold {sum(self.counts)}"),
         ]
-        problems = [text for is_wrong, text in wrong if is_wrong]
+        problems = self.content_contradictions() + [text for is_wrong, text in wrong if is_wrong]
         problems += [f"{shard.name} holds no samples" for shard in self.shards if shard.samples < 1]
-        problems += [f"{s.name!r} is not a plain file name" for s in self.shards if Path(s.name).name != s.name]
+        problems += [f"{s.name!r} is not a plain file name" for s in self.shards if not _is_plain(s.name)]
         names, uuids = Counter(s.name for s in self.shards), Counter(s.uuid for s in self.shards)
         problems += [f"{value} stands for two shards" for value, n in (names | uuids).items() if n > 1]
         if not problems and self.kind == "raw":
@@ -168,3 +194,14 @@ class Manifest(Content, frozen=True, kw_only=True):
                 if s.payload_bytes != s.samples * self.sample_nbytes
             ]
         return problems
+
+
+class _Seal(msgspec.Struct):
+    """What a manifest's text has beside its fields: its digest when it was written."""
+
+    seal: str
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a file of this name lies in the folder itself."""
+    return name not in ("", ".", "..") and not set(name) & {"/", "\0"}

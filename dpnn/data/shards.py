@@ -11,9 +11,11 @@ The payload (x or bytes) is covered by block_crc32, all else in the file by the 
 before HDF5 opens the file. A CRC is zlib's crc32, computed by ISA-L: its rates are in benchmarks/checksum.py.
 """
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ import numpy as np
 from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
-from dpnn.data.labels import Labels, Lists, check_labels, check_offsets
+from dpnn.data.labels import Labels, Lists, label_problems, offset_problems
 from dpnn.data.manifest import Content, Shard
+from dpnn.data.problems import Problem, listed, refuse
 from dpnn.errors import DataError
 
 Array = NDArray[Any]
@@ -31,6 +34,12 @@ Array = NDArray[Any]
 FORMAT = "dpnn-shard"
 VERSION = 1
 REPAIR = "copy the shard again, or pack the data again"
+_TYPES = {
+    name: h5py.h5t.py_create(np.dtype(name).newbyteorder("<"))
+    for name in ("uint8", "float16", "float32", "int32", "int64", "uint32", "uint64")
+}
+_TEXT = h5py.string_dtype()
+_TEXT_TYPE = h5py.h5t.py_create(_TEXT)
 
 
 @dataclass(frozen=True)
@@ -63,8 +72,8 @@ class Index:
 class Outside:
     """The bytes of a file before and behind its payload."""
 
-    head: bytes
-    tail: bytes
+    head: bytearray
+    tail: bytearray
     tail_offset: int
 
     @property
@@ -127,7 +136,7 @@ def read_outside(file: int, path: Path, shard: Shard) -> Outside:
     head, tail = bytearray(shard.payload_offset), bytearray(size - end)
     read_exactly(file, memoryview(head), 0, path)
     read_exactly(file, memoryview(tail), end, path)
-    return Outside(bytes(head), bytes(tail), end)
+    return Outside(head, tail, end)
 
 
 def check_digest(outside: Outside, path: Path, shard: Shard) -> None:
@@ -141,33 +150,75 @@ def check_digest(outside: Outside, path: Path, shard: Shard) -> None:
 
 def read_layout(path: Path, content: Content, shard: Shard) -> Layout:
     """Where each dataset stands; DataError naming the attribute or dataset that isn't as the format says."""
+    layout, problems = inspect(path, content, shard)
+    refuse(problems)
+    return layout
+
+
+def inspect(path: Path, content: Content, shard: Shard) -> tuple[Layout, list[Problem]]:
+    """Where each dataset stands that is as the format says, and all attributes and datasets that aren't.
+
+    By HDF5's own calls: a data set may have thousands of shards, and `h5py.File` takes four times as long.
+    """
+    layout: Layout = {}
     try:
-        with h5py.File(path, "r", locking=False) as file:
-            _check_attributes(path, dict(file.attrs), attributes(content, shard.samples, shard.uuid))
-            return {name: _place(path, file, name, *kind) for name, kind in _datasets(content, shard).items()}
-    except OSError as error:
-        raise DataError(f"{path} can't be opened as HDF5 ({error}); {REPAIR}") from error
+        file = h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY, _access())
+        try:
+            problems = list(_attribute_problems(path, file, attributes(content, shard.samples, shard.uuid)))
+            for name, (dtype, shape) in _datasets(content, shard).items():
+                found = _place(path, file, name, dtype, shape)
+                if isinstance(found, Place):
+                    layout[name] = found
+                else:
+                    problems.append(found)
+        finally:
+            file.close()
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        return {}, [Problem(text=f"{path} can't be opened as HDF5 ({error}); {REPAIR}", file=str(path))]
+    return layout, problems
 
 
 def read_index(outside: Outside, layout: Layout, path: Path, content: Content, shard: Shard) -> Index:
     """Labels, ids and checksums; DataError naming dataset and index of what is wrong with them."""
-    payload = layout[payload_name(content)]
-    if payload.offset != shard.payload_offset:
-        raise DataError(
-            f"{path}: the payload begins at byte {payload.offset}, and the manifest says {shard.payload_offset}; "
-            f"{REPAIR}"
-        )
-    arrays = {name: outside.array(place) for name, place in layout.items() if place is not payload}
+    refuse(payload_problems(layout, path, content, shard))
+    index = index_of(outside, layout, content)
+    refuse(index_problems(index, path, content, shard))
+    return index
+
+
+def payload_problems(layout: Layout, path: Path, content: Content, shard: Shard) -> Iterator[Problem]:
+    """Whether the samples stand where the manifest says."""
+    name = payload_name(content)
+    offset = layout[name].offset
+    if offset != shard.payload_offset:
+        text = f"{path}: the payload begins at byte {offset}, and the manifest says {shard.payload_offset}; {REPAIR}"
+        yield Problem(text=text, file=str(path), dataset=name)
+
+
+def index_of(outside: Outside, layout: Layout, content: Content) -> Index:
+    """Labels, ids and checksums as they stand in the file, unchecked."""
+    arrays = {name: outside.array(place) for name, place in layout.items() if name != payload_name(content)}
     labels = arrays["y"] if content.labels == "single" else Lists(arrays["y_indptr"], arrays["y_indices"])
-    check_labels(labels, content.num_classes, str(path))
-    offsets = arrays.get("offsets")
-    if offsets is not None:
-        check_offsets(offsets, shard.payload_bytes, f"{path}, offsets", may_be_empty=False)
-    ids, first, n = np.unique(arrays["id"], return_index=True, return_counts=True)
-    if len(ids) < shard.samples:
-        twice = int(np.argmax(n > 1))
-        raise DataError(f"{path}, id[{first[twice]}] = {ids[twice]} stands there twice; pack the data again")
-    return Index(labels, arrays["id"], arrays["block_crc32"], offsets, sum(a.nbytes for a in arrays.values()))
+    nbytes = sum(array.nbytes for array in arrays.values())
+    return Index(labels, arrays["id"], arrays["block_crc32"], arrays.get("offsets"), nbytes)
+
+
+def index_problems(index: Index, path: Path, content: Content, shard: Shard) -> Iterator[Problem]:
+    """What is wrong with the labels, the records' places and the ids."""
+    file = str(path)
+    yield from label_problems(index.labels, content.num_classes, file)
+    if index.offsets is not None:
+        yield from offset_problems(index.offsets, shard.payload_bytes, file, "offsets", may_be_empty=False)
+    ids = np.sort(index.ids)
+    twice = ids[1:][ids[1:] == ids[:-1]]
+    if len(twice):
+        values, first = np.unique(index.ids, return_index=True)
+
+        def tell(place: int) -> Problem:
+            text = f"{path}, id[{place}] = {index.ids[place]} stands there twice; pack the data again"
+            return Problem(text=text, file=file, dataset="id", index=place)
+
+        yield from listed(np.sort(first[np.isin(values, twice)]), tell)
 
 
 def block_range(content: Content, shard: Shard, index: Index, block: int) -> tuple[int, int]:
@@ -204,26 +255,62 @@ def _datasets(content: Content, shard: Shard) -> dict[str, tuple[str, tuple[int,
     return datasets | {"id": ("uint64", (n,)), "block_crc32": ("uint32", (-(-n // content.block),))}
 
 
-def _check_attributes(path: Path, found: dict[str, Any], expected: dict[str, str | int]) -> None:
+@cache
+def _access() -> Any:
+    """How HDF5 opens a file: without locking it, which many file systems can't."""
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_file_locking(False, ignore_when_disabled=False)
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    return access
+
+
+def _attribute_problems(path: Path, file: Any, expected: dict[str, str | int]) -> Iterator[Problem]:
     for name, value in expected.items():
-        if name not in found:
+        try:
+            attribute = h5py.h5a.open(file, name.encode())
+        except KeyError:
             reason = "it was never completed" if name == "complete" else "it is no shard of dpnn's"
-            raise DataError(f"{path} has no attribute {name!r}: {reason}; {REPAIR}")
-        if found[name] != value:
-            raise DataError(f"{path}: attribute {name} = {found[name]!r} instead of {value!r}; {REPAIR}")
+            yield Problem(text=f"{path} has no attribute {name!r}: {reason}; {REPAIR}", file=str(path))
+            continue
+        said = _value(attribute)
+        if said != value:
+            text = f"{path}: attribute {name} = {said!r} instead of {value!r}; {REPAIR}"
+            yield Problem(text=text, file=str(path))
 
 
-def _place(path: Path, file: Any, name: str, dtype: str, shape: Sequence[int] | None) -> Place:
-    dataset = file.get(name)
-    if not isinstance(dataset, h5py.Dataset):
-        raise DataError(f"{path} has no dataset {name!r}; {REPAIR}")
+def _value(attribute: Any) -> object:
+    """Of an attribute: an int, a str, or, where it is neither, its type by name."""
+    kind = attribute.get_type()
+    if isinstance(kind, h5py.h5t.TypeIntegerID) and kind.get_size() <= 8 and attribute.shape == ():
+        number = np.empty((), np.int64)
+        attribute.read(number, h5py.h5t.NATIVE_INT64)
+        return int(number)
+    if isinstance(kind, h5py.h5t.TypeStringID) and kind.is_variable_str() and attribute.shape == ():
+        text = np.empty((), _TEXT)
+        attribute.read(text, _TEXT_TYPE)
+        return bytes(text.item() or b"").decode(errors="replace")
+    return kind.dtype.name
+
+
+def _place(path: Path, file: Any, name: str, dtype: str, shape: Sequence[int] | None) -> Place | Problem:
+    """Where a dataset stands, or what is wrong with it."""
+
+    def wrong(text: str, way_out: str = REPAIR) -> Problem:
+        return Problem(text=f"{path}{text}; {way_out}", file=str(path), dataset=name)
+
+    try:
+        dataset = h5py.h5d.open(file, name.encode())
+    except KeyError:
+        return wrong(f" has no dataset {name!r}")
     # HDF5 keeps the byte order in the type: a big-endian dataset is another type.
-    if dataset.dtype != np.dtype(dtype).newbyteorder("<"):
-        raise DataError(f"{path}, {name} has the type {dataset.dtype.str} instead of {dtype}; {REPAIR}")
-    if dataset.shape != shape and not (shape is None and dataset.ndim == 1):
+    counts = dataset.shape
+    if dataset.get_type() != _TYPES[dtype]:
+        return wrong(f", {name} has the type {dataset.dtype.str} instead of {dtype}")
+    if counts != shape and not (shape is None and len(counts) == 1):
         wanted = "one dimension" if shape is None else f"the shape {tuple(shape)}"
-        raise DataError(f"{path}, {name} has the shape {dataset.shape} instead of {wanted}; {REPAIR}")
-    offset = dataset.id.get_offset()
-    if dataset.chunks is not None or (offset is None and dataset.size):
-        raise DataError(f"{path}, {name} is not contiguous, or was never written; pack the data again")
-    return Place(offset or 0, dataset.dtype, dataset.size)
+        return wrong(f", {name} has the shape {counts} instead of {wanted}")
+    offset, count = dataset.get_offset(), math.prod(counts)
+    contiguous = dataset.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS
+    if not contiguous or (offset is None and count):
+        return wrong(f", {name} is not contiguous, or was never written", "pack the data again")
+    return Place(offset or 0, np.dtype(dtype).newbyteorder("<"), count)
