@@ -1,0 +1,184 @@
+"""Pictures from their bytes, and back: JPEG by simplejpeg, all other formats by Pillow.
+
+A picture becomes (H, W, 3) uint8, red first, whatever it was: grey is repeated, CMYK converted, 16 bits are cut to
+their upper 8, of an animation the first picture is taken, transparency is dropped. How a camera was held (EXIF) is
+ignored. What can't be decoded to its end is refused, even where most of it could be shown.
+"""
+
+import io
+import threading
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpnn.errors import JobError
+
+Array = NDArray[Any]
+
+MOST_PIXELS = 1 << 26
+"""A header that claims more is refused before anything is decoded: 200 MB once it is."""
+SHRINKS = (8, 4, 2)
+"""What a JPEG can be made smaller by while it is decoded."""
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
+_WAY_OUT = "install it with `pip install dpnn[data]`"
+_KEPT_NBYTES = 1 << 25
+
+
+class BadImage(Exception):
+    """Why a record is no picture that can be used."""
+
+
+class Room(threading.local):
+    """A thread's memory for a decoded picture, used again for the next: fresh memory would cost a third of the time."""
+
+    def __init__(self) -> None:
+        self._room = np.empty(0, np.uint8)
+
+    def take(self, nbytes: int) -> Array:
+        """That many bytes, valid until the next call."""
+        if nbytes <= len(self._room):
+            return self._room
+        room = np.empty(nbytes, np.uint8)
+        if nbytes <= _KEPT_NBYTES:
+            self._room = room
+        return room
+
+
+def header(record: Any) -> tuple[str, int, int]:
+    """Format ("JPEG", "CMYK JPEG", "PNG", ...), height and width of a record (bytes or alike); BadImage."""
+    if len(record) == 0:
+        raise BadImage("it is empty")
+    simplejpeg = _simplejpeg()
+    if record[:2] == b"\xff\xd8" and simplejpeg is not None:
+        try:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(record)
+        except Exception as error:
+            raise BadImage(f"its JPEG header is damaged ({error})") from error
+        name = "CMYK JPEG" if colours in ("CMYK", "YCCK") else "JPEG"
+    else:
+        with _opened(record) as picture:
+            width, height = picture.size
+            name = str(picture.format)
+    if height * width > MOST_PIXELS:
+        raise BadImage(f"it has {height} x {width} pixels; the limit is {MOST_PIXELS}")
+    return name, height, width
+
+
+def decode(record: Any, shrink: int = 1, room: Room | None = None) -> Array:
+    """The picture, uint8 (H, W, 3); BadImage.
+
+    `shrink`: one of SHRINKS: a JPEG is made smaller by it while it is decoded, each side rounded up; that is quicker,
+    and the pixels differ slightly from those of a picture made smaller later. `room`: where to put the pixels.
+    """
+    name, height, width = header(record)
+    simplejpeg = _simplejpeg()
+    if name != "JPEG" or simplejpeg is None:
+        return _by_pillow(record, shrink)
+    height, width = -(-height // shrink), -(-width // shrink)
+    buffer = None if room is None else room.take(height * width * 3)
+    try:
+        image: Array = simplejpeg.decode_jpeg(record, "RGB", min_height=height, min_width=width, buffer=buffer)
+    except Exception as error:
+        raise BadImage(f"its JPEG data are damaged ({error})") from error
+    return image
+
+
+def encode(image: Array, quality: int = 95) -> bytes:
+    """A JPEG of a picture, uint8 (H, W, 3)."""
+    simplejpeg = _simplejpeg()
+    image = np.ascontiguousarray(image)
+    if simplejpeg is not None:
+        return bytes(simplejpeg.encode_jpeg(image, quality, colorsubsampling="420"))
+    file = io.BytesIO()
+    _pillow().fromarray(image).save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def resize(image: Array, height: int, width: int, out: Array | None = None) -> Array:
+    """The picture, uint8 (H, W, C), stretched to another size.
+
+    Bilinear, after it was halved as often as both sides stay as large as they shall become: then no pixel is skipped.
+    So the result is nearly that of averages over areas, which take five times as long.
+    """
+    if image.shape[:2] == (height, width) and out is None:
+        return image
+    cv2 = opencv()
+    while image.shape[0] >= 2 * height and image.shape[1] >= 2 * width:
+        half = image.shape[1] // 2, image.shape[0] // 2
+        image = cv2.resize(image[: 2 * half[1], : 2 * half[0]], half, interpolation=cv2.INTER_AREA)
+    resized: Array = cv2.resize(image, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
+    return resized.reshape(height, width, -1)  # OpenCV drops a lone channel
+
+
+def resize_shorter(image: Array, side: int) -> Array:
+    """The picture with its shorter side made so long, and the other in proportion."""
+    height, width = image.shape[:2]
+    shorter = min(height, width)
+    return resize(image, max(round(height * side / shorter), side), max(round(width * side / shorter), side))
+
+
+def centre_crop(image: Array, size: int) -> Array:
+    """The square in the middle; a view. ValueError where the picture is smaller."""
+    height, width = image.shape[:2]
+    if min(height, width) < size:
+        raise ValueError(f"a picture of {height} x {width} pixels holds no square of {size}")
+    top, left = (height - size) // 2, (width - size) // 2
+    return image[top : top + size, left : left + size]
+
+
+@cache
+def opencv() -> Any:
+    """OpenCV, which stays on the calling thread; JobError where it is missing."""
+    try:
+        import cv2
+    except ImportError as error:
+        raise JobError(f"resizing pictures needs OpenCV; {_WAY_OUT}") from error
+    cv2.setNumThreads(0)
+    return cv2
+
+
+@cache
+def _simplejpeg() -> Any:
+    """None where it is missing: Pillow takes three times as long, and doesn't find all damage."""
+    try:
+        import simplejpeg
+    except ImportError:
+        return None
+    return simplejpeg
+
+
+@cache
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise JobError(f"pictures that aren't JPEG need Pillow; {_WAY_OUT}") from error
+    Image.MAX_IMAGE_PIXELS = None  # MOST_PIXELS is checked instead, without a warning
+    return Image
+
+
+def _opened(record: Any) -> Any:
+    try:
+        return _pillow().open(io.BytesIO(record), formats=_FORMATS)
+    except JobError:
+        raise
+    except Exception as error:  # Pillow's readers raise whatever a damaged file leads them into
+        raise BadImage(f"it is none of {', '.join(_FORMATS)}, or its header is damaged") from error
+
+
+def _by_pillow(record: Any, shrink: int) -> Array:
+    with _opened(record) as picture:
+        try:
+            if shrink > 1:
+                picture.draft(None, (picture.width // shrink, picture.height // shrink))
+            picture.load()
+            if picture.mode.startswith("I"):  # 16 bits
+                grey = np.clip(np.asarray(picture).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+                return np.repeat(grey[..., None], 3, axis=2)
+            if picture.mode in ("P", "PA"):
+                picture = picture.convert("RGBA")
+            return np.array(picture.convert("RGB"))
+        except Exception as error:
+            raise BadImage(f"its {picture.format} data are damaged ({error})") from error
