@@ -28,8 +28,9 @@ from dpnn.comm.ranks import Ranks
 from dpnn.comm.reduce import BucketReducer
 from dpnn.comm.share import share
 from dpnn.comm.world import World
-from dpnn.data import Loader, Manifest, Sampler, no_samples
+from dpnn.data import Loader, Location, Manifest, Sampler, no_samples
 from dpnn.errors import DataError, JobError
+from dpnn.locations import locate, readers
 from dpnn.native import Kernels
 from dpnn.nn import Network
 from dpnn.optim import Segment, merge
@@ -191,7 +192,7 @@ class Evaluator:
         self,
         ranks: Any,
         executor: Executor,
-        folder: str,
+        at: Location,
         test: Manifest,
         mean: Sequence[float],
         std: Sequence[float],
@@ -206,8 +207,12 @@ class Evaluator:
         rows, parts = plan.rows, plan.placed.parts
         replica, replicas = ranks.rank // parts, ranks.size // parts
         self._executor, self._replica, self._replicas = executor, replica, replicas
-        self._sampler = Sampler(test.counts, test.block, replicas, rows * replicas, window=rows, seed=0, shuffle=False)
-        place = (folder, test, self._sampler, replica, replicas)
+        self._sampler = Sampler(
+            test.counts, test.block, replicas, rows * replicas, window=rows, seed=0, shuffle=False, owners=at.owners
+        )
+        if at.owners is not None:
+            self._sampler.deal(at.owners.runs())
+        place = (at.folder, test, self._sampler, replica, replicas)
         last = (0, self._sampler.steps - 1)
         self._open = partial(Loader, *place, mean=mean, std=std, dtype=executor.dtype, last=last, limit_s=limit_s)
         self._reads = plan.part == plan.placed.reader
@@ -280,7 +285,9 @@ def evaluate(world: World, path: str, overrides: Sequence[str]) -> int:
     if world.rank == 0 and model.note:
         print(model.note, file=sys.stderr)
     executor = model.executor(model.lay_out(world, lambda: model.evaluation(MOST_ROWS)))
-    evaluator = Evaluator(mesh.data, executor, job.data.test, source.test, source.mean, source.std, limit_s)
+    who = readers(world, mesh.replica, mesh.replicas)
+    at = locate(world, who, job.data, job.data.test, source.test)
+    evaluator = Evaluator(mesh.data, executor, at, source.test, source.mean, source.std, limit_s)
     scores = evaluator.run()
     if world.rank == 0:
         print(scores)

@@ -44,10 +44,14 @@ class Data(Table, frozen=True, kw_only=True):
     lanes: CountOr0 = 0
     """Runs that an epoch is cut into; 0: chosen."""
     augment: Literal["none", "crop-flip"] = "none"
-    window: Count = 1024
-    """Samples that a lane is shuffled within."""
+    window: CountOr0 = 0
+    """Samples that a lane is shuffled within; 0: chosen."""
     window_mb: Positive = 2048.0
     """The most memory for a rank's windows; above it the rank reads single samples."""
+    location: Literal["shared", "local"] = "shared"
+    """`local`: each node has only some of the shards, on a disk of its own."""
+    stage: Text = ""
+    """A folder on the nodes' own disks, which the shards are copied to before training."""
 
 
 class Model(Table, frozen=True, kw_only=True):

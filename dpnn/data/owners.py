@@ -53,25 +53,28 @@ class Owners:
         runs = [lo + np.arange(n) * (hi - lo) // n for lo, hi, n in zip(begins, ends.tolist(), self.lanes, strict=True)]
         return np.concatenate([*runs, ends[-1:]])
 
+    def lane_runs(self) -> list[range]:
+        """The lanes of each owner."""
+        return [range(end - n, end) for end, n in zip(np.cumsum(self.lanes).tolist(), self.lanes, strict=True)]
+
     def runs(self) -> list[range]:
-        """Each replica's run of lanes: the replicas of an owner share its lanes evenly."""
-        ends = np.cumsum(self.lanes).tolist()
-        shares = {
-            owner: iter(evenly(range(end - n, end), self.replicas.count(owner)))
-            for owner, (end, n) in enumerate(zip(ends, self.lanes, strict=True))
-        }
+        """The lanes of each replica: the replicas of an owner share its lanes evenly."""
+        shares = [iter(evenly(run, self.replicas.count(owner) or 1)) for owner, run in enumerate(self.lane_runs())]
         return [next(shares[owner]) for owner in self.replicas]
 
-    def lane_owners(self) -> list[int]:
-        """The owner of each lane."""
-        return [owner for owner, n in enumerate(self.lanes) for _ in range(n)]
+    def of_replica(self, replica: int) -> list[int]:
+        """The shards that a replica's owner has."""
+        return [shard for shard, owner in enumerate(self.shards) if owner == self.replicas[replica]]
 
-    def to_check(self, replica: int) -> list[int]:
-        """The shards that a replica checks before training: its share of those that its owner has."""
-        owner = self.replicas[replica]
-        fellows = [other for other, of in enumerate(self.replicas) if of == owner]
-        own = [shard for shard, of in enumerate(self.shards) if of == owner]
-        return own[fellows.index(replica) :: len(fellows)]
+
+@dataclass(frozen=True)
+class Location:
+    """Where a data set is read: the folder, and who owns which shards in it; None: all of them are everywhere."""
+
+    folder: str
+    owners: Owners | None = None
+    whole: bool = True
+    """Whether the first replica finds all shards there."""
 
 
 def evenly(lanes: range, replicas: int) -> list[range]:
