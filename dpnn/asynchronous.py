@@ -8,7 +8,6 @@ and when the last one is done.
 
 from collections import deque
 from dataclasses import asdict
-from functools import partial
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
@@ -24,7 +23,7 @@ from dpnn.comm.faults import deadline, wait
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.ranks import Ranks
 from dpnn.comm.world import World
-from dpnn.data import Leases, Loader, Run, Sampler, Skipped, check_shards, no_samples
+from dpnn.data import Leases, Loader, Location, Run, Sampler, Skipped, no_samples
 from dpnn.errors import NotFiniteError, Stopped
 from dpnn.evaluate import Array, Evaluator, Model, check_alike, choose_backends, segments_of
 from dpnn.native import denormals_flushed
@@ -67,7 +66,8 @@ class Course:
     def __init__(self, start: Start) -> None:
         job = start.job
         counts, block = start.train.counts, start.train.block
-        self.sampler = Sampler(counts, block, start.lanes, start.global_batch, job.data.window, job.seed)
+        owners = start.train_at.owners
+        self.sampler = Sampler(counts, block, start.lanes, start.global_batch, start.window, job.seed, owners=owners)
         self.lanes = [self.sampler.lane_steps(lane) for lane in range(start.lanes)]
         self.epoch = sum(self.lanes)
         """Steps of an epoch."""
@@ -115,7 +115,7 @@ def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Star
 
     ledger = None
     if number == 0:
-        ledger = Ledger(course.lanes, course.total, mesh.replicas)
+        ledger = Ledger(course.lanes, course.total, mesh.replicas, start.train_at.owners)
         ledger.resume(course.leases)
     name = f"server-{number}-of-{mesh.servers}"
     order = (
@@ -163,16 +163,12 @@ class Replica:
         self, world: World, mesh: Mesh, link: Any, request: StopRequest, start: Start, found: Checkpoint | None
     ) -> None:
         """Collective over the workers."""
-        job, crew, options = start.job, mesh.crew, start.job.data
+        job, crew = start.job, mesh.crew
         limit_s = job.parallel.timeout_s
         self.job, self.start, self.mesh, self.request = job, start, mesh, request
         self.course = course = Course(start)
         self.reads = mesh.part == course.placed.reader
-        for path, manifest in ((options.train, start.train), (options.test, start.test)):
-            if manifest:
-                check = partial(check_shards, path, manifest, mesh.replica, mesh.replicas)
-                crew.check(check if self.reads else lambda: None)
-        self.decoders = options.threads or world.threads()
+        self.decoders = job.data.threads or world.threads()
         """Threads that make batches."""
         self.model = model = Model(job, course.placed, mesh.part, world.threads(), world.node.rank)
         if mesh.parts > 1:
@@ -209,15 +205,16 @@ class Replica:
         self.alone = self.together = None
         if held_out and start.test:
             evaluation = model.executor(held_out, mesh=mesh)
-            place = (evaluation, job, start.test, start.train.mean, start.train.std, self.decoders)
-            # Between its steps the first replica looks by itself; at the end all look together.
-            self.alone = Evaluator(mesh.model, *place) if mesh.replica == 0 else None
-            self.together = Evaluator(crew.comm, *place)
+            place = (start.test, start.train.mean, start.train.std, self.decoders)
+            # Between its steps the first replica looks by itself, where it can; at the end all look together.
+            if mesh.replica == 0 and start.test_at.whole:
+                self.alone = Evaluator(mesh.model, evaluation, job, Location(start.test_at.folder), *place)
+            self.together = Evaluator(crew.comm, evaluation, job, start.test_at, *place)
         self.first = mesh.replica == 0 and self.reads
         """Whether this rank tells of the run: the first server speaks to it."""
         self.journal = Journal(folder, course.shift + course.total, self.first)
         self.folder, self.code = folder, 0
-        self.skipped = Skipped(options.bad_limit)
+        self.skipped = Skipped(job.data.bad_limit)
         self.seen = self.worker.known._replace(steps=course.leases["steps"])
         self.evaluated = course.leases["steps"] // course.epoch
 
@@ -228,7 +225,7 @@ class Replica:
         leases, loader = Leases(), None
         if self.reads:
             loader = Loader(
-                self.job.data.train, self.start.train, course.sampler, 0, course.sampler.lanes,
+                self.start.train_at.folder, self.start.train, course.sampler, 0, course.sampler.lanes,
                 view=self.start.view(self.model.dtype), dtype=self.model.dtype, window_mb=self.job.data.window_mb,
                 threads=self.decoders, skips=self.job.data.on_bad == "skip", runs=leases,
                 limit_s=self.job.parallel.timeout_s,
@@ -378,6 +375,11 @@ class Replica:
         )  # fmt: skip
         if self.model.note:
             self.journal.event("slow_backend", self.model.note)
+        if self.together is not None and not start.test_at.whole:
+            self.journal.event(
+                "evaluated_at_the_end",
+                f"the network is evaluated at the end only: the first replica's node hasn't all of {job.data.test}",
+            )
         if self.first:
             self.folder.write_choices(self.model.choices)
         for name in start.damaged:

@@ -1,4 +1,4 @@
-"""The commands, thin: `dpnn pack | data | train | eval | plan | doctor | submit | launch`. MPI only where it must be."""
+"""The commands, thin: `dpnn pack | data | train | eval | plan | doctor | submit | launch`. MPI only where needed."""
 
 import argparse
 import math

@@ -28,8 +28,9 @@ from dpnn.comm.ranks import Ranks
 from dpnn.comm.reduce import BucketReducer
 from dpnn.comm.share import share
 from dpnn.comm.world import World
-from dpnn.data import Loader, Manifest, Sampler, Skipped, network_shape, no_samples, view_of
+from dpnn.data import Loader, Location, Manifest, Sampler, Skipped, network_shape, no_samples, view_of
 from dpnn.errors import DataError, JobError
+from dpnn.locations import locate, readers
 from dpnn.native import Kernels
 from dpnn.nn import Network
 from dpnn.optim import Segment, merge
@@ -195,6 +196,7 @@ class Evaluator:
         ranks: Any,
         executor: Executor,
         job: config.Job,
+        at: Location,
         test: Manifest,
         mean: Sequence[float],
         std: Sequence[float],
@@ -210,13 +212,17 @@ class Evaluator:
         rows, parts = plan.rows, plan.placed.parts
         replica, replicas = ranks.rank // parts, ranks.size // parts
         self._executor, self._replica, self._replicas = executor, replica, replicas
-        self._sampler = Sampler(test.counts, test.block, replicas, rows * replicas, window=rows, seed=0, shuffle=False)
+        self._sampler = Sampler(
+            test.counts, test.block, replicas, rows * replicas, window=rows, seed=0, shuffle=False, owners=at.owners
+        )
+        if at.owners is not None:
+            self._sampler.deal(at.owners.runs())
         self._skipped = Skipped(options.bad_limit)
         view = view_of(
             test, size=options.size, frames=options.frames, mean=mean, std=std, dtype=executor.dtype, training=False
         )
         self._open = partial(
-            Loader, options.test, test, self._sampler, replica, replicas, view=view, dtype=executor.dtype,
+            Loader, at.folder, test, self._sampler, replica, replicas, view=view, dtype=executor.dtype,
             threads=threads, skips=options.on_bad == "skip", last=(0, self._sampler.steps - 1), limit_s=limit_s,
         )  # fmt: skip
         self._reads = plan.part == plan.placed.reader
@@ -294,7 +300,9 @@ def evaluate(world: World, path: str, overrides: Sequence[str]) -> int:
         print(model.note, file=sys.stderr)
     executor = model.executor(model.lay_out(world, lambda: model.evaluation(MOST_ROWS)))
     threads = job.data.threads or world.threads()
-    evaluator = Evaluator(mesh.data, executor, job, source.test, source.mean, source.std, threads)
+    who = readers(world, mesh.replica, mesh.replicas)
+    at = locate(world, who, job.data, job.data.test, source.test)
+    evaluator = Evaluator(mesh.data, executor, job, at, source.test, source.mean, source.std, threads)
     scores = evaluator.run()
     if world.rank == 0:
         print(scores)

@@ -16,7 +16,17 @@ from msgspec.structs import replace
 from dpnn import checkpoint, config, models
 from dpnn.checkpoint import Checkpoint
 from dpnn.comm.mesh import replicas_of
-from dpnn.data import Manifest, Sampler, View, default_grains, default_lanes, network_shape, view_of
+from dpnn.data import (
+    Location,
+    Manifest,
+    Sampler,
+    View,
+    default_grains,
+    default_lanes,
+    default_window,
+    network_shape,
+    view_of,
+)
 from dpnn.data.pack import pack
 from dpnn.errors import DataError, JobError
 from dpnn.evaluate import check_held_out, choose_backends
@@ -51,6 +61,7 @@ class Start:
     """The most samples of a replica's step, about."""
     placement: Placement
     """By assumed costs, where measured ones are to decide (planning.py)."""
+    window: int
     epoch: int = 0
     step: int = 0
     """The next step of the epoch."""
@@ -64,6 +75,9 @@ class Start:
     """What measured costs decided, to be kept with the run's other choices."""
     damaged: tuple[str, ...] = field(default=())
     """Newer checkpoints that could not be used, and why."""
+    train_at: Location = field(default=Location(""))
+    test_at: Location = field(default=Location(""))
+    """Where the data are read, once the ranks have looked (locations.py)."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,7 +103,8 @@ class Start:
             "std": self.train.std,
             "seed": self.job.seed,
             "lanes": self.lanes,
-            "window": self.job.data.window,
+            "window": self.window,
+            "owners": self.train_at.owners.digest if self.train_at.owners else "",
             "global_batch": self.global_batch,
             "order": "leased" if self.job.parallel.strategy == "downpour" else "together",
         }
@@ -118,7 +133,7 @@ def prepare(
         )
     newest = checkpoint.newest(folder.checkpoints)
     if newest is not None:
-        start = with_lanes_of(newest[1], start)
+        start = with_order_of(newest[1], start)
         check_same_run(newest[0], newest[1], start)
     try_out(start, ranks)
     folder.write_job(start.job.dump())
@@ -189,7 +204,20 @@ def resolve(job: config.Job, folder: Path, ranks: int) -> Start:
     placement = Placement.whole()
     if job.parallel.parts > 1 or job.parallel.memory_gb:
         placement = assumed(job, models.graph(job, network, shape), rows)
-    return Start(job, folder, network, train, test, global_batch, lanes, rows, placement)
+    window = job.data.window or chosen_window(job, train, lanes, global_batch)
+    return Start(job, folder, network, train, test, global_batch, lanes, rows, placement, window)
+
+
+def chosen_window(job: config.Job, train: Manifest, lanes: int, global_batch: int) -> int:
+    """The window where the job names none: a rank alone can hold it for all lanes, or, where they are leased, for one.
+
+    So it doesn't depend on the number of ranks.
+    """
+    sample_nbytes = sum(shard.payload_bytes for shard in train.shards) / train.samples
+    owned = 1 if job.parallel.strategy == "downpour" else lanes
+    return default_window(
+        train.samples, owned, max(global_batch // lanes, 1), train.block, sample_nbytes, job.data.window_mb
+    )
 
 
 def leased_lanes(samples: int, batch: int, replicas: int) -> int:
@@ -206,9 +234,11 @@ def with_built_in(job: config.Job) -> config.Job:
     return replace(job, data=replace(job.data, **paths))
 
 
-def with_lanes_of(found: Checkpoint, start: Start) -> Start:
-    """The lanes stay those of the checkpoint where the job names none and the batch is the same."""
+def with_order_of(found: Checkpoint, start: Start) -> Start:
+    """Window and lanes stay those of the checkpoint where the job names none; the lanes if the batch is the same."""
     info, batch, lanes = found.info, start.global_batch, found.info["lanes"]
+    if not start.job.data.window:
+        start = changed(start, window=info["window"])
     if start.job.parallel.strategy == "downpour" and info.get("order") == "leased":
         batch = start.job.train.replica_batch * lanes
     same = not start.job.data.lanes and info["global_batch"] == batch
@@ -218,9 +248,9 @@ def with_lanes_of(found: Checkpoint, start: Start) -> Start:
 def try_out(start: Start, ranks: int) -> None:
     """Build what is cheap to build: what every rank would refuse is refused before the run folder is touched."""
     replicas = replicas_of(ranks, start.job.parallel.parts, start.job.parallel.servers)
-    job, data, train = start.job, start.job.data, start.train
+    job, train = start.job, start.train
     sampler = Sampler(
-        train.counts, train.block, start.lanes, start.global_batch, data.window, job.seed, grains=job.train.grains
+        train.counts, train.block, start.lanes, start.global_batch, start.window, job.seed, grains=job.train.grains
     )
     sampler.check(1 if job.parallel.strategy == "downpour" else replicas)  # leased lanes go to who asks
     start.view(np.float32)
@@ -260,6 +290,18 @@ def check_same_run(path: Path, found: Checkpoint, start: Start) -> None:
                 "and every sample of an epoch is taken once; change it back"
             )
     check_same_network(path, found, start)
+
+
+def check_same_owners(found: Checkpoint | None, start: Start) -> None:
+    """Refuse to go on in the middle of an epoch where the shards lie, or are parted, in another way than before."""
+    if found is None or not found.step or found.info.get("owners", "") == start.info()["owners"]:
+        return
+    raise JobError(
+        f'data.location = "{start.job.data.location}": {start.folder} stands in the middle of an epoch, in which the '
+        "shards were parted among the nodes in another way, and every sample of an epoch is taken once; run it on the "
+        "same nodes, with as many ranks on each, or go on from a checkpoint at the end of an epoch: remove the newer "
+        "ones"
+    )
 
 
 def check_same_network(path: Path, found: Checkpoint, start: Start) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import replace as changed
 from functools import partial
+from itertools import pairwise
 from time import perf_counter
 
 from msgspec.structs import replace
@@ -22,19 +23,20 @@ from dpnn.cluster.signals import StopRequest
 from dpnn.comm import library
 from dpnn.comm.grains import stack_places
 from dpnn.comm.lifted import devices_of
-from dpnn.comm.mesh import Mesh
+from dpnn.comm.mesh import Mesh, replicas_of
 from dpnn.comm.node import Node
 from dpnn.comm.reduce import BucketReducer, measured_bucket
 from dpnn.comm.world import World
-from dpnn.data import Loader, Sampler, Skipped, check_shards, no_samples
+from dpnn.data import Loader, Sampler, Skipped, no_samples
 from dpnn.errors import NotFiniteError, Stopped
 from dpnn.evaluate import Evaluator, Model, check_alike, check_devices, segments_of
+from dpnn.locations import locate, readers
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
 from dpnn.optim import STATES, schedule
 from dpnn.plan import Costs, n_params, spread
 from dpnn.planning import COSTS, is_open, settle
-from dpnn.prepare import Start, prepare
+from dpnn.prepare import Start, check_same_owners, prepare
 from dpnn.state import hand_out, save
 from dpnn.strategies.allreduce import Allreduce
 from dpnn.strategies.average import Average
@@ -68,7 +70,7 @@ def train(
     start = world.first(first)
     world.claim = RunFolder(start.folder).claim
     world.timeout_s = start.job.parallel.timeout_s
-    start = placed(world, start)
+    start = located(world, placed(world, start), found)
     if start.job.parallel.strategy == "downpour":
         return asynchronous.run(world, request, start, found)
     training = Training(world, start, found)
@@ -91,6 +93,21 @@ def placed(world: World, start: Start) -> Start:
     return changed(start, job=job, placement=setting.placement, chosen=chosen)
 
 
+def located(world: World, start: Start, found: Checkpoint | None) -> Start:
+    """The start with its data where they are read, and checked. Collective."""
+    job, train, test = start.job, start.train, start.test
+    parts, servers = job.parallel.parts, job.parallel.servers
+    replicas = replicas_of(world.size, parts, servers)
+    replica, part = divmod(world.rank, parts)
+    reader = spread(models.graph(job, start.network, start.shape), start.placement).reader
+    who = readers(world, replica if part == reader and replica < replicas else None, replicas)
+    start = changed(start, train_at=locate(world, who, job.data, job.data.train, train, start.lanes))
+    world.check(lambda: check_same_owners(found, start))
+    if test is None:
+        return start
+    return changed(start, test_at=locate(world, who, job.data, job.data.test, test))
+
+
 class Training:
     """One run on this rank. The constructor builds everything; `run` takes the steps."""
 
@@ -104,16 +121,13 @@ class Training:
         self.reads = mesh.part == placed.reader
 
         # Data: the order of samples, and which of them this replica takes.
-        options = job.data
         self.sampler = sampler = Sampler(
-            start.train.counts, start.train.block, start.lanes, start.global_batch, options.window, job.seed,
-            grains=job.train.grains,
+            start.train.counts, start.train.block, start.lanes, start.global_batch, start.window, job.seed,
+            grains=job.train.grains, owners=start.train_at.owners,
         )  # fmt: skip
         sampler.check(mesh.replicas)
-        for folder, manifest in ((options.train, start.train), (options.test, start.test)):
-            if manifest:
-                check = partial(check_shards, folder, manifest, mesh.replica, mesh.replicas)
-                world.check(check if self.reads else lambda: None)
+        if start.train_at.owners is not None:
+            sampler.deal(start.train_at.owners.runs())
 
         # Where the run stands: `at` counts steps of today's size from the first epoch on, until `end`.
         self.epoch, self.step, self.steps = start.epoch, start.step, start.steps
@@ -172,7 +186,8 @@ class Training:
         if held_out and start.test:
             mean, std = start.train.mean, start.train.std
             evaluation = model.executor(held_out, mesh=mesh)
-            self.evaluator = Evaluator(mesh.crew.comm, evaluation, job, start.test, mean, std, self._decoders())
+            decoders = self._decoders()
+            self.evaluator = Evaluator(mesh.crew.comm, evaluation, job, start.test_at, start.test, mean, std, decoders)
 
         # What the run tells.
         self.skipped = Skipped(job.data.bad_limit)
@@ -203,7 +218,7 @@ class Training:
             trial = Model(job, self.placed, mesh.part, self.world.threads(), self.world.node.rank)
             cuts = deal(speeds(mesh, trial, rows, job.parallel.timeout_s), self.sampler.lanes)
             choices[question] = self.world.first(lambda: " ".join(map(str, cuts)))
-        self.sampler.deal([int(cut) for cut in choices[question].split()])
+        self.sampler.deal([range(lo, hi) for lo, hi in pairwise(map(int, choices[question].split()))])
 
     def run(self, request: StopRequest) -> int:
         """Take the steps that are left; the exit code. Collective, as is all below."""
@@ -214,7 +229,7 @@ class Training:
         loader = None
         if self.reads:
             loader = Loader(
-                job.data.train, self.start.train, sampler, mesh.replica, mesh.replicas,
+                self.start.train_at.folder, self.start.train, sampler, mesh.replica, mesh.replicas,
                 view=self.start.view(self.model.dtype), dtype=self.model.dtype, window_mb=job.data.window_mb,
                 threads=self._decoders(), skips=job.data.on_bad == "skip",
                 start=(self.epoch, self.step), last=divmod(self.end - 1, sampler.steps), limit_s=job.parallel.timeout_s,

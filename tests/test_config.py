@@ -118,7 +118,7 @@ WRONG = {
     "data.train=''": 'data.train = "": text in quotes, not empty',
     "data.lanes=6": "train.global_batch = 64 can't be divided among data.lanes = 6; use a multiple of 6 (60 or 66)",
     "data.lanes=100": "use a multiple of 100 (100)",
-    "data.window=0": "data.window = 0: a whole number of 1 or more",
+    "data.window=-1": "data.window = -1: a whole number of 0 or more",
     "optimizer.lr=0": "optimizer.lr = 0: a number above 0",
     "optimizer.lr=nan": "optimizer.lr = nan: a number above 0",
     "optimizer.lr=inf": "optimizer.lr = inf: a number above 0",

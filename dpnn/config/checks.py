@@ -80,6 +80,8 @@ def check(job: Job) -> None:
         )
     if job.parallel.strategy == "downpour":
         _check_downpour(job)
+    if job.data.location == "local":
+        _check_local(job)
     placement = job.parallel.placement
     if isinstance(placement, str) and placement not in PLACEMENTS:
         hint = did_you_mean(map(toml, get_close_matches(placement, PLACEMENTS, 1)))
@@ -122,6 +124,22 @@ def _check_downpour(job: Job) -> None:
         raise JobError(
             f"parallel.staleness.bound = {staleness.bound} and policy = {toml(staleness.policy)}: "
             'a bound of 1 or more is wanted with policy = "discard", and only there'
+        )
+
+
+def _check_local(job: Job) -> None:
+    """What deals the lanes in another way than by who owns the shards."""
+    train = job.train
+    for key, value in (("train.balance", train.balance), ("train.reproducible", train.reproducible)):
+        if value:
+            raise JobError(
+                f'{key} = true: data.location = "local" gives each node lanes of its own shards, and they can\'t be '
+                'dealt in another way; leave it out, or use data.location = "shared"'
+            )
+    if job.parallel.strategy == "downpour" and train.steps:
+        raise JobError(
+            f'train.steps = {train.steps}: with parallel.strategy = "downpour" and data.location = "local" each node '
+            "goes through its own shards so many times; use train.epochs"
         )
 
 

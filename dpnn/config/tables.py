@@ -49,8 +49,8 @@ class Data(Table, frozen=True, kw_only=True):
     frames: CountOr0 = 0
     """That the network sees of a sample of frames; 0: 128."""
     augment: Literal["none", "crop-flip", "imagenet"] = "none"
-    window: Count = 1024
-    """Samples that a lane is shuffled within."""
+    window: CountOr0 = 0
+    """Samples that a lane is shuffled within; 0: chosen."""
     window_mb: Positive = 2048.0
     """The most memory for a rank's windows; above it the rank reads single samples."""
     threads: CountOr0 = 0
@@ -59,6 +59,10 @@ class Data(Table, frozen=True, kw_only=True):
     """What to do where a sample can't be used; `skip`: another one takes its place."""
     bad_limit: Count = 100
     """The most samples that may be skipped on all ranks together."""
+    location: Literal["shared", "local"] = "shared"
+    """`local`: each node has only some of the shards, on a disk of its own."""
+    stage: Text = ""
+    """A folder on the nodes' own disks, which the shards are copied to before training."""
 
 
 class Model(Table, frozen=True, kw_only=True):

@@ -1,6 +1,7 @@
 """Files that are either there whole or not at all, also after a crash of the machine."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Where the block raises, the temporary file is removed and `path` stays as it was. A killed process leaves a file
     whose name begins with a dot and ends in `.tmp`: nobody reads it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Processes on two machines, or in two containers, may have the same number.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         sync(temporary)

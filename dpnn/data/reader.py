@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,19 @@ from dpnn.errors import DataError
 Array = NDArray[Any]
 
 OPEN_FILES = 64
-INDEX_NBYTES = 256 << 20
-"""Indexes take 12 bytes a sample and more: beyond this, the one that wasn't used longest is given up."""
+INDEX_NBYTES = 32 << 20
+"""Indexes take 12 bytes a sample and more: beyond this, the one that wasn't used longest is given up, and read again
+when it is needed. The system keeps what was read as long as it has room."""
 
 
-def check_shards(folder: str | Path, manifest: Manifest, replica: int = 0, replicas: int = 1) -> None:
+def check_shards(
+    folder: str | Path, manifest: Manifest, replica: int = 0, replicas: int = 1, among: Sequence[int] | None = None
+) -> None:
     """Check what can be known before training of the shards replica, replica + replicas, ...: all but the payload.
 
-    DataError naming file, dataset and index of the first thing that is wrong. Replica 0 also looks for shards that the
-    manifest doesn't name; files under temporary names are what a killed `dpnn pack` left, and are ignored.
+    `among`: of these shards; None: of all. DataError naming file, dataset and index of the first thing that is wrong.
+    Replica 0 also looks for shards that the manifest doesn't name; files under temporary names are what a killed
+    `dpnn pack` left, and are ignored.
     """
     if replica == 0:
         named = {shard.name for shard in manifest.shards}
@@ -37,7 +42,7 @@ def check_shards(folder: str | Path, manifest: Manifest, replica: int = 0, repli
             )
     reader = ShardReader(folder, manifest)
     try:
-        for number in range(replica, len(manifest.shards), replicas):
+        for number in (range(len(manifest.shards)) if among is None else among)[replica::replicas]:
             reader.check(number)
     finally:
         reader.close()

@@ -3,25 +3,37 @@
 Lanes are leased one by one, epoch after epoch, to who asks: a faster replica takes more. A replica goes through its
 leases in their order, and its pushes say how many steps they hold: so the ledger knows for each lease how many of its
 steps have arrived, without asking. What has not arrived when a checkpoint is cut is leased again when the run goes on.
+
+Where shards lie on the nodes' own disks, a replica is leased lanes of its own node only, each so often as the run has
+epochs: a node that has done with its lanes doesn't wait for others, and doesn't go through them once more.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
 from dpnn.data import Run
+from dpnn.data.owners import Owners
 
 
 class Ledger:
-    """Of a run of `total` steps over lanes, each so many steps long."""
+    """Of a run of `total` steps over lanes, each so many steps long. `owners`: of the lanes; None: a single one.
 
-    def __init__(self, lanes: Sequence[int], total: int, replicas: int) -> None:
+    With several owners the run is of whole epochs.
+    """
+
+    def __init__(self, lanes: Sequence[int], total: int, replicas: int, owners: Owners | None = None) -> None:
         self._lanes = tuple(lanes)
-        self._left: deque[Run] = deque()
-        """What is to be leased first: leased before the run was cut, or cut off because the run ends there."""
-        self._next = (0, 0)
+        self._owned = owners.lane_runs() if owners else [range(len(self._lanes))]
+        """The lanes of each owner."""
+        self._owner = owners.replicas if owners else (0,) * replicas
+        """That whose lanes a replica is leased."""
+        self._left: list[deque[Run]] = [deque() for _ in self._owned]
+        """What each owner leases first: leased before the run was cut, or cut off because the run ends there."""
+        self._next = [(0, owned.start) for owned in self._owned]
         """The epoch and lane that come after it."""
+        self._epochs = -(-total // sum(self._lanes))
         self._to_lease = total
         """Steps."""
         self.held: list[deque[Run]] = [deque() for _ in range(replicas)]
@@ -31,12 +43,14 @@ class Ledger:
 
     def lease(self, replica: int) -> Run | None:
         """The next steps for a replica; None where all are taken."""
-        while self._to_lease > 0:
-            run = self._left.popleft() if self._left else self._new()
+        owner = self._owner[replica]
+        left = self._left[owner]
+        while self._to_lease > 0 and (left or self._next[owner][0] < self._epochs):
+            run = left.popleft() if left else self._new(owner)
             n = min(run.last - run.first + 1, self._to_lease)
             if n > 0:
                 if run.first + n <= run.last:
-                    self._left.appendleft(run._replace(first=run.first + n))
+                    left.appendleft(run._replace(first=run.first + n))
                 run = run._replace(last=run.first + n - 1)
                 self._to_lease -= n
                 self.held[replica].append(run)
@@ -60,22 +74,39 @@ class Ledger:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it: steps that were leased and haven't arrived, and what follows them."""
-        held = [*self._left, *(run for runs in self.held for run in runs)]
+        held = [run for runs in (*self._left, *self.held) for run in runs]
+        upto = self._next[0]
+        if len(self._owned) > 1:  # owners that are behind others have whole lanes left
+            upto = (
+                max(epoch + (lane > own.start) for (epoch, lane), own in zip(self._next, self._owned, strict=True)),
+                0,
+            )
+            held += [run for owner in range(len(self._owned)) for run in self._before(upto[0], owner)]
         left = sorted((run.epoch, run.lanes.start, run.first, run.last) for run in held)
-        return {"next": list(self._next), "left": [list(run) for run in left], "steps": self.steps}
+        return {"next": list(upto), "left": [list(run) for run in left], "steps": self.steps}
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from there: before any lease."""
-        self._left = deque(_run(*run) for run in state["left"])
         epoch, lane = state["next"]
-        self._next = (epoch, lane)
+        self._next = [(epoch, max(lane, owned.start)) for owned in self._owned]
+        for run in state["left"]:
+            owner = next(owner for owner, owned in enumerate(self._owned) if run[1] in owned)
+            self._left[owner].append(_run(*run))
         self.steps = state["steps"]
         self._to_lease -= self.steps
 
-    def _new(self) -> Run:
-        epoch, lane = self._next
-        self._next = (epoch, lane + 1) if lane + 1 < len(self._lanes) else (epoch + 1, 0)
+    def _new(self, owner: int) -> Run:
+        (epoch, lane), owned = self._next[owner], self._owned[owner]
+        self._next[owner] = (epoch, lane + 1) if lane + 1 < owned.stop else (epoch + 1, owned.start)
         return _run(epoch, lane, 0, self._lanes[lane] - 1)
+
+    def _before(self, end: int, owner: int) -> Iterator[Run]:
+        """What an owner hasn't begun to lease of the epochs before `end`."""
+        epoch, lane = self._next[owner]
+        for number in range(epoch, end):
+            for own in self._owned[owner]:
+                if self._lanes[own] and (number, own) >= (epoch, lane):
+                    yield _run(number, own, 0, self._lanes[own] - 1)
 
 
 def _run(epoch: int, lane: int, first: int, last: int) -> Run:
