@@ -1,6 +1,7 @@
 """Views of pictures, encoded or raw, in the network's size: a box of each, resized, perhaps mirrored and coloured."""
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -13,6 +14,8 @@ from dpnn.data.view.base import BadSample, Normalisation
 from dpnn.data.view.colour import Colour
 
 Array = NDArray[Any]
+
+_FIRST = np.zeros(1, np.int64)
 
 
 class Box(NamedTuple):
@@ -120,14 +123,22 @@ class ResizedBox:
         return Box(int(top * (height - h + 1)), int(left * (width - w + 1)), h, w, mirrored >= 0.5)
 
 
+class _Scratch(threading.local):
+    """A thread's own memory for the picture that it works on."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.room = Room()
+        self.resized, self.mirrored = np.empty((2, *shape), np.uint8)
+
+
 class Images:
     """Pictures in the network's size. The bytes of a record are decoded first."""
 
     def __init__(self, shape: tuple[int, ...], normalise: Normalisation, boxes: Boxes) -> None:
         self.shape, self._normalise, self._boxes = shape, normalise, boxes
         self._colour = Colour(normalise)
-        self._room = Room()
-        self._cv2 = opencv()
+        self._scratch = _Scratch(shape)
+        self._flip = opencv().flip
 
     def draw(self, ids: Array, epoch: int) -> Array:
         """As the boxes say."""
@@ -136,18 +147,22 @@ class Images:
     def put(self, source: Any, slots: Array, choices: Array, out: Array) -> None:
         """Decode, cut, resize, mirror, colour and normalise, one by one."""
         height, width, _ = self.shape
+        coloured, scratch = self._boxes.coloured, self._scratch
+        choices = np.ascontiguousarray(choices)
         for i, slot in enumerate(slots.tolist()):
             try:
                 image, box = self._cut(source[slot], choices[i].tolist())
             except BadImage as error:
                 raise BadSample(i, str(error)) from error
-            image = resize(image, height, width)
+            resize(image, height, width, scratch.resized)
+            image = scratch.resized
             if box.mirrored:
-                image = image[:, ::-1]
-            if self._boxes.coloured:
-                self._colour(image, choices[i, self._boxes.coloured :], out[i])
+                image = scratch.mirrored
+                self._flip(scratch.resized, 1, image)
+            if coloured:
+                self._colour(image, choices[i, coloured:], out[i])
             else:
-                self._normalise(image, out[i])
+                self._normalise.gather(image[None], _FIRST, out[i : i + 1])
 
     def _cut(self, sample: Any, choice: Sequence[float]) -> tuple[Array, Box]:
         """The box of a picture."""
@@ -159,7 +174,7 @@ class Images:
             box = self._boxes.box(choice, height, width)
             most = min(box.height // self.shape[0], box.width // self.shape[1])
             shrink = next((shrink for shrink in SHRINKS if shrink <= most), 1)
-            image = decode(sample, shrink, self._room)
+            image = decode(sample, shrink, self._scratch.room)
             if image.shape[0] < height:
                 top, left, h, w, mirrored = box
                 box = Box(top // shrink, left // shrink, h // shrink, w // shrink, mirrored)
