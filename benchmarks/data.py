@@ -23,11 +23,12 @@ from threading import Event, Thread
 from time import perf_counter
 
 import numpy as np
-from feeds import Blocks, Decoding, Feed
+from feeds import Blocks, Decoding, Feed, Parts
 from harness import Benchmark, Worker, cores, medians
 from photos import squares, write_jpegs
 
 from dpnn.data.pack import pack
+from dpnn.data.view.images import CentreBox, RandomBox, ResizedBox
 
 BATCH = 64
 SIZE = 224
@@ -61,7 +62,7 @@ class Benches:
     def reading(self) -> None:
         """Raw samples."""
         blocks = Blocks(self._raw / "train")
-        feed = Feed(self._raw / "train", BATCH, threads=cores())
+        feed = Feed(self._raw / "train", BATCH, cores())
         megabytes = blocks.nbytes / 1e6
         feed.open()
 
@@ -80,15 +81,28 @@ class Benches:
         """JPEGs that are decoded, resized, cut, normalised."""
         n = len(self._records)
         for threads in (1, 2):
-            feed = Feed(self._encoded / "train", BATCH, size=SIZE, threads=threads)
+            feed = Feed(self._encoded / "train", BATCH, threads, size=SIZE)
             feed.open()
             ours, peer = self._alternate(feed.epoch, Decoding(self._records, threads).epoch)
             self._rate(f"JPEG, none, {threads} threads", n / ours, n / peer, f"simplejpeg, {threads} threads", 0.9)
             feed.close()
 
+    def augmentations(self) -> None:
+        """On one thread."""
+        n = len(self._records)
+        for augment, boxes in (("none", CentreBox()), ("crop-flip", RandomBox(0)), ("imagenet", ResizedBox(0))):
+            feed = Feed(self._encoded / "train", BATCH, 1, size=SIZE, augment=augment)
+            feed.open()
+            parts = Parts(self._records, boxes, SIZE)
+            ours, peer = self._alternate(feed.epoch, parts.epoch)
+            self._rate(f"JPEG, {augment}, 1 thread", n / ours, n / peer, "its parts alone", 0.9)
+            shares = ", ".join(f"{name} {1e6 * seconds / n:.0f}" for name, seconds in parts.seconds.items())
+            self._bench.note(f"its parts, us an image: {shares}")
+            feed.close()
+
     def consumer(self) -> None:
         """80 % of our own rate, which is measured just before."""
-        feed = Feed(self._encoded / "train", BATCH, size=SIZE, augment="imagenet", threads=2)
+        feed = Feed(self._encoded / "train", BATCH, 2, size=SIZE, augment="imagenet")
         feed.open()
         (seconds,) = self._alternate(feed.epoch)
         rate = 0.8 * feed.samples / seconds
@@ -101,10 +115,10 @@ class Benches:
         from imagefolder import Peer
 
         n, threads = len(self._records), 2
-        make = partial(Feed, augment="imagenet", size=SIZE, threads=threads)
+        make = partial(Feed, augment="imagenet", size=SIZE)
         for library, goal in (("pillow", 2.0), ("simplejpeg", 1.2)):
             with (
-                Worker("ours", make, self._encoded / "train", BATCH, threads=1) as ours,
+                Worker("ours", make, self._encoded / "train", BATCH, threads, threads=1) as ours,
                 Worker(library, Peer, self._jpegs, library, True, threads=1) as peer,
             ):
                 before = nbytes(ours.pid), nbytes(peer.pid)
@@ -171,6 +185,7 @@ def main() -> None:
         benches.packing()
         benches.reading()
         benches.decoding()
+        benches.augmentations()
         benches.peers()
         benches.consumer()
     bench.finish()

@@ -10,40 +10,48 @@ from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
 
+import cv2
 import numpy as np
 import simplejpeg
 
 from dpnn.data import Leases, Loader, Manifest, Run, Sampler, ShardReader
+from dpnn.data.decode import SHRINKS, resize
+from dpnn.data.view import view_of
+from dpnn.data.view.base import Normalisation
+from dpnn.data.view.colour import Colour
+from dpnn.data.view.images import Boxes
 
 LANES = 4
 WINDOW = 64
 """Samples of a lane that are shuffled: whole blocks, so that no block is read twice."""
+TOGETHER = 8
+"""Pictures that one part is measured on before the next part: what they need stays in the cache."""
+FIRST = np.zeros(1, np.int64)
 
 
 class Feed:
     """Our loader over a folder of shards, for batches of `batch` samples."""
 
-    def __init__(self, folder: Path, batch: int, **options: Any) -> None:
-        manifest = Manifest.read(folder)
-        self.samples = manifest.samples
-        """Of an epoch."""
-        self._batch, self._epochs = batch, 0
-        self._steps = -(-manifest.samples // batch)
-        self._options = {"folder": folder, "manifest": manifest, **options}
+    def __init__(self, folder: Path, batch: int, threads: int, **options: Any) -> None:
+        """`options`: of the view."""
+        self._manifest = manifest = Manifest.read(folder)
+        self._view = view_of(manifest, mean=manifest.mean, std=manifest.std, **options)
+        self._sampler = Sampler(manifest.counts, manifest.block, LANES, batch, WINDOW, seed=0)
+        self._folder, self._threads, self._epochs = folder, threads, 0
         self._runs, self._loader = Leases(), None
 
     def open(self) -> None:
         """Start the loader's threads, and bring an epoch, after which all its memory has been touched."""
-        manifest = self._options["manifest"]
-        sampler = Sampler(manifest.counts, manifest.block, LANES, self._batch, WINDOW, seed=0)
-        self._loader = Loader(sampler=sampler, runs=self._runs, **self._options)
+        self._loader = Loader(
+            self._folder, self._manifest, self._sampler, view=self._view, threads=self._threads, runs=self._runs
+        )
         self.epoch()
 
     def epoch(self) -> float:
         """The seconds that all batches of an epoch take."""
         begin = perf_counter()
         self._lease()
-        for _ in range(self._steps):
+        for _ in range(self._sampler.steps):
             self._loader.release(self._loader.next())
         return perf_counter() - begin
 
@@ -51,7 +59,7 @@ class Feed:
         """The share of its time that a consumer of `rate` samples a second waits; its first steps aren't counted."""
         for _ in range(epochs):
             self._lease()
-        steps, waits = epochs * self._steps, []
+        steps, waits = epochs * self._sampler.steps, []
         begin = perf_counter()
         for _ in range(steps):
             asked = perf_counter()
@@ -68,7 +76,7 @@ class Feed:
             self._loader.close()
 
     def _lease(self) -> None:
-        self._runs.add(Run(self._epochs, range(LANES), 0, self._steps - 1))
+        self._runs.add(Run(self._epochs, range(LANES), 0, self._sampler.steps - 1))
         self._epochs += 1
 
 
@@ -123,6 +131,63 @@ class Decoding:
         for _ in self._pool.map(_decode, self._parts):
             pass
         return perf_counter() - begin
+
+
+class Parts:
+    """What a view of JPEGs consists of, each part alone, on one thread, on some pictures after the other."""
+
+    def __init__(self, records: Sequence[bytes], boxes: Boxes, size: int) -> None:
+        choices = boxes.draw(np.arange(len(records), dtype=np.uint64), 0)
+        self._pictures = []
+        for record, choice in zip(records, choices, strict=True):
+            height, width, *_ = simplejpeg.decode_jpeg_header(record)
+            box = boxes.box(choice.tolist(), height, width)
+            shrink = next((s for s in SHRINKS if s * size <= min(box.height, box.width)), 1)
+            room = np.empty((-(-height // shrink), -(-width // shrink), 3), np.uint8)
+            top, left, height, width = (number // shrink for number in box[:4])
+            cut = room[top : top + height, left : left + width]
+            self._pictures.append((record, room, cut, box.mirrored, choice[boxes.coloured :]))
+        self._coloured, self._size = bool(boxes.coloured), size
+        shape = (size, size, 3)
+        self._resized, self._mirrored = np.empty((2, TOGETHER, *shape), np.uint8)
+        self._out = np.empty((TOGETHER, *shape), np.float32)
+        self._normalise = Normalisation((124.0, 116.0, 104.0), (58.0, 57.0, 57.0), shape, np.float32)
+        self._colour = Colour(self._normalise)
+        self.seconds = dict.fromkeys(("decode", "resize", "mirror", "colour"), 0.0)
+        """Of the last epoch."""
+
+    def epoch(self) -> float:
+        """The sum of the seconds of all parts."""
+        seconds = dict.fromkeys(self.seconds, 0.0)
+        parts = (self._decode, self._resize, self._mirror, self._finish)
+        for lo in range(0, len(self._pictures), TOGETHER):
+            some = self._pictures[lo : lo + TOGETHER]
+            for name, part in zip(seconds, parts, strict=True):
+                begin = perf_counter()
+                part(some)
+                seconds[name] += perf_counter() - begin
+        self.seconds = seconds
+        return sum(seconds.values())
+
+    def _decode(self, pictures: Sequence[Any]) -> None:
+        for record, room, *_ in pictures:
+            simplejpeg.decode_jpeg(record, min_height=room.shape[0], min_width=room.shape[1], buffer=room)
+
+    def _resize(self, pictures: Sequence[Any]) -> None:
+        for (_, _, cut, *_), resized in zip(pictures, self._resized, strict=False):
+            resize(cut, self._size, self._size, resized)
+
+    def _mirror(self, pictures: Sequence[Any]) -> None:
+        for (*_, mirrors, _), resized, mirrored in zip(pictures, self._resized, self._mirrored, strict=False):
+            if mirrors:
+                cv2.flip(resized, 1, mirrored)
+
+    def _finish(self, pictures: Sequence[Any]) -> None:
+        for i, ((*_, choice), resized) in enumerate(zip(pictures, self._resized, strict=False)):
+            if self._coloured:
+                self._colour(resized, choice, self._out[i])
+            else:
+                self._normalise.gather(resized[None], FIRST, self._out[i : i + 1])
 
 
 def _decode(records: Sequence[bytes]) -> None:
