@@ -1,9 +1,12 @@
 """What the loader brings."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dpnn.errors import DataError
 
 Array = NDArray[Any]
 
@@ -39,6 +42,26 @@ class Batch(NamedTuple):
     """Where the samples come from; empty: not from a sampler's lanes."""
     bad: tuple[Bad, ...] = ()
     """Samples whose places others have taken."""
+
+
+class Skipped:
+    """The bad samples that this rank has met, and whether those of all ranks are too many."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._last: Bad | None = None
+
+    def note(self, bad: Sequence[Bad]) -> None:
+        """This rank has met some more."""
+        self._last = bad[-1] if bad else self._last
+
+    def check(self, total: int) -> None:
+        """DataError, on each rank that has met one, where all ranks together have skipped more than the limit."""
+        if total > self._limit and self._last is not None:
+            raise DataError(
+                f"{total} bad samples were skipped, and data.bad_limit = {self._limit}; the last one: {self._last}; "
+                "look for all of them with `dpnn data check`, and pack the data again, or set the limit higher"
+            )
 
 
 _NOTHING = np.empty(0)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from dpnn.data.batch import Batch
-from dpnn.data.making import Job, Maker, Room
+from dpnn.data.making import Countdown, Job, Maker, Room
 from dpnn.data.manifest import Manifest
 from dpnn.data.runs import Leases, Run, epochs
 from dpnn.data.sampler import Sampler
@@ -186,12 +186,14 @@ class Loader:
                     raise loaded
                 if loaded is None:
                     return
-                for at in range(0, len(loaded.steps), self._at_once):
+                starts = range(0, len(loaded.steps), self._at_once)
+                left = Countdown(len(starts))
+                for at in starts:
                     buffer = self._free_buffers.get()
                     if buffer is None or self._closing:
                         return
                     steps = loaded.steps[at : at + self._at_once]
-                    job = Job(loaded, steps, self._rooms[buffer], buffer, self._piece)
+                    job = Job(loaded, left, steps, self._rooms[buffer], buffer, self._piece)
                     self._jobs.put(job)
                     for lo, hi in job.pieces:
                         self._pieces.put((job, lo, hi))
@@ -207,6 +209,6 @@ class Loader:
                 self._maker.make(job, lo, hi)
             except BaseException as error:
                 failure = error
-            if job.finish_piece(failure) and job.loaded.finish_steps(len(job.steps)):
+            if job.finish_piece(failure):
                 self._free_pools.put(job.loaded.pool)
-            del job, piece
+            del job, piece  # it holds on to a window's memory

@@ -4,7 +4,6 @@ import threading
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -30,11 +29,24 @@ class Room:
         self.ids = np.empty(rows, np.uint64)
 
 
+class Countdown:
+    """Counts what is left to do, by any threads."""
+
+    def __init__(self, left: int) -> None:
+        self._left, self._lock = left, threading.Lock()
+
+    def down(self) -> bool:
+        """One less; whether it was the last."""
+        with self._lock:
+            self._left -= 1
+            return self._left == 0
+
+
 class Job:
     """Some steps' batches, that are made at once, in pieces, by any threads."""
 
-    def __init__(self, loaded: Loaded, steps: range, room: Room, buffer: int, piece: int) -> None:
-        """`piece`: the most rows of one."""
+    def __init__(self, loaded: Loaded, left: Countdown, steps: range, room: Room, buffer: int, piece: int) -> None:
+        """`left`: jobs with samples of `loaded`. `piece`: the most rows of one."""
         order = loaded.order[steps.start - loaded.steps.start :][: len(steps)]
         self.slots = slots = order[order >= 0]
         n = len(slots)
@@ -50,21 +62,18 @@ class Job:
         self.bad: dict[int, Bad] = {}
         """Rows whose samples others have taken the place of."""
         self.failure: BaseException | None = None
-        self.pieces = list(pairwise([*range(0, n, piece), n]))
+        self.pieces = list(pairwise([*range(0, max(n, 1), piece), n]))
         self.done = threading.Event()
         """All pieces are made, or one has failed."""
-        self._left = len(self.pieces)
-        self._lock = threading.Lock()
+        self._left, self._left_of_loaded = Countdown(len(self.pieces)), left
 
     def finish_piece(self, failure: BaseException | None) -> bool:
-        """A piece is done; whether it was the last."""
-        with self._lock:
-            self._left -= 1
-            self.failure = self.failure or failure
-            last = self._left == 0
+        """A piece is done; whether it was the last that needs what was loaded."""
+        self.failure = self.failure or failure
+        last = self._left.down()
         if last or failure is not None:
             self.done.set()
-        return last
+        return last and self._left_of_loaded.down()
 
     def batches(self) -> Iterator[Batch]:
         """What was made."""
@@ -79,7 +88,7 @@ class Job:
 class Maker:
     """Makes pieces of jobs; any number of threads at a time. `skips`: whether bad samples are replaced.
 
-    A bad sample's place is taken by the next good one of its block, or where there is none, of its shard: which one that
+    A bad sample's place is taken by the next good one of its block, or where there is none, of its shard: which one it
     is depends on nothing but the data.
     """
 
@@ -151,6 +160,3 @@ class Maker:
         pool, starts = Pool(self._manifest), self._reader.starts(shard, lo, hi)
         damaged = self._reader.read_blocks(shard, lo, hi, pool.room(0, int(starts[-1])))
         return None if damaged else pool.samples(starts)
-
-
-Pieces = SimpleQueue[tuple[Job, int, int] | None]

@@ -79,7 +79,7 @@ class ShardReader:
 
         int64[hi - lo + 1].
         """
-        offsets = self.index(number).offsets
+        offsets = self._offsets(number)
         if offsets is None:
             return np.arange(hi - lo + 1) * self._manifest.sample_nbytes
         found: Array = offsets[lo : hi + 1] - offsets[lo]
@@ -87,7 +87,7 @@ class ShardReader:
 
     def span(self, number: int, lo: int, hi: int) -> tuple[int, int]:
         """Which bytes of a shard's payload are those of its samples [lo, hi)."""
-        offsets = self.index(number).offsets
+        offsets = self._offsets(number)
         if offsets is None:
             return lo * self._manifest.sample_nbytes, hi * self._manifest.sample_nbytes
         return int(offsets[lo]), int(offsets[hi])
@@ -102,13 +102,14 @@ class ShardReader:
         base, damaged = self.span(number, lo, hi)[0], {}
         for first in range(lo, hi, manifest.block):
             begin, end = self.span(number, first, min(first + manifest.block, hi))
-            try:
-                shards.check_block(
-                    out[begin - base : end - base], self.path(number), manifest, index, first // manifest.block
-                )
-            except DataError as error:
-                damaged[first] = str(error)
+            found = shards.damage(out[begin - base : end - base], manifest, index, first // manifest.block)
+            if found:
+                damaged[first] = found
         return damaged
+
+    def refusal(self, number: int, found: str) -> DataError:
+        """For what `read_blocks` has found in a shard."""
+        return DataError(f"{self.path(number)}, {shards.payload_name(self._manifest)}: {found}; {shards.REPAIR}")
 
     def read_records(self, number: int, block: int) -> list[bytes]:
         """The encoded samples of a block, as stored; DataError where it is damaged."""
@@ -116,8 +117,8 @@ class ShardReader:
         hi = min(lo + self._manifest.block, self._manifest.shards[number].samples)
         cuts = self.starts(number, lo, hi).tolist()
         data = memoryview(bytearray(cuts[-1]))
-        for reason in self.read_blocks(number, lo, hi, data).values():
-            raise DataError(reason)
+        for found in self.read_blocks(number, lo, hi, data).values():
+            raise self.refusal(number, found)
         return [bytes(data[a:b]) for a, b in itertools.pairwise(cuts)]
 
     def read_samples(self, number: int, lo: int, hi: int, out: memoryview) -> None:
@@ -132,6 +133,10 @@ class ShardReader:
         """Close all files."""
         while self._files:
             os.close(self._files.popitem()[1])
+
+    def _offsets(self, number: int) -> Array | None:
+        """Where a shard's records begin; None for raw samples, whose index isn't needed for that."""
+        return None if self._manifest.kind == "raw" else self.index(number).offsets
 
     def _read_index(self, number: int) -> Index:
         manifest, path = self._manifest, self._paths[number]

@@ -16,7 +16,6 @@ from dpnn.data.reader import ShardReader
 from dpnn.data.runs import Run
 from dpnn.data.sampler import Sampler, Window
 from dpnn.data.view import View
-from dpnn.errors import DataError
 
 Array = NDArray[Any]
 
@@ -56,8 +55,8 @@ class Pool:
         """The samples that begin at the bytes `starts`, one more than there are samples."""
         if self._manifest.kind == "encoded":
             return Records(self.data.data, starts)
-        bytes_ = self.data[: int(starts[-1])]
-        samples: Array = bytes_.view(self._manifest.dtype).reshape(-1, *self._manifest.shape)
+        data = self.data[: int(starts[-1])]
+        samples: Array = data.view(self._manifest.dtype).reshape(-1, *self._manifest.shape)
         return samples
 
 
@@ -129,8 +128,7 @@ class WindowReader:
                 raise ValueError(f"{run} for a loader of {self._lanes} lanes at a time; give it as many")
             for number in range(run.first // width, run.last // width + 1):
                 steps = range(max(run.first, number * width), min(run.last + 1, (number + 1) * width))
-                window = epoch(run.epoch).window(number, run.lanes)
-                for loaded in self._load(window, run, steps, take):
+                for loaded in self._load(epoch(run.epoch).window(number, run.lanes), run, steps, take):
                     if self.closing:
                         return
                     yield loaded
@@ -206,8 +204,8 @@ class WindowReader:
             begin, stop = self._reader.span(shard, first, end)
             damaged |= self._reader.read_blocks(shard, first, end, pool.room(at, at + stop - begin))
             at += stop - begin
-        for reason in () if self._skips else damaged.values():
-            raise DataError(reason)
+        for found in () if self._skips else damaged.values():
+            raise self._reader.refusal(shard, found)
         return damaged
 
     def _read_samples(self, shards: Array, samples: Array, pool: Pool) -> Array:
