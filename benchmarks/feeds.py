@@ -22,8 +22,8 @@ from dpnn.data.view.colour import Colour
 from dpnn.data.view.images import Boxes
 
 LANES = 4
-WINDOW = 64
-"""Samples of a lane that are shuffled: whole blocks, so that no block is read twice."""
+WINDOWS = 32
+"""About so many in an epoch: what the first one takes to read, while nothing is made yet, counts as well."""
 TOGETHER = 8
 """Pictures that one part is measured on before the next part: what they need stays in the cache."""
 FIRST = np.zeros(1, np.int64)
@@ -35,8 +35,12 @@ class Feed:
     def __init__(self, folder: Path, batch: int, threads: int, **options: Any) -> None:
         """`options`: of the view."""
         self._manifest = manifest = Manifest.read(folder)
+        self.samples = manifest.samples
+        """Of an epoch."""
         self._view = view_of(manifest, mean=manifest.mean, std=manifest.std, **options)
-        self._sampler = Sampler(manifest.counts, manifest.block, LANES, batch, WINDOW, seed=0)
+        # Whole blocks, so that none is read twice.
+        window = max(manifest.samples // (LANES * WINDOWS * manifest.block), 1) * manifest.block
+        self._sampler = Sampler(manifest.counts, manifest.block, LANES, batch, window, seed=0)
         self._folder, self._threads, self._epochs = folder, threads, 0
         self._runs, self._loader = Leases(), None
 
