@@ -48,9 +48,9 @@ class Room(threading.local):
 
 def header(record: bytes | memoryview) -> tuple[str, int, int]:
     """Format ("JPEG", "PNG", ...), height and width of a record; BadImage."""
-    if _is_jpeg(record):
-        height, width, _ = _jpeg_header(record)
-        return "JPEG", height, width
+    jpeg = _jpeg_header(record)
+    if jpeg is not None:
+        return "JPEG", *jpeg[:2]
     with _opened(record) as picture:
         return str(picture.format), picture.height, picture.width
 
@@ -61,9 +61,10 @@ def decode(record: bytes | memoryview, shrink: int = 1, room: Room | None = None
     `shrink`: one of SHRINKS: a JPEG is made smaller by it while it is decoded, each side rounded up; that is quicker,
     and the pixels differ slightly from those of a picture made smaller later. `room`: where to put the pixels.
     """
-    if not _is_jpeg(record):
+    jpeg = _jpeg_header(record)
+    if jpeg is None:
         return _by_pillow(record, shrink)
-    height, width, colours = _jpeg_header(record)
+    height, width, colours = jpeg
     height, width = -(-height // shrink), -(-width // shrink)
     inks = colours in ("CMYK", "YCCK")
     buffer = None if room is None else room.take(height * width * (4 if inks else 3))
@@ -152,16 +153,16 @@ def _pillow() -> Any:
     return Image
 
 
-def _is_jpeg(record: bytes | memoryview) -> bool:
-    """Whether it is one that simplejpeg decodes."""
-    return record[:2] == b"\xff\xd8" and _simplejpeg() is not None
-
-
-def _jpeg_header(record: bytes | memoryview) -> tuple[int, int, str]:
-    """Height, width, and what its colours are."""
+def _jpeg_header(record: bytes | memoryview) -> tuple[int, int, str] | None:
+    """Height, width, and what its colours are; None where simplejpeg doesn't decode it."""
+    simplejpeg = _simplejpeg()
+    if record[:2] != b"\xff\xd8" or simplejpeg is None:
+        return None
     try:
-        height, width, colours, _ = _simplejpeg().decode_jpeg_header(record)
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(record)
     except Exception as error:
+        if "subsampling" in str(error):  # rare ones are Pillow's
+            return None
         raise BadImage(f"its JPEG header is damaged ({error})") from error
     _check_pixels(height, width)
     return height, width, colours

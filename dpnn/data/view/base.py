@@ -79,6 +79,15 @@ class Normalisation:
         """One of kernels/pixels.c; None where NumPy computes."""
         return _kernel(name) if self.mean.dtype == np.float32 else None
 
+    def checked(self, source: Array, slots: Array, out: Array) -> Array:
+        """The slots as kernels take them. IndexError or ValueError where they would read or write elsewhere."""
+        slots = np.ascontiguousarray(slots, np.int64)
+        if len(slots) and not 0 <= slots.min() <= slots.max() < len(source):
+            raise IndexError(f"slots {slots.min()} to {slots.max()} of {len(source)}")
+        if not (source.flags.c_contiguous and out.flags.c_contiguous and out.dtype == self.mean.dtype):
+            raise ValueError(f"samples and batches lie in memory without gaps, batches as {self.mean.dtype}")
+        return slots
+
     def __call__(self, x: Array, out: Array) -> None:
         """Of samples as stored, (n, ...), by NumPy."""
         np.subtract(x, self.mean, out=out)
@@ -86,25 +95,15 @@ class Normalisation:
 
     def gather(self, source: Array, slots: Array, out: Array) -> None:
         """Of source[slots]; as the kernels, without gaps."""
+        slots = self.checked(source, slots, out)
         kernel = self.kernel("normalise")
         if kernel is None:
             self(source[slots], out)
             return
-        slots = checked(source, slots)
         kernel(
             len(slots), source[0].size, TYPES[source.dtype.name], native.address(source), native.address(slots),
             self.period, *self.addresses, native.address(out),
         )  # fmt: skip
-
-
-def checked(source: Array, slots: Array) -> Array:
-    """The slots as kernels take them. IndexError where one lies outside of the source, which they don't check."""
-    slots = np.ascontiguousarray(slots, np.int64)
-    if len(slots) and not 0 <= slots.min() <= slots.max() < len(source):
-        raise IndexError(f"slots {slots.min()} to {slots.max()} of {len(source)}")
-    if not source.flags.c_contiguous:
-        raise ValueError("raw samples must lie in memory without gaps")
-    return slots
 
 
 @cache

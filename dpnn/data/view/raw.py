@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from dpnn import philox
 from dpnn.data.decode import Room
-from dpnn.data.view.base import TYPES, Normalisation, checked
+from dpnn.data.view.base import TYPES, Normalisation
 from dpnn.native import address
 
 Array = NDArray[Any]
@@ -49,11 +49,12 @@ class CropFlip:
 
     def put(self, source: Any, slots: Array, choices: Array, out: Array) -> None:
         """Gather, cut, mirror and normalise."""
+        slots, choices = self._normalise.checked(source, slots, out), np.ascontiguousarray(choices)
         kernel = self._normalise.kernel("crop")
         if kernel is None:
             self._put_by_numpy(source, slots, choices, out)
             return
-        slots, choices, room = checked(source, slots), np.ascontiguousarray(choices), self._room.take(source[0].nbytes)
+        room = self._room.take(source[0].nbytes)
         kernel(
             len(slots), *self.shape, self.PADDING, TYPES[source.dtype.name], address(source), address(slots),
             address(choices), self._normalise.period, *self._normalise.addresses, address(room), address(out),
