@@ -1,13 +1,20 @@
 """The commands, thin: `dpnn pack | train | eval | plan | launch`. None imports MPI before it needs it."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from shlex import quote
+from typing import TYPE_CHECKING
 
 from dpnn import __version__
-from dpnn.errors import DpnnError, JobError, RankError
+from dpnn.errors import DpnnError, JobError, RankError, Stopped
+
+if TYPE_CHECKING:
+    from dpnn.cluster.signals import StopRequest
+    from dpnn.comm.world import World
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     pack = commands.add_parser("pack", help="write data as HDF5 shards", description=_pack.__doc__)
-    pack.add_argument("source", help='"digits", a folder of MNIST-style idx files (also .gz), or an .npz file')
+    pack.add_argument("source", help='a file or folder of data (docs/packing.md), or "digits"')
     pack.add_argument("folder", help="where FOLDER/train and FOLDER/test are written")
     pack.add_argument(
         "--test-fraction", type=float, metavar="SHARE", help="hold out this share, where the source has no test part"
@@ -38,7 +45,21 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="of the order in which samples are laid into shards (default 0)"
     )
     pack.add_argument("--shard-mb", type=float, default=1024.0, metavar="MB", help="size of a shard (default 1024)")
+    pack.add_argument(
+        "--shorter-side", type=int, default=0, metavar="N", help="make larger pictures so small that this side is N"
+    )
+    pack.add_argument(
+        "--raw", type=int, default=0, metavar="SIZE", help="store pictures decoded, as squares of SIZE pixels"
+    )
+    pack.add_argument(
+        "--on-bad",
+        choices=("reject", "stop"),
+        default="reject",
+        help="leave out samples that can't be read and name them in FOLDER/*/rejected.csv (default), or end at one",
+    )
     pack.add_argument("--force", action="store_true", help="overwrite data packed there before")
+    # Each of dpnn.data.pack.Options.
+    pack.add_argument("--format", default="", metavar="NAME", help="of the source, where its path doesn't tell")
     pack.set_defaults(run=_pack)
 
     train = commands.add_parser("train", help="train a network", description=_train.__doc__)
@@ -85,30 +106,62 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
 
 
 def _pack(arguments: argparse.Namespace) -> int:
-    """Write images or arrays as HDF5 shards with a manifest, for training and for testing."""
-    from rich.progress import Progress
+    """Write data as HDF5 shards with a manifest, for training and for testing.
 
+    Under mpirun, srun or `dpnn launch`: on all ranks together. A packing that was stopped or killed goes on where the
+    command is given again.
+    """
+    from dpnn.cluster.signals import StopRequest
+
+    request = StopRequest()
     from dpnn.comm.library import promise
-    from dpnn.data.pack import pack
 
     promised = promise(os.environ)
-    if promised and promised.size > 1:
-        raise JobError(
-            f"{promised.launcher} started {promised.size} processes, and pack runs in one; start it by itself"
-        )
+    if promised is None or promised.size == 1:  # a login node may have no MPI that starts
+        return _pack_together(arguments, request, None)
+    from dpnn.comm.world import run
 
-    with Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
-        bar = progress.add_task("packing")
+    return run(lambda world: _pack_together(arguments, request, world))
+
+
+def _pack_together(arguments: argparse.Namespace, request: "StopRequest", world: "World | None") -> int:
+    """Pack, on all ranks of the world; without one, alone."""
+    from dpnn.data.pack import pack
+    from dpnn.data.pack.formats import Options
+    from dpnn.observe.progress import Packing, terminal
+
+    first = world is None or world.rank == 0
+    if world is not None:
+        world.timeout_s = math.inf  # listing a source, or a larger share than the others', may take hours
+    shown = Packing(terminal() is not None) if first else None
+
+    def progress(done: int, total: int) -> None:
+        if request.asked:
+            raise Stopped("packing was told to stop; give the same command again to go on")
+        if shown is not None:
+            shown.count(done, total)
+
+    try:
         summary = pack(
             arguments.source,
             arguments.folder,
+            options=Options(**{one.name: getattr(arguments, one.name) for one in fields(Options)}),
             test_fraction=arguments.test_fraction,
+            shorter_side=arguments.shorter_side,
+            raw=arguments.raw,
             shard_mb=arguments.shard_mb,
             seed=arguments.seed,
+            on_bad=arguments.on_bad,
             force=arguments.force,
-            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            ranks=world,
+            progress=progress,
         )
-    print(summary)
+    finally:
+        if shown is not None:
+            shown.close()
+    request.settle()
+    if first:
+        print(summary, flush=True)
     return 0
 
 
@@ -166,6 +219,6 @@ def _launch(arguments: argparse.Namespace) -> int:
         return code or RankError.exit_code
 
     inner = _parser().parse_args(arguments.command)  # so that a wrong command is told once, and before anything starts
-    if inner.run not in (_train, _eval):
-        raise JobError(f"{arguments.command[0]} runs in one process; launch takes train and eval")
+    if inner.run not in (_pack, _train, _eval):
+        raise JobError(f"{arguments.command[0]} runs in one process; launch takes pack, train and eval")
     return launch(arguments.n, arguments.command, settle=settle)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_PIECE = 1 << 30
+"""Bytes of a message at most: MPI 3 counts to 2**31 - 1."""
+
 
 class Ranks:
     """The ranks of a communicator: `comm`, and this one's `rank` among `size`.
@@ -66,12 +69,13 @@ class Ranks:
         self._wait(self.comm.Ibarrier())
 
     def _broadcast(self, value: Any, root: int) -> Any:
-        """`value` of rank `root`, on every rank: the length of its pickle, then the pickle, neither blocking."""
+        """`value` of rank `root`, on every rank: the length of its pickle, then the pickle, none blocking."""
         pickled = bytearray(pickle.dumps(value) if self.rank == root else b"")
         length = np.array([len(pickled)])
         self._wait(self.comm.Ibcast(length, root))
         pickled = pickled or bytearray(int(length[0]))
-        self._wait(self.comm.Ibcast(pickled, root))
+        for lo in range(0, len(pickled), _PIECE):
+            self._wait(self.comm.Ibcast(memoryview(pickled)[lo : lo + _PIECE], root))
         return value if self.rank == root else pickle.loads(pickled)
 
     def _wait(self, request: "MPI.Request") -> None:

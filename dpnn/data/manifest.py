@@ -26,7 +26,7 @@ class Content(msgspec.Struct, frozen=True, kw_only=True):
     """Of one raw sample, as stored: (H, W, C) for images. Of one frame. Empty for encoded images."""
     dtype: str = "uint8"
     codec: Literal["", "image", "frames"] = ""
-    """image: a JPEG, PNG or other picture, as its bytes say. frames: one or more uint8 arrays of `shape`, end to end."""
+    """image: a JPEG, PNG or other picture, as its bytes say. frames: arrays of `shape`, one or more, end to end."""
     labels: Literal["single", "multi"]
     num_classes: int
     block: int

@@ -31,13 +31,18 @@ _PLACE = 4096
 
 
 def write_shard(
-    path: Path, content: Content, labels: Labels, ids: Array, samples: Iterable[Samples], kept: Array | None = None
+    path: Path,
+    content: Content,
+    labels: Labels,
+    ids: Array,
+    samples: Iterable[Samples],
+    kept: Sequence[bool] | None = None,
 ) -> Shard:
     """Write a shard under a temporary name, sync it, read it back, and only then let it have its name.
 
     `labels`, `ids` (uint64): of all samples. `samples`: any number of them at a time, as an array or as records of
-    bytes. `kept` bool: which of them the samples are, where some are left out; it is read when all samples were
-    drawn. Returns its entry in the manifest. DataError where a label is out of range.
+    bytes. `kept`: which of them the samples are, where some are left out; it is read when all samples were drawn.
+    Returns its entry in the manifest. DataError where a label is out of range.
     """
     check_labels(labels, content.num_classes, str(path))
     with replacing(path) as temporary:
@@ -136,18 +141,15 @@ def _name(content: Content, rest: dict[str, Array]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _surround(
-    file: IO[bytes], nbytes: int, content: Content, samples: int, name: str, rest: dict[str, Array]
-) -> int:
+def _surround(file: IO[bytes], nbytes: int, content: Content, samples: int, name: str, rest: dict[str, Array]) -> int:
     """Write all of a shard but its payload, which is there at _PLACE; where the payload begins."""
-    shape, dtype = (nbytes,), "uint8"
-    if content.kind == "raw":
-        shape, dtype = (samples, *content.shape), content.dtype
+    raw = content.kind == "raw"
+    shape = (samples, *content.shape) if raw else (nbytes,)
     with os.fdopen(os.memfd_create("shard"), "w+b", buffering=0) as memory:
         with h5py.File(
             memory, "w", libver=("v110", "v110"), alignment_threshold=65536, alignment_interval=4096
         ) as hdf5:
-            offset = _hole(hdf5, shards.payload_name(content), shape, dtype)
+            offset = _hole(hdf5, shards.payload_name(content), shape, content.dtype)
             for dataset, values in rest.items():
                 hdf5.create_dataset(dataset, data=values)
             hdf5.attrs.update(shards.attributes(content, samples, name))
@@ -170,6 +172,7 @@ def _hole(file: Any, name: str, shape: tuple[int, ...], dtype: str) -> int:
     how = h5p.create(h5p.DATASET_CREATE)
     how.set_alloc_time(h5d.ALLOC_TIME_EARLY)
     how.set_fill_time(h5d.FILL_TIME_NEVER)
+    how.set_obj_track_times(False)  # or no two files would be the same
     kind = h5t.py_create(np.dtype(dtype), logical=True)
     offset: int = h5d.create(file.id, name.encode(), kind, h5s.create_simple(shape), how).get_offset()
     return offset

@@ -1,6 +1,6 @@
 """Mean and standard deviation of each channel, summed up while samples pass by, and merged shard by shard.
 
-`Sums` are whole numbers, so no order matters. `Running` rounds: it is the same where the samples come in the same order.
+`Sums` are whole numbers, so no order matters. `Running` rounds: the same where samples come in the same order.
 """
 
 import math

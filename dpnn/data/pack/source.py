@@ -1,8 +1,9 @@
 """What a source of data gives to the packer; a format is a function that returns a `Source`."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,10 @@ class Samples(Protocol):
     dtype: np.dtype[Any]
 
     def read(self, numbers: Array) -> Array:
-        """Some samples, (len(numbers), *shape), in any order."""
+        """Some samples, (len(numbers), *shape), in any order; one thread reads at a time.
+
+        DataError saying what is wrong where they can't be had; packing then reads each alone, and rejects what is bad.
+        """
         ...
 
     def name(self, number: int) -> str:
@@ -32,10 +36,11 @@ class Samples(Protocol):
         ...
 
 
+@runtime_checkable
 class Records(Protocol):
     """Samples encoded as bytes, each of its own length, somewhere."""
 
-    codec: str
+    codec: Literal["image", "frames"]
     """"image": a JPEG, PNG or other picture; "frames": (T, *shape) uint8, T at least 1."""
     shape: tuple[int, ...]
     """Of one frame; empty for images."""
@@ -43,7 +48,10 @@ class Records(Protocol):
     """Of a sample, on average and about: what shards are cut by."""
 
     def read(self, number: int) -> bytes:
-        """One record. DataError saying what is wrong where it can't be had; packing rejects it then."""
+        """One record; several threads read at a time.
+
+        DataError saying what is wrong where it can't be had; packing rejects it then.
+        """
         ...
 
     def name(self, number: int) -> str:
@@ -63,7 +71,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Source:
-    """All that is packed at a time. `held_out`: the share of a lone part that is held out by default."""
+    """All that is packed at a time. `held_out`: the share of a lone part that is held out by default.
+
+    It is made on one rank and sent to the others, so it can be pickled: what it reads from is opened when it is read.
+    """
 
     splits: Sequence[Split]
     num_classes: int
@@ -103,6 +114,27 @@ class Chosen:
     def name(self, number: int) -> str:
         """What the whole calls it."""
         return self._samples.name(int(self._numbers[number]))
+
+
+class ChosenRecords:
+    """Some of other records, by their numbers."""
+
+    def __init__(self, records: Records, numbers: Array) -> None:
+        self._records, self._numbers = records, numbers
+        self.codec, self.shape, self.nbytes = records.codec, records.shape, records.nbytes
+
+    def read(self, number: int) -> bytes:
+        """One of the chosen records."""
+        return self._records.read(int(self._numbers[number]))
+
+    def name(self, number: int) -> str:
+        """What the whole calls it."""
+        return self._records.name(int(self._numbers[number]))
+
+
+def chosen(samples: Samples | Records, numbers: Array) -> Samples | Records:
+    """Some of the samples, by their numbers."""
+    return ChosenRecords(samples, numbers) if isinstance(samples, Records) else Chosen(samples, numbers)
 
 
 def as_samples(array: Array, where: str) -> InMemory:
@@ -154,3 +186,8 @@ def check_lengths(samples: int, labels: int, where: str) -> None:
     """DataError where not every sample has its label."""
     if samples != labels:
         raise DataError(f"{where}: {samples} samples and {labels} labels; each sample needs one label")
+
+
+def plain(name: str) -> str:
+    """A name that can be written anywhere: what isn't UTF-8 in the name of a file is spelled out."""
+    return os.fsencode(name).decode(errors="backslashreplace")
