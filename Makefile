@@ -73,7 +73,7 @@ verified: $(ENV)/.has-$(TEST)
 
 bench: $(ENV)/.has-$(BASE),bench
 	for program in $(filter-out $(addprefix %/,groups.py harness.py limits.py lone.py ours.py parts.py peers.py \
-			replica.py shards.py), $(wildcard benchmarks/*.py)); do \
+			replica.py shards.py sparse.py), $(wildcard benchmarks/*.py)); do \
 		$(BIN)/python $$program --json benchmarks/results/$$(basename $$program .py).json || exit 1; \
 	done
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import replace as changed
 from functools import partial
+from itertools import pairwise
 from time import perf_counter
 
 from msgspec.structs import replace
@@ -203,7 +204,7 @@ class Training:
             trial = Model(job, self.placed, mesh.part, self.world.threads(), self.world.node.rank)
             cuts = deal(speeds(mesh, trial, rows, job.parallel.timeout_s), self.sampler.lanes)
             choices[question] = self.world.first(lambda: " ".join(map(str, cuts)))
-        self.sampler.deal([int(cut) for cut in choices[question].split()])
+        self.sampler.deal([range(lo, hi) for lo, hi in pairwise(map(int, choices[question].split()))])
 
     def run(self, request: StopRequest) -> int:
         """Take the steps that are left; the exit code. Collective, as is all below."""

@@ -18,8 +18,9 @@ from dpnn.errors import DataError
 Array = NDArray[Any]
 
 OPEN_FILES = 64
-INDEX_NBYTES = 256 << 20
-"""Indexes take 12 bytes a sample and more: beyond this, the one that wasn't used longest is given up."""
+INDEX_NBYTES = 32 << 20
+"""Indexes take 12 bytes a sample and more: beyond this, the one that wasn't used longest is given up, and read again
+when it is needed. The system keeps what was read as long as it has room."""
 
 
 def check_shards(folder: str | Path, manifest: Manifest, replica: int = 0, replicas: int = 1) -> None:
@@ -143,10 +144,12 @@ class ShardReader:
         shard = manifest.shards[number]
         outside = shards.read_outside(self._file(number), path, shard)
         shards.check_digest(outside, path, shard)
-        layout = self._layouts.get(number)
-        if layout is None:
-            layout = self._layouts[number] = shards.read_layout(path, manifest, shard)
-        return shards.read_index(outside, layout, path, manifest, shard)
+        if number in self._layouts:  # the digest says that all is as it was when it was checked
+            return shards.index_of(outside, self._layouts[number], manifest)
+        layout = shards.read_layout(path, manifest, shard)
+        index = shards.read_index(outside, layout, path, manifest, shard)
+        self._layouts[number] = layout
+        return index
 
     def _read(self, number: int, offset: int, out: memoryview) -> None:
         """Read payload bytes."""

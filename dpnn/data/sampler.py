@@ -4,6 +4,9 @@ An epoch's blocks, permuted and laid end to end, are cut into lanes that differ 
 its samples within windows. The global batch of a step is the next share of every lane, so that only an epoch's last
 batch is short, and no sample is dropped or seen twice. A replica owns a run of lanes and reads only their blocks.
 (DESIGN, section 8; random words: dpnn/philox.py.)
+
+Where shards lie on the nodes' own disks, each owner's blocks are laid end to end, one owner after the other, and cut
+into its own lanes. Then lanes differ, and a batch is short as soon as some of them have ended.
 """
 
 import zlib
@@ -15,12 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpnn import philox
+from dpnn.data.owners import Owners, evenly
 from dpnn.errors import DataError, JobError
 
 Array = NDArray[Any]
 
 _BLOCKS, _WINDOWS = zlib.crc32(b"data.blocks"), zlib.crc32(b"data.windows")
 _LAST_WORD = np.uint64(2**64 - 1)
+POOLS = 2
+"""Windows that a rank holds: one is read while batches are made of the other."""
 
 
 def default_lanes(global_batch: int, replicas: int = 1) -> int:
@@ -37,6 +43,25 @@ def default_lanes(global_batch: int, replicas: int = 1) -> int:
 def default_grains(lanes: int) -> int:
     """The number of grains where a job names none: the largest divisor of the lanes up to 8."""
     return max(grains for grains in range(1, 9) if lanes % grains == 0)
+
+
+def most_slots(samples: int, lanes: int, window: int, block: int) -> int:
+    """The most samples that lie in a window of some lanes, of `samples` in all.
+
+    At both ends of its window a lane may touch a block that is its neighbour's as well.
+    """
+    return min(samples, lanes * (window + 2 * (block - 1)))
+
+
+def default_window(samples: int, lanes: int, share: int, block: int, sample_nbytes: float, window_mb: float) -> int:
+    """The window where a job names none: the largest power of two up to 1024 with which the windows of all `lanes` fit
+    into `window_mb` MiB on a rank alone, but at least a block and a lane's share of a step.
+    """
+    for window in (1024 >> k for k in range(11)):
+        whole = -(-window // share) * share
+        if POOLS * most_slots(samples, lanes, whole, block) * sample_nbytes <= window_mb * 2**20:
+            break
+    return max(window, block, share)
 
 
 @dataclass(frozen=True)
@@ -63,8 +88,8 @@ class Sampler:
 
     `counts`: samples of each shard; `block`: samples of a block; `window`: samples that a lane is shuffled within,
     rounded up to a multiple of its share so that no batch straddles two windows. `shuffle=False`: the natural order,
-    which the lanes only cut. `grains`: groups of lanes, each a micro-batch of its own; 0: none. JobError where the
-    lanes don't divide the global batch, or the grains the lanes.
+    which the lanes only cut. `grains`: groups of lanes, each a micro-batch of its own; 0: none. `owners`: of shards and
+    lanes; None: one has them all. JobError where the lanes don't divide the global batch, or the grains the lanes.
     """
 
     def __init__(
@@ -77,6 +102,7 @@ class Sampler:
         seed: int,
         shuffle: bool = True,
         grains: int = 0,
+        owners: Owners | None = None,
     ) -> None:
         if global_batch % lanes:
             lower = global_batch // lanes * lanes
@@ -99,21 +125,25 @@ class Sampler:
         """Samples that a lane gives to a step."""
         self.window = -(-window // self.share) * self.share
         """Samples of a lane in a window, where it has so many left."""
-        self.cuts = np.arange(lanes + 1) * self.samples // lanes
+        self.counts = np.array(counts, np.int64)
+        self.owners = owners or Owners.one(len(counts), lanes)
+        self.cuts = self.owners.cut(self.counts)
         """int64[lanes + 1]: where the lanes begin in the epoch's order."""
-        self.longest = -(-self.samples // lanes)
-        """Samples of the longest lane; others have one less."""
-        self.steps = -(-self.samples // global_batch)
+        lengths = np.diff(self.cuts)
+        self.longest = int(lengths.max())
+        """Samples of the longest lane. With one owner others have one less."""
+        self.steps = -(-self.longest // self.share)
         """Of an epoch."""
+        self.full = int(lengths.min()) // self.share
+        """Its first steps, to which every lane gives its whole share. With one owner: all, or all but the last."""
         self.steps_per_window = self.window // self.share
         self.windows = -(-self.steps // self.steps_per_window)
         """Of an epoch."""
-        self.counts = np.array(counts, np.int64)
         self.shard_blocks = np.concatenate(([0], np.cumsum(-(-self.counts // block))))
         """int64[shards + 1]: the number of each shard's first block."""
         self.grains = grains
-        self._dealt: list[int] = []
-        self._micro: dict[tuple[bool, int, int, int], list[tuple[int, int]]] = {}
+        self._dealt: list[range] = []
+        self._micro: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
 
     def check(self, replicas: int) -> None:
         """JobError where there are fewer lanes than replicas, DataError where there are fewer samples."""
@@ -137,26 +167,24 @@ class Sampler:
 
     def owned(self, replica: int, replicas: int) -> range:
         """The lanes that a replica reads."""
-        cuts = self._cuts(replicas)
-        return range(cuts[replica], cuts[replica + 1])
+        return self._runs(replicas)[replica]
 
-    def deal(self, cuts: Sequence[int]) -> None:
-        """Give replica r the lanes [cuts[r], cuts[r + 1]), in place of equal runs."""
-        self._dealt = list(cuts)
+    def deal(self, runs: Sequence[range]) -> None:
+        """Give each replica its run of lanes, in place of equal ones."""
+        self._dealt = list(runs)
         self._micro.clear()
 
     def lane_steps(self, lane: int) -> int:
-        """Steps of an epoch that a lane gives samples to: all, or, where it is one of the shorter lanes, one less."""
+        """Steps of an epoch that a lane gives samples to: the first ones."""
         return -(-int(self.cuts[lane + 1] - self.cuts[lane]) // self.share)
 
     def total(self, step: int) -> int:
         """Samples of a step on all replicas together."""
-        return min(self.global_batch, self.samples - step * self.global_batch)
+        return self.global_batch if step < self.full else int(self._replica_rows(step, [range(self.lanes)])[0])
 
     def max_rows(self, replicas: int) -> int:
         """The most samples of a step that any replica can have."""
-        first, last = (self._replica_rows(step, replicas).max() for step in (0, self.steps - 1))
-        return int(max(first, last))
+        return int(self._replica_rows(0, self._runs(replicas)).max())
 
     def max_micro_rows(self, replicas: int, microbatches: int) -> int:
         """The most samples of a micro-batch that any replica can have."""
@@ -165,32 +193,36 @@ class Sampler:
     def micro(self, step: int, replica: int, replicas: int, microbatches: int) -> list[tuple[int, int]]:
         """For each micro-batch of a step: (samples of this replica, samples of all replicas).
 
-        A replica's n samples are cut at n * m // microbatches, or at its grains. Only the last step of an epoch differs
-        from the others.
+        A replica's n samples are cut at n * m // microbatches, or at its grains. All full steps are alike.
         """
-        key = (step == self.steps - 1, replica, replicas, microbatches)
+        if step >= self.full:
+            return self._cut(step, replica, replicas, microbatches)
+        key = (replica, replicas, microbatches)
         if key not in self._micro:
-            if self.grains:
-                rows = self._replica_rows(step, self.grains).reshape(replicas, microbatches)
-            else:
-                cuts = self._replica_rows(step, replicas)[:, None] * np.arange(microbatches + 1) // microbatches
-                rows = np.diff(cuts, axis=1)
-            self._micro[key] = [(int(mine), int(all_)) for mine, all_ in zip(rows[replica], rows.sum(0), strict=True)]
+            self._micro[key] = self._cut(step, *key)
         return self._micro[key]
 
     def epoch(self, number: int) -> "Epoch":
         """The order of an epoch: it takes a few bytes for each block, and is made once an epoch."""
         return Epoch(self, number)
 
-    def _replica_rows(self, step: int, replicas: int) -> Array:
-        """Samples of a step on each replica, int64[replicas]."""
+    def _cut(self, step: int, replica: int, replicas: int, microbatches: int) -> list[tuple[int, int]]:
+        if self.grains:
+            rows = self._replica_rows(step, self._runs(self.grains)).reshape(replicas, microbatches)
+        else:
+            whole = self._replica_rows(step, self._runs(replicas))
+            rows = np.diff(whole[:, None] * np.arange(microbatches + 1) // microbatches, axis=1)
+        return [(int(mine), int(all_)) for mine, all_ in zip(rows[replica], rows.sum(0), strict=True)]
+
+    def _replica_rows(self, step: int, runs: Sequence[range]) -> Array:
+        """Samples of a step that each run of lanes gives, int64[runs]."""
         rows = np.clip(np.diff(self.cuts) - step * self.share, 0, self.share)
         before = np.concatenate(([0], np.cumsum(rows)))
-        return np.diff(before[self._cuts(replicas)])
+        return before[[run.stop for run in runs]] - before[[run.start for run in runs]]
 
-    def _cuts(self, replicas: int) -> list[int]:
-        """Where each replica's run of lanes begins, and the number of lanes."""
-        return self._dealt or [replica * self.lanes // replicas for replica in range(replicas + 1)]
+    def _runs(self, replicas: int) -> Sequence[range]:
+        """Each replica's run of lanes."""
+        return self._dealt or evenly(range(self.lanes), replicas)
 
 
 class Epoch:
@@ -203,6 +235,9 @@ class Epoch:
             philox.permutation(n_blocks, sampler.seed, _BLOCKS, number) if sampler.shuffle else np.arange(n_blocks)
         )
         shard, first = self._locate(self._order)
+        if len(sampler.owners.lanes) > 1:
+            by_owner = np.argsort(np.array(sampler.owners.shards)[shard], kind="stable")
+            self._order, shard, first = self._order[by_owner], shard[by_owner], first[by_owner]
         sizes = np.minimum(sampler.block, sampler.counts[shard] - first)
         self._starts = np.concatenate(([0], np.cumsum(sizes)))
         """Where each block of `_order` begins in the epoch."""
