@@ -3,6 +3,7 @@
 - Raw samples (224 x 224 x 3) by our reader, which compares checksums, and by the whole loader, which makes normalised
   float32 of them: it writes four bytes for each that it reads. The limit is preadv of the same bytes in the same order
   into memory that stays in the cache. Cold: the files are dropped from the page cache before each turn.
+  What it writes is also compared with a copy in memory.
 - JPEGs (500 x 375, quality 90). The limit is simplejpeg's decoding alone, in as many threads, on records in memory.
 - Augmentations in one thread; the limit is what their parts take, measured alone.
 - The same work by PyTorch's DataLoader with as many processes as we have threads, and what both take of memory: of all
@@ -22,11 +23,12 @@ from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
 
-import numpy as np
-from feeds import Blocks, Decoding, Feed, Parts
+from feeds import Blocks, Copying, Decoding, Feed, Parts, Rank
 from harness import Benchmark, Worker, cores, medians
-from photos import squares, write_jpegs
+from photos import write_jpegs
+from sparse import SHARDS, write_sparse
 
+from dpnn.data.check import check
 from dpnn.data.pack import pack
 from dpnn.data.view.images import CentreBox, RandomBox, ResizedBox
 
@@ -40,15 +42,12 @@ class Benches:
     def __init__(self, bench: Benchmark, folder: Path) -> None:
         self._bench, self._folder = bench, folder
         self._jpegs, self._encoded, self._raw = (folder / name for name in ("jpegs", "encoded", "raw"))
-        n_jpegs, n_raw = (384, 512) if bench.quick else (4096, 8192)
-        self._records = write_jpegs(self._jpegs, n_jpegs)
-        np.savez(folder / "raw.npz", x=squares(n_raw, SIZE), y=np.arange(n_raw) % 10)
-        pack(str(folder / "raw.npz"), self._raw)
-        (folder / "raw.npz").unlink()
+        self._records = write_jpegs(self._jpegs, 384 if bench.quick else 4096)
 
     def packing(self) -> None:
         """Also makes the shards that others read."""
-        n = len(self._records)
+        n, threads = len(self._records), cores()
+        nbytes = sum(map(len, self._records))
 
         def packed() -> float:
             shutil.rmtree(self._encoded, ignore_errors=True)
@@ -56,8 +55,11 @@ class Benches:
             pack(str(self._jpegs), self._encoded)
             return perf_counter() - begin
 
-        ours, peer = self._alternate(packed, Decoding(self._records, 1).epoch)
-        self._rate("pack a folder of JPEGs", n / ours, n / peer, "simplejpeg, 1 thread", 0.5)
+        ours, peer = self._alternate(packed, Decoding(self._records, threads).epoch)
+        self._rate("pack a folder of JPEGs", n / ours, n / peer, f"simplejpeg, {threads} threads", 0.8)
+        report = check(self._encoded, threads=threads)
+        self._bench.note(f"dpnn data check: {nbytes / report.seconds / 1e6:.0f} MB/s of JPEGs, {threads} threads")
+        pack(str(self._jpegs), self._raw, raw=SIZE)
 
     def reading(self) -> None:
         """Raw samples."""
@@ -75,6 +77,11 @@ class Benches:
             self._rate(f"raw, {what}, warm", megabytes / ours, megabytes / peer, "preadv", 0.8, "MB/s")
             ours, peer = self._alternate(partial(cold, epoch), partial(cold, blocks.plain))
             self._rate(f"raw, {what}, cold", megabytes / ours, megabytes / peer, "preadv", 0.8, "MB/s")
+        ours, peer = self._alternate(feed.epoch, Copying(4 * blocks.nbytes, cores()).epoch)
+        peer_name = f"copy in memory, {cores()} threads"
+        self._rate(
+            "raw, loader, float32 written, warm", 4 * megabytes / ours, 4 * megabytes / peer, peer_name, 0.8, "MB/s"
+        )
         feed.close()
 
     def decoding(self) -> None:
@@ -122,13 +129,26 @@ class Benches:
                 Worker(library, Peer, self._jpegs, library, True, threads=1) as peer,
             ):
                 before = nbytes(ours.pid), nbytes(peer.pid)
-                peaks = [Peak(ours, "open").nbytes, Peak(peer, "open", BATCH, threads).nbytes]
+                peaks = [watched(ours, "open")[1], watched(peer, "open", BATCH, threads)[1]]
                 times = self._alternate(partial(ours.call, "epoch"), partial(peer.call, "epoch"))
-                peaks = [max(most, Peak(side, "epoch").nbytes) for most, side in zip(peaks, (ours, peer), strict=True)]
+                peaks = [max(most, watched(side, "epoch")[1]) for most, side in zip(peaks, (ours, peer), strict=True)]
             name = f"DataLoader, {library}"
             self._rate(f"JPEG, imagenet, {threads} threads", n / times[0], n / times[1], name, goal)
             added = [(most - least) / 1e6 for most, least in zip(peaks, before, strict=True)]
             self._bench.record("memory of all its processes", *added, name, 1.0, "MB")
+
+    def size(self) -> None:
+        """Shards whose samples are holes in the files."""
+        folder, n_shards, ranks = self._folder / "sparse", 160 if self._bench.quick else SHARDS, 4
+        samples = write_sparse(folder, n_shards).samples
+        what = f"{samples / 1e6:.1f} M samples, {n_shards} shards"
+        with Worker("rank", Rank, folder, ranks, threads=1) as rank:
+            before, (start_s, peak) = nbytes(rank.pid), watched(rank, "start")
+            resume_s, resumed = watched(rank, "resume")
+            added = max(peak, resumed) - before - rank.call("batches_nbytes")
+        self._bench.record(f"{what}: start", start_s, 2.0, "the limit", 1.0, "s")
+        self._bench.record("resumed in an epoch", resume_s, 1.0, "the limit", 1.0, "s")
+        self._bench.record("memory beside batches", added / 1e6, 100.0, "the limit", 1.0, "MB")
 
     def _alternate(self, *epochs: Callable[[], float]) -> list[float]:
         """The median time of each, in seconds."""
@@ -143,23 +163,24 @@ class Benches:
         self._bench.record(case, ours, peer, peer_name, goal, unit, more_is_better=True)
 
 
-class Peak:
-    """The most memory that the processes of a worker take while it does something."""
+def watched(worker: Worker, method: str, *args: object) -> tuple[float, int]:
+    """What a call takes: seconds, and the most memory that all processes of the worker had meanwhile."""
+    peak, ended = 0, Event()
 
-    def __init__(self, worker: Worker, method: str, *args: object) -> None:
-        self.nbytes, ended = 0, Event()
+    def watch() -> None:
+        nonlocal peak
+        while not ended.wait(0.02):
+            peak = max(peak, nbytes(worker.pid))
 
-        def watch() -> None:
-            while not ended.wait(0.02):
-                self.nbytes = max(self.nbytes, nbytes(worker.pid))
-
-        thread = Thread(target=watch)
-        thread.start()
-        try:
-            worker.call(method, *args)
-        finally:
-            ended.set()
-            thread.join()
+    thread = Thread(target=watch)
+    thread.start()
+    begin = perf_counter()
+    try:
+        worker.call(method, *args)
+        return perf_counter() - begin, peak
+    finally:
+        ended.set()
+        thread.join()
 
 
 def nbytes(pid: int) -> int:
@@ -188,6 +209,7 @@ def main() -> None:
         benches.augmentations()
         benches.peers()
         benches.consumer()
+        benches.size()
     bench.finish()
 
 

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from dpnn.data import Leases, Loader, Manifest, Run, Sampler, ShardReader
+from dpnn.data import Leases, Loader, Manifest, Run, Sampler, ShardReader, check_shards
 from dpnn.data.decode import SHRINKS, resize
 from dpnn.data.view import view_of
 from dpnn.data.view.base import Normalisation
@@ -26,6 +26,7 @@ WINDOWS = 32
 """About so many in an epoch: what the first one takes to read, while nothing is made yet, counts as well."""
 TOGETHER = 8
 """Pictures that one part is measured on before the next part: what they need stays in the cache."""
+COPY_NBYTES = 38 << 20
 FIRST = np.zeros(1, np.int64)
 
 
@@ -84,6 +85,37 @@ class Feed:
         self._epochs += 1
 
 
+class Rank:
+    """A rank of `ranks` that begins to read a large set of frames; nothing was done yet."""
+
+    BATCH = 64
+
+    def __init__(self, folder: Path, ranks: int) -> None:
+        self._folder, self._ranks = folder, ranks
+
+    def start(self) -> None:
+        """All that comes before the first step: the manifest, checking this rank's share of the shards, a batch."""
+        self._manifest = Manifest.read(self._folder)
+        check_shards(self._folder, self._manifest, 0, self._ranks)
+        counts, block = self._manifest.counts, self._manifest.block
+        self._sampler = Sampler(counts, block, LANES * self._ranks, self.BATCH * self._ranks, block, seed=0)
+        self._first((0, 0))
+
+    def resume(self) -> None:
+        """A batch in the middle of another epoch."""
+        self._first((1, self._sampler.steps // 2))
+
+    def batches_nbytes(self) -> int:
+        """The memory of the loader's batches: three of them."""
+        return 3 * self._first((0, 0))
+
+    def _first(self, start: tuple[int, int]) -> int:
+        with Loader(self._folder, self._manifest, self._sampler, 0, self._ranks, start=start) as loader:
+            batch = loader.next()
+            loader.release(batch)
+            return batch.x.nbytes
+
+
 class Blocks:
     """The blocks of raw shards, in a random order, into memory that is used again for each of them."""
 
@@ -120,6 +152,23 @@ class Blocks:
         begin = perf_counter()
         for number, first, n in self._places:
             os.preadv(self._files[number], [self._room[: n * nbytes]], shards[number].payload_offset + first * nbytes)
+        return perf_counter() - begin
+
+
+class Copying:
+    """A copy in memory, by some threads, of a batch of float32 into others in turn: what the loader's writing is like."""
+
+    def __init__(self, nbytes: int, threads: int) -> None:
+        self._n = -(-nbytes // COPY_NBYTES)
+        source, *targets = np.zeros((4, COPY_NBYTES // 4), np.float32)
+        self._source, self._targets = np.array_split(source, threads), [np.array_split(t, threads) for t in targets]
+        self._pool = ThreadPoolExecutor(threads)
+
+    def epoch(self) -> float:
+        """The seconds that so many bytes take."""
+        begin = perf_counter()
+        for i in range(self._n):
+            list(self._pool.map(np.copyto, self._targets[i % len(self._targets)], self._source))
         return perf_counter() - begin
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
@@ -40,15 +39,6 @@ def write_jpegs(folder: Path, n: int) -> list[bytes]:
         records.append(simplejpeg.encode_jpeg(image, QUALITY, colorsubsampling="420"))
         (folder / f"class{i % CLASSES}" / f"{i:06d}.jpg").write_bytes(records[-1])
     return records
-
-
-def squares(n: int, size: int) -> Image:
-    """(n, size, size, 3): the middles of photos, made smaller."""
-    out = np.empty((n, size, size, 3), np.uint8)
-    left = (WIDTH - HEIGHT) // 2
-    for image, square in zip(photos(n), out, strict=True):
-        cv2.resize(image[:, left : left + HEIGHT], (size, size), dst=square, interpolation=cv2.INTER_AREA)
-    return out
 
 
 def _noise(number: int) -> Image:
