@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
+from typing import Any
 
 from feeds import Blocks, Copying, Decoding, Feed, Parts, Rank
 from harness import Benchmark, Worker, cores, medians
@@ -163,8 +164,8 @@ class Benches:
         self._bench.record(case, ours, peer, peer_name, goal, unit, more_is_better=True)
 
 
-def watched(worker: Worker, method: str, *args: object) -> tuple[float, int]:
-    """What a call takes: seconds, and the most memory that all processes of the worker had meanwhile."""
+def watched(worker: Worker, method: str, *args: object) -> tuple[Any, int]:
+    """What a call returns, and the most memory that all processes of the worker had meanwhile."""
     peak, ended = 0, Event()
 
     def watch() -> None:
@@ -174,13 +175,12 @@ def watched(worker: Worker, method: str, *args: object) -> tuple[float, int]:
 
     thread = Thread(target=watch)
     thread.start()
-    begin = perf_counter()
     try:
-        worker.call(method, *args)
-        return perf_counter() - begin, peak
+        result = worker.call(method, *args)
     finally:
         ended.set()
         thread.join()
+    return result, peak
 
 
 def nbytes(pid: int) -> int:

@@ -92,28 +92,33 @@ class Rank:
 
     def __init__(self, folder: Path, ranks: int) -> None:
         self._folder, self._ranks = folder, ranks
+        self._batches_nbytes = 0
 
-    def start(self) -> None:
-        """All that comes before the first step: the manifest, checking this rank's share of the shards, a batch."""
+    def batches_nbytes(self) -> int:
+        """The memory of the loader's three batches."""
+        return self._batches_nbytes
+
+    def start(self) -> float:
+        """The seconds of all that comes before the first step: the manifest, checking this rank's share of the shards, a batch."""
+        begin = perf_counter()
         self._manifest = Manifest.read(self._folder)
         check_shards(self._folder, self._manifest, 0, self._ranks)
         counts, block = self._manifest.counts, self._manifest.block
         self._sampler = Sampler(counts, block, LANES * self._ranks, self.BATCH * self._ranks, block, seed=0)
-        self._first((0, 0))
+        return perf_counter() - begin + self._first((0, 0))
 
-    def resume(self) -> None:
-        """A batch in the middle of another epoch."""
-        self._first((1, self._sampler.steps // 2))
+    def resume(self) -> float:
+        """The seconds until there is a batch in the middle of another epoch."""
+        return self._first((1, self._sampler.steps // 2))
 
-    def batches_nbytes(self) -> int:
-        """The memory of the loader's batches: three of them."""
-        return 3 * self._first((0, 0))
-
-    def _first(self, start: tuple[int, int]) -> int:
+    def _first(self, start: tuple[int, int]) -> float:
+        begin = perf_counter()
         with Loader(self._folder, self._manifest, self._sampler, 0, self._ranks, start=start) as loader:
             batch = loader.next()
+            seconds = perf_counter() - begin
+            self._batches_nbytes = 3 * batch.x.nbytes
             loader.release(batch)
-            return batch.x.nbytes
+        return seconds
 
 
 class Blocks:
