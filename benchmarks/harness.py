@@ -147,6 +147,7 @@ class Worker:
         with mock.patch.dict(os.environ, OMP_NUM_THREADS=str(threads)):
             self._process.start()
         theirs.close()
+        self.pid = self._process.pid
         try:
             self._answer()
         except BaseException:

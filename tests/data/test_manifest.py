@@ -18,9 +18,6 @@ def test_a_manifest_survives_the_way_to_other_ranks(data):
     assert Manifest.read(data.folder).digest == data.manifest.digest
 
 
-def test_images_reach_the_network_channels_first(data, write_folder):
-
-
 def test_a_missing_folder_is_named_with_the_command_that_makes_one(tmp_path):
     with pytest.raises(DataError, match=r"the data folder .*nowhere doesn't exist; write it with `dpnn pack"):
         Manifest.read(tmp_path / "nowhere")
