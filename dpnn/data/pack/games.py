@@ -103,12 +103,16 @@ class _Listed:
         self._seen: dict[bytes, str] = {}
 
     def add_file(self, path: Path) -> None:
-        """List the games of one file."""
+        """List the games of one file; DataError where the system can't read it."""
         try:
-            for number, game in enumerate(sgf.games(path.read_bytes())):
-                self._add(f"{path}, byte {game.at}" if number else str(path), game.nodes)
+            data = path.read_bytes()
         except OSError as error:
-            self.left_out.append((str(path), f"it can't be read ({error.strerror})"))
+            raise DataError(
+                f"{path} can't be read ({error.strerror}); see that it is there, and yours to read"
+            ) from error
+        try:
+            for number, game in enumerate(sgf.games(data)):
+                self._add(f"{path}, byte {game.at}" if number else str(path), game.nodes)
         except sgf.Malformed as error:
             self.left_out.append((str(path), str(error)))
 
