@@ -114,7 +114,7 @@ def test_a_shard_whose_samples_have_no_label_at_all_comes_back(tmp_path):
     check_shards(tmp_path, manifest)
 
 
-def manifest_of(content, *shards, mean=(), std=()):
+def manifest_of(content, *shards, mean=(0.0,) * 3, std=(1.0,) * 3):
     return Manifest(
         **msgspec.structs.asdict(content), samples=sum(shard.samples for shard in shards),
         histogram=(0,) * content.num_classes, mean=mean, std=std, shards=shards,
@@ -122,10 +122,10 @@ def manifest_of(content, *shards, mean=(), std=()):
 
 
 def write_encoded(folder, records, block=4):
-    content = Content(kind="encoded", codec="jpeg", labels="single", num_classes=2, block=block)
+    content = Content(kind="encoded", codec="image", labels="single", num_classes=2, block=block)
     labels, ids = np.zeros(len(records), np.int32), np.arange(len(records))
     blocks = [records[lo : lo + block] for lo in range(0, len(records), block)]
-    shard = write_shard(folder / "a.h5", content, labels, ids, blocks, np.array([len(r) for r in records]))
+    shard = write_shard(folder / "a.h5", content, labels, ids, blocks)
     return manifest_of(content, shard)
 
 
@@ -220,7 +220,7 @@ def test_any_flipped_byte_is_found(data):
 
 
 def test_two_shards_exchanged_are_noticed(data, write_folder):
-    other = write_folder(name="other")
+    other = write_folder(name="other", classes=6)
     shutil.copy(other.folder / other.manifest.shards[0].name, data.folder / data.manifest.shards[0].name)
     with pytest.raises(DataError, match="or it is another file"):
         check_shards(data.folder, data.manifest)

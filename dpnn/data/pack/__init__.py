@@ -88,11 +88,13 @@ def pack(
     how = {"test_fraction": test_fraction, "shorter_side": shorter_side, "raw": raw, "shard_mb": shard_mb, "seed": seed}
 
     def begin() -> None:
+        plan = Plan(digest_of(data), {name: str(value) for name, value in how.items()})
         with _writing(target):
-            journal.begin(Plan(digest_of(data), {name: str(value) for name, value in how.items()}), force)
+            journal.begin(plan, force)
             for one in folders:
                 one.path.mkdir(exist_ok=True)
-            _check_room(target, folders)
+            if not shorter_side:  # how small the pictures will be isn't known
+                _check_room(target, folders)
 
     ranks.first(begin)
     with _writing(target):
@@ -125,7 +127,7 @@ def _write(
     def look(samples: int, rejected: Sequence[Rejected]) -> None:
         nonlocal done
         if stop and rejected:
-            raise DataError(f"{rejected[0].name}: {rejected[0].reason}; mend it, or leave out what is bad (--on-bad)")
+            raise DataError(f"{rejected[0].name}: {rejected[0].reason}; mend it, or use --on-bad reject")
         done += samples
         if progress is not None:
             progress(total * done // share, total)
@@ -147,7 +149,7 @@ def _write(
 
 @contextmanager
 def _writing(target: Path) -> Iterator[None]:
-    """An error of the system in the block becomes a DataError: the source's own are told by the source."""
+    """An error of the system in the block becomes a DataError."""
     try:
         yield
     except OSError as error:

@@ -17,7 +17,7 @@ from dpnn.data.labels import Lists, histogram
 from dpnn.data.manifest import Content, Manifest
 from dpnn.data.pack.journal import REJECTED, Finished, Journal, Sizes
 from dpnn.data.pack.moments import Moments, merged
-from dpnn.data.pack.source import Source, Split
+from dpnn.data.pack.source import Source, Split, plain
 from dpnn.data.pack.stored import Form, Part, Rejected
 from dpnn.data.writer import verify, write_shard
 from dpnn.errors import DataError
@@ -43,7 +43,7 @@ class Folder:
 
     def __init__(self, path: Path, split: Split, source: Source, form: Form, shard_nbytes: float, order: Array) -> None:
         self.path, self._split, self._form, self._order = path, split, form, order
-        self._class_names = source.class_names
+        self._class_names = tuple(map(plain, source.class_names))
         n = len(split.ids)
         self.content = Content(
             kind=form.kind,

@@ -16,7 +16,7 @@ from dpnn.data.durable import replacing, sync
 from dpnn.data.labels import Lists
 from dpnn.data.manifest import NAME, Shard
 from dpnn.data.pack.moments import Moments
-from dpnn.data.pack.source import Records, Samples, Source
+from dpnn.data.pack.source import Records, Samples, Source, plain
 from dpnn.data.pack.stored import Rejected
 from dpnn.errors import DataError, JobError
 
@@ -125,14 +125,14 @@ class Journal:
 
 def digest_of(source: Source) -> str:
     """Of the listing of a source, and of some of its samples: when it has changed, by all likelihood so has this."""
-    digest = hashlib.sha256(repr((source.num_classes, source.class_names)).encode())
+    digest = hashlib.sha256(repr((source.num_classes, *map(plain, source.class_names))).encode())
     for split in source.splits:
         labels = (split.labels.indptr, split.labels.indices) if isinstance(split.labels, Lists) else (split.labels,)
         digest.update(f"{split.name} {type(split.samples).__name__} {split.samples.shape}".encode())
         for array in (split.ids, *labels):
             digest.update(np.ascontiguousarray(array).data.cast("B"))
         for number in np.unique(np.linspace(0, len(split.ids) - 1, _LOOKED_AT).astype(int)).tolist():
-            digest.update(split.samples.name(number).encode())
+            digest.update(plain(split.samples.name(number)).encode())
             digest.update(_look(split.samples, number))
     return digest.hexdigest()
 
@@ -143,7 +143,7 @@ def _look(samples: Samples | Records, number: int) -> bytes:
             return samples.read(number)
         return samples.read(np.array([number])).tobytes()
     except DataError as error:
-        return str(error).encode()
+        return plain(str(error)).encode()
 
 
 def _difference(found: Plan, plan: Plan) -> str:

@@ -1,5 +1,6 @@
 """What a source of data gives to the packer; a format is a function that returns a `Source`."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -145,3 +146,8 @@ def as_classes(array: Array, where: str) -> Array:
     if len(wrong):
         raise DataError(f"{where}[{wrong[0]}] = {array[wrong[0]]}: a class is a number from 0 to {MOST_CLASSES - 1}")
     return array.astype(np.int32)
+
+
+def plain(name: str) -> str:
+    """A name that can be written anywhere: what isn't UTF-8 in the name of a file is spelled out."""
+    return os.fsencode(name).decode(errors="backslashreplace")

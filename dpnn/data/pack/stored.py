@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dpnn.data.decode import BadImage, Room, centre_crop, decode, encode, resize_shorter
 from dpnn.data.pack.moments import Moments, merged, moments_of
-from dpnn.data.pack.source import Records, Samples
+from dpnn.data.pack.source import Records, Samples, plain
 from dpnn.errors import DataError, JobError
 
 Array = NDArray[Any]
@@ -81,6 +81,8 @@ class Arrays:
             samples = self._samples.read(numbers)
         except DataError:
             return _one_by_one(self._samples, numbers, self._read)
+        except OSError as error:
+            raise _unreadable(self._samples, int(numbers[0]), error) from error
         return Part([True] * len(numbers), samples, moments_of(samples))
 
     def _read(self, number: int) -> tuple[Array, Moments]:
@@ -173,11 +175,18 @@ def _one_by_one(
         except (DataError, BadImage) as error:
             name = source.name(number)
             reason = " ".join(str(error).removeprefix(name).lstrip(":, ").split())
-            rejected.append(Rejected(number, name, reason))
+            rejected.append(Rejected(number, plain(name), plain(reason)))
             kept.append(False)
+        except OSError as error:
+            raise _unreadable(source, number, error) from error
         else:
             samples.append(sample)
             moments.append(of_sample)
             kept.append(True)
     stored = np.stack(samples) if samples and isinstance(samples[0], np.ndarray) else samples
     return Part(kept, stored, merged(moments) if moments else None, rejected)
+
+
+def _unreadable(source: Samples | Records, number: int, error: OSError) -> DataError:
+    """Trouble of the machine: no fault of the sample's, so it isn't rejected."""
+    return DataError(f"{plain(source.name(number))} can't be read ({error}); give the same command again to go on")
