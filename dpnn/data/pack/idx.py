@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpnn.data.pack.source import Source, Split, as_classes, as_samples, check_lengths
+from dpnn.data.pack.arrays import Stored, as_source
+from dpnn.data.pack.source import Source
 from dpnn.errors import DataError
 
 Array = NDArray[Any]
@@ -24,22 +25,16 @@ _PARTS = {"train": "train", "test": "t10k"}
 
 def read_folder(folder: Path) -> Source:
     """The training part, and the test part where there is one; DataError naming the file of what is wrong."""
-    splits: list[Split] = []
-    first, num_classes = 0, 0
+    parts: dict[str, tuple[Stored, Stored]] = {}
     for name, prefix in _PARTS.items():
         images, labels = (_find(folder, prefix, what) for what in ("images", "labels"))
-        if images is None and labels is None and splits:
+        if images is None and labels is None and parts:
             continue
         if images is None or labels is None:
             what = "images" if images is None else "labels"
             raise DataError(f"{folder} holds no file {prefix}-{what}-idx... (or .gz); it must hold images and labels")
-        x, y = read_idx(images), read_idx(labels)
-        check_lengths(len(x), len(y), f"{images} and {labels.name}")
-        samples, classes = as_samples(x, str(images)), as_classes(y, str(labels))
-        num_classes = max(num_classes, int(classes.max()) + 1)
-        splits.append(Split(name, samples, classes, np.arange(first, first + len(classes), dtype=np.uint64)))
-        first += len(classes)
-    return Source(splits, num_classes)
+        parts[name] = (Stored.of(read_idx(images), str(images)), Stored.of(read_idx(labels), str(labels)))
+    return as_source(parts)
 
 
 def read_idx(path: Path) -> Array:

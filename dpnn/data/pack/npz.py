@@ -1,52 +1,73 @@
-"""One .npz file: arrays x_train and y_train, x_test and y_test (or x and y alone).
+"""NumPy's files: one .npz file of arrays, or a folder of an .npy file for each.
 
-x: (samples, H, W, C), (samples, H, W) or any other shape. y: class numbers (samples,), or 0 and 1 (samples, classes)
-where a sample may be of any number of classes.
+The arrays are x_train and y_train, x_test and y_test (or x and y alone). x: (samples, H, W, C), (samples, H, W) or any
+other shape. y: class numbers (samples,), or 0 and 1 (samples, classes) where a sample may be of any number of classes.
+An .npy file is read where it lies, an .npz file as a whole.
 """
 
+import math
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpnn.data.labels import Labels, Lists
-from dpnn.data.pack.source import Source, Split, as_classes, as_samples, check_lengths
+from dpnn.data.pack.arrays import Layout, Stored, as_source
+from dpnn.data.pack.rows import Rows
+from dpnn.data.pack.source import Source
 from dpnn.errors import DataError
 
 Array = NDArray[Any]
 
+T = TypeVar("T")
 
-def read_npz(path: Path) -> Source:
+
+def read_npz(path: Path, layout: Layout = "NHWC") -> Source:
     """The parts of the file; DataError naming the file and the array of what is wrong."""
-    arrays = _arrays(path)
-    if "x" in arrays or "y" in arrays:
-        wanted = {"train": ("x", "y")}
+    stored = {name: Stored.of(array, f"{path}, {name}") for name, array in _load(path).items()}
+    return as_source(_pairs(stored, f"{path} has no array"), layout)
+
+
+def read_npy(folder: Path, layout: Layout = "NHWC") -> Source:
+    """The parts of the folder; DataError naming the file of what is wrong."""
+    paths = {path.stem: path for path in sorted(folder.glob("*.npy"))}
+    wanted = _pairs(paths, f"{folder} has no .npy file")
+    return as_source({part: (_lying(x), _lying(y)) for part, (x, y) in wanted.items()}, layout)
+
+
+def _pairs(found: Mapping[str, T], missing: str) -> dict[str, tuple[T, T]]:
+    """The samples and the labels of each part, by their names."""
+    if "x" in found or "y" in found:
+        names = {"train": ("x", "y")}
     else:
-        wanted = {"train": ("x_train", "y_train")}
-        if "x_test" in arrays or "y_test" in arrays:
-            wanted["test"] = ("x_test", "y_test")
-    splits: list[Split] = []
-    first, num_classes = 0, 0
-    for name, (x, y) in wanted.items():
-        for array in (x, y):
-            if array not in arrays:
-                raise DataError(
-                    f"{path} has no array {array!r}, only {', '.join(arrays) or 'none'}; "
-                    f"it must hold x_train, y_train, x_test, y_test, or x, y"
-                )
-        check_lengths(len(arrays[x]), len(arrays[y]), f"{path}, {x} and {y}")
-        samples = as_samples(arrays[x], f"{path}, {x}")
-        labels, classes = _labels(arrays[y], f"{path}, {y}")
-        num_classes = max(num_classes, classes)
-        splits.append(Split(name, samples, labels, np.arange(first, first + len(labels), dtype=np.uint64)))
-        first += len(labels)
-    return Source(splits, num_classes)
+        names = {"train": ("x_train", "y_train")}
+        if "x_test" in found or "y_test" in found:
+            names["test"] = ("x_test", "y_test")
+    for name in (name for pair in names.values() for name in pair):
+        if name not in found:
+            raise DataError(
+                f"{missing} {name!r}, only {', '.join(found) or 'none'}; it must hold x_train, y_train, x_test, "
+                f"y_test, or x, y"
+            )
+    return {part: (found[x], found[y]) for part, (x, y) in names.items()}
 
 
-def _arrays(path: Path) -> dict[str, Array]:
+def _lying(path: Path) -> Stored:
+    """The array of an .npy file, where it lies in the file."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # for its header, and to see that it is all there
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} can't be read ({error}); make it again with numpy.save") from error
+    if not isinstance(array, np.memmap) or not array.ndim or not array.flags.c_contiguous:
+        raise DataError(f"{path} is no array of rows one after the other; make it with numpy.save of one in C order")
+    stride = math.prod(array.shape[1:]) * array.dtype.itemsize
+    return Stored(Rows([path], [len(array)], array.offset, stride, array.shape[1:], array.dtype), len(array), str(path))
+
+
+def _load(path: Path) -> dict[str, Array]:
     try:
         with open(path, "rb") as stream:
             file = np.load(stream, allow_pickle=False)
@@ -55,15 +76,3 @@ def _arrays(path: Path) -> dict[str, Array]:
             return {name: np.atleast_1d(file[name]) for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} can't be read ({error}); make it again with numpy.savez") from error
-
-
-def _labels(array: Array, where: str) -> tuple[Labels, int]:
-    """Labels and the number of classes."""
-    if array.ndim == 2 and array.shape[1] > 1:
-        wrong = np.argwhere((array != 0) & (array != 1))
-        if len(wrong):
-            value = array[tuple(wrong[0])]
-            raise DataError(f"{where}{wrong[0].tolist()} = {value}: labels (samples, classes) are 0 or 1")
-        return Lists.from_dense(array), array.shape[1]
-    classes = as_classes(array, where)
-    return classes, int(classes.max()) + 1

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpnn.data.labels import Labels
-from dpnn.data.manifest import DTYPES
 from dpnn.errors import DataError
 
 Array = NDArray[Any]
@@ -89,7 +88,7 @@ class Source:
 
 
 class InMemory:
-    """Samples in an array (n, *shape) of one of the types that a shard may have."""
+    """Samples in an array (n, *shape)."""
 
     def __init__(self, array: Array, where: str) -> None:
         self._array, self._where = array, where
@@ -142,39 +141,6 @@ def chosen(samples: Samples | Records, numbers: Array) -> Samples | Records:
     return ChosenRecords(samples, numbers) if isinstance(samples, Records) else Chosen(samples, numbers)
 
 
-def as_samples(array: Array, where: str) -> InMemory:
-    """Samples as a shard holds them: uint8, float16 or float32; grey images (n, H, W) become (n, H, W, 1).
-
-    Integers become uint8 where they fit, otherwise float32 where it holds them exactly. DataError naming `where` for
-    other types, and for numbers that are not finite.
-    """
-    if array.ndim < 2 or not array.size:
-        raise DataError(f"{where} has the shape {array.shape}; it must hold one or more samples, (samples, ...)")
-    if array.ndim == 3:
-        array = array[..., None]
-    kind = array.dtype.kind
-    if kind == "b":
-        array = array.astype(np.uint8)
-    elif kind in "iu" and array.dtype != np.uint8:
-        low, high = int(array.min()), int(array.max())
-        if max(-low, high) > 1 << 24:
-            raise DataError(f"{where} holds integers from {low} to {high}, which float32 can't hold; scale them first")
-        array = array.astype(np.uint8 if low >= 0 and high <= 255 else np.float32)
-    elif kind == "f" and array.dtype.name not in DTYPES:
-        with np.errstate(over="ignore"):  # what float32 can't hold becomes infinite, and is told below
-            array = array.astype(np.float32)
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    if array.dtype.name not in DTYPES:
-        raise DataError(f"{where} is of type {array.dtype}; it must hold integers or floating-point numbers")
-    if array.dtype.kind == "f":
-        finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
-        if not finite.all():
-            raise DataError(
-                f"{where}[{int(np.argmin(finite))}] holds a number that isn't finite; leave that sample out"
-            )
-    return InMemory(array, where)
-
-
 def as_classes(array: Array, where: str) -> Array:
     """Class numbers, int32[n], from integers (n,) or (n, 1). DataError naming the first that can't be one."""
     if array.ndim == 2 and array.shape[1] == 1:
@@ -185,12 +151,6 @@ def as_classes(array: Array, where: str) -> Array:
     if len(wrong):
         raise DataError(f"{where}[{wrong[0]}] = {array[wrong[0]]}: a class is a number from 0 to {MOST_CLASSES - 1}")
     return array.astype(np.int32)
-
-
-def check_lengths(samples: int, labels: int, where: str) -> None:
-    """DataError where not every sample has its label."""
-    if samples != labels:
-        raise DataError(f"{where}: {samples} samples and {labels} labels; each sample needs one label")
 
 
 def plain(name: str) -> str:
