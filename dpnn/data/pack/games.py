@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dpnn.data.pack import sgf
 from dpnn.data.pack.go import BLACK, EMPTY, WHITE, Board, IllegalMove
+from dpnn.data.pack.parts import reading
 from dpnn.data.pack.planes import PLANES, planes
 from dpnn.data.pack.source import Source, Split
 from dpnn.errors import DataError
@@ -104,12 +105,8 @@ class _Listed:
 
     def add_file(self, path: Path) -> None:
         """List the games of one file; DataError where the system can't read it."""
-        try:
+        with reading(path):
             data = path.read_bytes()
-        except OSError as error:
-            raise DataError(
-                f"{path} can't be read ({error.strerror}); see that it is there, and yours to read"
-            ) from error
         try:
             for number, game in enumerate(sgf.games(data)):
                 self._add(f"{path}, byte {game.at}" if number else str(path), game.nodes)
