@@ -155,6 +155,9 @@ def test_a_folder_without_games_is_told(games, tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match=r"there is no \.sgf file"):
         read_games(tmp_path / "none")
+    (tmp_path / "none" / "gone.SGF").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"gone\.SGF can't be read \(No such file"):
+        read_games(tmp_path / "none")
 
 
 def test_whole_games_are_held_out(games, tmp_path):

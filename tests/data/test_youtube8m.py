@@ -178,6 +178,18 @@ def test_files_that_are_something_else_are_told(tmp_path):
         read_youtube8m(path)
 
 
+def test_a_file_that_the_system_cannot_read_is_told(tmp_path):
+    write(tmp_path / "train00.tfrecord", [clip()])
+    (tmp_path / "train01.tfrecord").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"train01\.tfrecord can't be read \(No such file"):
+        read_youtube8m(tmp_path)
+    (split,) = read_youtube8m(tmp_path / "train00.tfrecord").splits
+    (tmp_path / "train00.tfrecord").unlink()
+    assert split.samples.name(0).endswith("train00.tfrecord, byte 12")
+    with pytest.raises(FileNotFoundError):
+        split.samples.read(0)
+
+
 @pytest.mark.parametrize("make", [video, clip])
 def test_a_damaged_video_is_left_out_of_what_is_packed(tmp_path, make):
     folder = tmp_path / "yt8m"

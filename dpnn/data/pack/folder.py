@@ -156,7 +156,7 @@ def write_names(folder: Path, left_out: Sequence[tuple[str, str]]) -> None:
     """A file in a folder with the names and reasons of what is left out; none where nothing is."""
     if left_out:
         with replacing(folder / REJECTED) as temporary, open(temporary, "w", newline="") as file:
-            csv.writer(file).writerows([("name", "reason"), *left_out])
+            csv.writer(file).writerows([("name", "reason"), *(tuple(map(plain, one)) for one in left_out)])
 
 
 def _rejected(finished: Sequence[Finished]) -> list[Rejected]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dpnn.data.pack import sgf
 from dpnn.data.pack.go import BLACK, EMPTY, WHITE, Board, IllegalMove
+from dpnn.data.pack.parts import reading
 from dpnn.data.pack.planes import PLANES, planes
 from dpnn.data.pack.source import Source, Split
 from dpnn.errors import DataError
@@ -103,12 +104,12 @@ class _Listed:
         self._seen: dict[bytes, str] = {}
 
     def add_file(self, path: Path) -> None:
-        """List the games of one file."""
+        """List the games of one file; DataError where the system can't read it."""
+        with reading(path):
+            data = path.read_bytes()
         try:
-            for number, game in enumerate(sgf.games(path.read_bytes())):
+            for number, game in enumerate(sgf.games(data)):
                 self._add(f"{path}, byte {game.at}" if number else str(path), game.nodes)
-        except OSError as error:
-            self.left_out.append((str(path), f"it can't be read ({error.strerror})"))
         except sgf.Malformed as error:
             self.left_out.append((str(path), str(error)))
 

@@ -33,12 +33,9 @@ def scan(path: Path, head: int) -> Iterator[tuple[int, int, bytes]]:
     """Offset and length of each record of a file, and its first `head` bytes or more; no more is read.
 
     More are the record's checksum, and what else comes behind it. DataError naming file and byte where it is no such
-    file, or ends in the middle of a record.
+    file, or ends in the middle of a record. OSError is passed on.
     """
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise DataError(f"{path} can't be read ({error.strerror})") from error
+    file = os.open(path, os.O_RDONLY)
     try:
         size, at = os.fstat(file).st_size, 0
         if not size:
@@ -57,8 +54,6 @@ def scan(path: Path, head: int) -> Iterator[tuple[int, int, bytes]]:
                 )
             yield at + HEADER, nbytes, data[HEADER:]
             at += HEADER + nbytes + FOOTER
-    except OSError as error:
-        raise DataError(f"{path} can't be read ({error.strerror})") from error
     finally:
         os.close(file)
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dpnn.data.labels import Lists
 from dpnn.data.pack import protobuf
 from dpnn.data.pack.extents import as_extents
+from dpnn.data.pack.parts import reading
 from dpnn.data.pack.source import Source, Split
 from dpnn.data.pack.tfrecord import TFRecords, scan
 from dpnn.errors import DataError
@@ -92,7 +93,7 @@ class VideoRecords(TFRecords):
             data = self.read_bytes(int(self.files[number]), int(self.offsets[number]), nbytes)
             place = _feature(data, nbytes, b"id")
             found = b"".join(protobuf.strings(data, *place)) if place else b""
-        except (DataError, protobuf.Malformed):
+        except (DataError, OSError, protobuf.Malformed):
             found = b""
         return where + (f", video {found.decode('ascii', 'backslashreplace')}" if found else "")
 
@@ -175,9 +176,10 @@ def _files(folder: Path) -> dict[str, list[Path]]:
 
 def _layout(path: Path) -> Layout:
     """The level, and the widths that the first record has."""
-    offset, nbytes, _ = next(scan(path, 0))
+    with reading(path):
+        offset, nbytes, _ = next(scan(path, 0))
+        data = _record(path, offset, nbytes).read(0)
     where = f"{path}, byte {offset}"
-    data = _record(path, offset, nbytes).read(0)
     try:
         frames = any(number == _LISTS for number, *_ in protobuf.fields(data, 0, nbytes))
         found = _features(data, frames)
@@ -199,9 +201,10 @@ def _layout(path: Path) -> Layout:
 def _list(path: Path, num_classes: int) -> _Listed:
     """List one file."""
     extents, labels = [], []
-    for offset, nbytes, head in scan(path, _HEAD):
-        extents.append((0, offset, nbytes))
-        labels.append(_labels(path, offset, nbytes, head, num_classes))
+    with reading(path):
+        for offset, nbytes, head in scan(path, _HEAD):
+            extents.append((0, offset, nbytes))
+            labels.append(_labels(path, offset, nbytes, head, num_classes))
     indptr = np.concatenate(([0], np.cumsum([len(classes) for classes in labels])))
     _, offsets, lengths = as_extents(extents)
     return _Listed(offsets, lengths, Lists(indptr, np.array(list(chain.from_iterable(labels)), np.int32)))
