@@ -67,6 +67,17 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument(
         "--classes", type=int, default=0, metavar="N", help="the number of classes of YouTube-8M (default 3862)"
     )
+    pack.add_argument("--x", default="", metavar="DATASET", help="HDF5: the dataset of samples")
+    pack.add_argument("--y", default="", metavar="DATASET", help="HDF5: the dataset of labels")
+    pack.add_argument(
+        "--layout",
+        choices=("NHWC", "NCHW"),
+        default="NHWC",
+        help="of arrays of images: channels last (default) or first",
+    )
+    pack.add_argument(
+        "--places", action="store_true", help="HDF5: labels are places (row, column) on the samples' plane"
+    )
     pack.set_defaults(run=_pack)
 
     data = commands.add_parser(

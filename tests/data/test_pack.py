@@ -279,7 +279,7 @@ def test_a_folder_that_holds_data_is_overwritten_only_by_force(tmp_path, npz, ar
 
 @pytest.mark.parametrize(("source", "message"), [
     ("nowhere", "'nowhere' doesn't exist; name a file or folder of data, or \"digits\""),
-    (__file__, "is none of the known formats; name it by --format: digits, idx, npz"),
+    (__file__, "is none of the known formats; name it by --format: digits, npz"),
 ])  # fmt: skip
 def test_an_unknown_source_is_refused_with_the_known_ones(tmp_path, source, message):
     with pytest.raises(JobError, match=message):

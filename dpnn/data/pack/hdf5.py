@@ -34,9 +34,16 @@ from dpnn.errors import DataError, JobError
 
 Array = NDArray[Any]
 
-SUFFIXES = (".h5", ".hdf5")
+_SUFFIXES = (".h5", ".hdf5")
 _OPEN_FILES = 16
 _MOST_SHOWN = 20
+
+
+def holds_hdf5(path: Path) -> bool:
+    """Whether there are HDF5 files at a path, or in a folder train in it."""
+    return path.suffix in _SUFFIXES or any(
+        any(path.glob(f"{folder}*{suffix}")) for folder in ("", "train/") for suffix in _SUFFIXES
+    )
 
 
 def read_hdf5(source: Path, x: str, y: str, layout: Layout = "NHWC", places: bool = False) -> Source:
@@ -45,7 +52,7 @@ def read_hdf5(source: Path, x: str, y: str, layout: Layout = "NHWC", places: boo
     JobError where x or y isn't named; DataError naming file and dataset of what is wrong.
     """
     with reading(source):
-        found = find_parts(source, *SUFFIXES) if source.is_dir() else {"train": source}
+        found = find_parts(source, *_SUFFIXES) if source.is_dir() else {"train": source}
         parts = {name: _files(path) for name, path in found.items()}
         if not x or not y:
             first = parts["train"][0]
@@ -59,11 +66,11 @@ def read_hdf5(source: Path, x: str, y: str, layout: Layout = "NHWC", places: boo
 def _files(path: Path) -> list[Path]:
     """The files that a path or a pattern stands for, in the order of their names."""
     if path.is_dir():
-        paths = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and not file.name.startswith("."))
+        paths = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and not file.name.startswith("."))
     else:
         paths = [path] if path.exists() else sorted(map(Path, glob.glob(str(path))))
     if not paths:
-        raise DataError(f"{path} holds no files named {' or '.join('*' + suffix for suffix in SUFFIXES)}")
+        raise DataError(f"{path} holds no files named {' or '.join('*' + suffix for suffix in _SUFFIXES)}")
     return paths
 
 
