@@ -98,15 +98,16 @@ class _Run:
         self._report.problems += problems
 
     def _check_shards(self, folder: Path, manifest: Manifest) -> Array:
-        """Check all shards; the ids found in them, sorted."""
+        """Check all shards; the ids found in them, sorted. A name that leads out of the folder was told already."""
         stop = threading.Event()
         check = ShardCheck(folder, manifest, self._quick, self.probe, stop)
         counts = np.zeros((), np.int64)
-        all_counted = True
+        shards = [shard for shard in manifest.shards if shard.is_in_folder]
+        all_counted = len(shards) == len(manifest.shards)
         ids: list[Array] = []
         with ThreadPoolExecutor(self._threads) as pool:
             try:
-                futures = deque(pool.submit(check, shard) for shard in manifest.shards)
+                futures = deque(pool.submit(check, shard) for shard in shards)
                 while futures:
                     checked = futures.popleft().result()
                     self._tell(*checked.problems)
@@ -121,7 +122,7 @@ class _Run:
                     else:
                         counts = counts + checked.counts
                     if self._progress is not None:
-                        self._progress(len(manifest.shards) - len(futures), len(manifest.shards))
+                        self._progress(len(shards) - len(futures), len(shards))
             except BaseException:
                 stop.set()
                 self.probe.close()
