@@ -205,3 +205,9 @@ class _Seal(msgspec.Struct):
     """What a manifest's text has beside its fields: its digest when it was written."""
 
     seal: str
+
+
+def parts(folder: Path) -> list[Path]:
+    """The folders of shards that are meant by a folder: itself, or its train/ and test/."""
+    found = [folder / name for name in ("train", "test") if (folder / name).is_dir()]
+    return [folder] if (folder / NAME).exists() or not found else found

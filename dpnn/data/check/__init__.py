@@ -20,7 +20,7 @@ from dpnn.data.check.ids import merged, repeated, shared
 from dpnn.data.check.probe import Probe
 from dpnn.data.check.report import Report
 from dpnn.data.check.shard import ShardCheck
-from dpnn.data.manifest import NAME, VERSION, Manifest
+from dpnn.data.manifest import NAME, VERSION, Manifest, parts
 from dpnn.data.problems import Problem
 from dpnn.errors import DataError
 
@@ -47,7 +47,7 @@ def check(
     began = time.monotonic()
     run = _Run(report, quick, threads, probe or Probe(), progress)
     try:
-        run.check(_parts(Path(folder)))
+        run.check(parts(Path(folder)))
     except KeyboardInterrupt:
         report.interrupted = True
     finally:
@@ -55,12 +55,6 @@ def check(
             run.probe.close()
     report.seconds = time.monotonic() - began
     return report
-
-
-def _parts(folder: Path) -> list[Path]:
-    """The folders of shards in question: itself, or its train/ and test/."""
-    parts = [folder / name for name in ("train", "test") if (folder / name).is_dir()]
-    return [folder] if (folder / NAME).exists() or not parts else parts
 
 
 class _Run:
@@ -127,6 +121,6 @@ class _Run:
                 stop.set()
                 self.probe.close()
                 raise
-        if all_counted:
+        if shards and all_counted:
             self._tell(*histogram_problems(folder, manifest, counts))
         return merged(ids)
