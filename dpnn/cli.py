@@ -61,6 +61,17 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--force", action="store_true", help="overwrite data packed there before")
     # Each of dpnn.data.pack.Options.
     pack.add_argument("--format", default="", metavar="NAME", help="of the source, where its path doesn't tell")
+    pack.add_argument("--x", default="", metavar="DATASET", help="HDF5: the dataset of samples")
+    pack.add_argument("--y", default="", metavar="DATASET", help="HDF5: the dataset of labels")
+    pack.add_argument(
+        "--layout",
+        choices=("NHWC", "NCHW"),
+        default="NHWC",
+        help="of arrays of images: channels last (default) or first",
+    )
+    pack.add_argument(
+        "--places", action="store_true", help="HDF5: labels are places (row, column) on the samples' plane"
+    )
     pack.set_defaults(run=_pack)
 
     data = commands.add_parser(

@@ -25,6 +25,11 @@ _READERS = 16
 """Threads, since the headers of a large tar are far apart, and a cold disk answers many reads at a time."""
 
 
+def holds_tars(path: Path) -> bool:
+    """Whether there are tars at a path, or in a folder train in it."""
+    return path.suffix == ".tar" or any(any(path.glob(f"{folder}*.tar")) for folder in ("", "train/"))
+
+
 def read_archives(source: Path) -> Source:
     """The parts of the source; DataError naming the tar of what is wrong."""
     with reading(source):

@@ -16,18 +16,23 @@ from dpnn.data.pack.source import Source
 from dpnn.errors import DataError
 
 _PIXELS = (3, 32, 32)
-TEN, HUNDRED = "data_batch_1.bin", "train.bin"
+_TEN, _HUNDRED = "data_batch_1.bin", "train.bin"
 """The file by which each is known."""
+
+
+def holds_cifar(folder: Path) -> bool:
+    """Whether a folder holds one of the two."""
+    return (folder / _TEN).exists() or (folder / _HUNDRED).exists()
 
 
 def read_cifar(folder: Path) -> Source:
     """The training and the test part; DataError naming the file of what is wrong."""
     with reading(folder):
-        if (folder / TEN).exists():
+        if (folder / _TEN).exists():
             train, test = [folder / f"data_batch_{i}.bin" for i in range(1, 6)], [folder / "test_batch.bin"]
             classes, n_labels, list_name = 10, 1, "batches.meta.txt"
         else:
-            train, test = [folder / HUNDRED], [folder / "test.bin"]
+            train, test = [folder / _HUNDRED], [folder / "test.bin"]
             classes, n_labels, list_name = 100, 2, "fine_label_names.txt"
         source = as_source(
             {"train": _part(train, n_labels, classes), "test": _part(test, n_labels, classes)}, layout="NCHW"

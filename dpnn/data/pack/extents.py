@@ -29,15 +29,12 @@ class OpenFiles:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._open = lru_cache(OPEN_FILES)(lambda file: _Descriptor(os.open(state["paths"][file], os.O_RDONLY)))
+        self._open = lru_cache(OPEN_FILES)(lambda file: Descriptor(os.open(state["paths"][file], os.O_RDONLY)))
 
     def read_bytes(self, file: int, offset: int, nbytes: int) -> bytes:
-        """Some bytes of paths[file]; DataError where they can't be had."""
-        try:
-            descriptor = self._open(file)  # held until the bytes are read: another thread may push it out meanwhile
-            return read_exactly(descriptor.number, offset, nbytes, self.paths[file])
-        except OSError as error:
-            raise DataError(f"{self.paths[file]} can't be read ({error.strerror})") from error
+        """Some bytes of paths[file]; DataError where it is shorter than that."""
+        descriptor = self._open(file)  # held until the bytes are read: another thread may push it out meanwhile
+        return read_exactly(descriptor.number, offset, nbytes, self.paths[file])
 
 
 class Extents(OpenFiles):
@@ -59,7 +56,7 @@ class Extents(OpenFiles):
         return len(self.files)
 
     def read(self, number: int) -> bytes:
-        """One record; DataError where it is empty, or its file is gone or has become shorter."""
+        """One record; DataError where it is empty, or its file has become shorter."""
         if not self.lengths[number]:
             raise DataError("the record is empty")
         return self.read_bytes(int(self.files[number]), int(self.offsets[number]), int(self.lengths[number]))
@@ -69,8 +66,8 @@ class Extents(OpenFiles):
         return f"{self.paths[self.files[number]]}, byte {self.offsets[number]}"
 
 
-class _Descriptor:
-    """An open file, which is closed when the last thread that reads from it has done so."""
+class Descriptor:
+    """An open file, which is closed when nobody holds it any more."""
 
     def __init__(self, number: int) -> None:
         self.number = number

@@ -1,5 +1,6 @@
 """Records that are whole files, millions of them."""
 
+import errno
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -15,6 +16,8 @@ Array = NDArray[Any]
 
 _WEIGHED = 256
 _MOST_NBYTES = 1 << 30
+_OF_ITS_OWN = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
+"""Why a file can't be opened, though all is well with the machine."""
 
 
 class Names:
@@ -42,7 +45,7 @@ class Names:
 class Files:
     """Pictures: file i is folders[folder[i]] / names[i]. May be read by several threads at a time."""
 
-    codec: Literal["image"] = "image"
+    codec: Literal["image", "frames"] = "image"
     shape: tuple[int, ...] = ()
 
     def __init__(self, folders: Sequence[Path], folder: Array, names: Names) -> None:
@@ -53,7 +56,7 @@ class Files:
         return len(self._names)
 
     def read(self, number: int) -> bytes:
-        """A file's bytes; DataError where it can't be read, is empty, or is too large for a picture."""
+        """A file's bytes; DataError where it isn't there, can't be opened, is empty, or is too large for a picture."""
         try:
             with open(self._path(number), "rb") as file:
                 nbytes = os.fstat(file.fileno()).st_size
@@ -61,6 +64,8 @@ class Files:
                     raise DataError(f"the file has {nbytes} bytes; a picture has at most {_MOST_NBYTES}")
                 data = file.read()
         except OSError as error:
+            if error.errno not in _OF_ITS_OWN:
+                raise  # trouble of the machine
             raise DataError(f"the file can't be read ({error.strerror})") from error
         if not data:
             raise DataError("the file is empty")
@@ -68,7 +73,7 @@ class Files:
 
     def name(self, number: int) -> str:
         """The path."""
-        return str(self._path(number)).encode(errors="surrogateescape").decode(errors="backslashreplace")
+        return str(self._path(number))
 
     def _path(self, number: int) -> Path:
         folder: int = self._folder[number]

@@ -15,7 +15,7 @@ from dpnn.errors import DataError
 
 Array = NDArray[Any]
 
-_TESTS = ("test", "val", "validation")
+TESTS = ("test", "val", "validation")
 
 
 def find_parts(source: Path, *suffixes: str) -> dict[str, Path]:
@@ -27,7 +27,7 @@ def find_parts(source: Path, *suffixes: str) -> dict[str, Path]:
     train = _having(source, ("train",), suffixes)
     if not train:
         return {"train": source}
-    test = _having(source, _TESTS, suffixes)
+    test = _having(source, TESTS, suffixes)
     return {"train": train[0]} | ({"test": test[0]} if test else {})
 
 

@@ -1,7 +1,8 @@
 """Samples of one size at equal distances in files, read where they lie: .npy files, CIFAR's."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,8 @@ class Rows(OpenFiles):
         """Some rows, in any order; those that follow one another in a file by one read."""
         out = np.empty((len(numbers), *self.shape), self.dtype)
         files = np.searchsorted(self._cuts, numbers, side="right") - 1
-        many = np.arange(len(numbers)) % max(_MOST_NBYTES // self._stride, 1) == 0
-        starts = np.flatnonzero((np.diff(numbers, prepend=-2) != 1) | (np.diff(files, prepend=-1) != 0) | many)
-        for lo, hi in zip(starts, [*starts[1:], len(numbers)], strict=True):
-            file, n = int(files[lo]), int(hi - lo)
+        for lo, hi in runs(numbers, files, max(_MOST_NBYTES // self._stride, 1)):
+            file, n = int(files[lo]), hi - lo
             at = self._first + int(numbers[lo] - self._cuts[file]) * self._stride
             data = self.read_bytes(file, at, (n - 1) * self._stride + self._nbytes)
             out[lo:hi] = np.ndarray((n, *self.shape), self.dtype, data, strides=(self._stride, *out.strides[1:]))
@@ -48,3 +47,10 @@ class Rows(OpenFiles):
         """The file and the row in it."""
         file = int(np.searchsorted(self._cuts, number, side="right")) - 1
         return f"{self.paths[file]}[{number - self._cuts[file]}]"
+
+
+def runs(numbers: Array, files: Array, most: int) -> Iterator[tuple[int, int]]:
+    """The slices of `numbers` that are of one file, follow one another, and are not more than `most`."""
+    far = (np.diff(numbers, prepend=-2) != 1) | (np.diff(files, prepend=-1) != 0)
+    cuts = np.flatnonzero(far | (np.arange(len(numbers)) % most == 0)).tolist()
+    return itertools.pairwise([*cuts, len(numbers)])

@@ -32,7 +32,10 @@ class TarRecords(Extents):
     def name(self, number: int) -> str:
         """The tar, and the member's name in it, of which a header holds up to 255 bytes."""
         file = int(self.files[number])
-        header = self.read_bytes(file, int(self.offsets[number]) - _BLOCK, _BLOCK)
+        try:
+            header = self.read_bytes(file, int(self.offsets[number]) - _BLOCK, _BLOCK)
+        except (OSError, DataError):
+            return super().name(number)
         return f"{self.paths[file]}, {_text(_name(header))}"
 
 
