@@ -21,7 +21,7 @@ MOST_PIXELS = 1 << 26
 """A header that claims more is refused before anything is decoded: 200 MB once it is."""
 SHRINKS = (8, 4, 2)
 """What a JPEG can be made smaller by while it is decoded."""
-_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP")
 _WAY_OUT = "install it with `pip install dpnn[data]`"
 _KEPT_NBYTES = 1 << 25
 
@@ -46,43 +46,53 @@ class Room(threading.local):
         return room
 
 
-def header(record: Any) -> tuple[str, int, int]:
-    """Format ("JPEG", "CMYK JPEG", "PNG", ...), height and width of a record (bytes or alike); BadImage."""
-    if len(record) == 0:
-        raise BadImage("it is empty")
-    simplejpeg = _simplejpeg()
-    if record[:2] == b"\xff\xd8" and simplejpeg is not None:
+class Picture:
+    """A record (bytes or a memoryview of them) whose header was read; BadImage where that can't be."""
+
+    def __init__(self, record: bytes | memoryview) -> None:
+        self._record = record
+        jpeg = _jpeg_header(record)
+        if jpeg is not None:
+            self.format = "JPEG"
+            self.height, self.width, self._colours = jpeg
+        else:
+            self._colours = ""
+            with _opened(record) as picture:
+                self.format, self.height, self.width = str(picture.format), picture.height, picture.width
+        if self.height * self.width > MOST_PIXELS:
+            raise BadImage(f"it has {self.height} x {self.width} pixels; the limit is {MOST_PIXELS}")
+
+    def decode(self, shrink: int = 1, room: Room | None = None) -> Array:
+        """Its pixels, uint8 (H, W, 3); BadImage.
+
+        `shrink`: one of SHRINKS: a JPEG is made smaller by it while it is decoded, each side rounded up; that is
+        quicker, and the pixels differ slightly from those of a picture made smaller later. `room`: where to put them.
+        """
+        if not self._colours:
+            return _by_pillow(self._record, shrink)
+        height, width = -(-self.height // shrink), -(-self.width // shrink)
+        inks = self._colours in ("CMYK", "YCCK")
+        buffer = None if room is None else room.take(height * width * (4 if inks else 3))
         try:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(record)
+            image: Array = _simplejpeg().decode_jpeg(
+                self._record, "CMYK" if inks else "RGB", min_height=height, min_width=width, buffer=buffer
+            )
         except Exception as error:
-            raise BadImage(f"its JPEG header is damaged ({error})") from error
-        name = "CMYK JPEG" if colours in ("CMYK", "YCCK") else "JPEG"
-    else:
-        with _opened(record) as picture:
-            width, height = picture.size
-            name = str(picture.format)
-    if height * width > MOST_PIXELS:
-        raise BadImage(f"it has {height} x {width} pixels; the limit is {MOST_PIXELS}")
-    return name, height, width
+            raise BadImage(f"its JPEG data are damaged ({error})") from error
+        if inks:  # as Adobe stores them, and everybody since: 255 is no ink
+            image = ((image[..., :3].astype(np.uint16) * image[..., 3:] + 127) // 255).astype(np.uint8)
+        return image
 
 
-def decode(record: Any, shrink: int = 1, room: Room | None = None) -> Array:
-    """The picture, uint8 (H, W, 3); BadImage.
+def header(record: bytes | memoryview) -> tuple[str, int, int]:
+    """Format ("JPEG", "PNG", ...), height and width of a record; BadImage."""
+    picture = Picture(record)
+    return picture.format, picture.height, picture.width
 
-    `shrink`: one of SHRINKS: a JPEG is made smaller by it while it is decoded, each side rounded up; that is quicker,
-    and the pixels differ slightly from those of a picture made smaller later. `room`: where to put the pixels.
-    """
-    name, height, width = header(record)
-    simplejpeg = _simplejpeg()
-    if name != "JPEG" or simplejpeg is None:
-        return _by_pillow(record, shrink)
-    height, width = -(-height // shrink), -(-width // shrink)
-    buffer = None if room is None else room.take(height * width * 3)
-    try:
-        image: Array = simplejpeg.decode_jpeg(record, "RGB", min_height=height, min_width=width, buffer=buffer)
-    except Exception as error:
-        raise BadImage(f"its JPEG data are damaged ({error})") from error
-    return image
+
+def decode(record: bytes | memoryview, room: Room | None = None) -> Array:
+    """The picture, uint8 (H, W, 3), in fresh memory or in `room`; BadImage."""
+    return Picture(record).decode(room=room)
 
 
 def encode(image: Array, quality: int = 95) -> bytes:
@@ -159,26 +169,42 @@ def _pillow() -> Any:
     return Image
 
 
-def _opened(record: Any) -> Any:
+def _jpeg_header(record: bytes | memoryview) -> tuple[int, int, str] | None:
+    """Height, width, and what its colours are; None where simplejpeg doesn't decode it."""
+    simplejpeg = _simplejpeg()
+    if record[:2] != b"\xff\xd8" or simplejpeg is None:
+        return None
     try:
-        return _pillow().open(io.BytesIO(record), formats=_FORMATS)
-    except JobError:
-        raise
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(record)
+    except Exception as error:
+        if "subsampling" in str(error):  # rare ones are Pillow's
+            return None
+        raise BadImage(f"its JPEG header is damaged ({error})") from error
+    return height, width, colours
+
+
+def _opened(record: bytes | memoryview) -> Any:
+    """The header alone is read."""
+    if not len(record):
+        raise BadImage("it is empty")
+    pillow = _pillow()
+    try:
+        return pillow.open(io.BytesIO(record), formats=_FORMATS)
     except Exception as error:  # Pillow's readers raise whatever a damaged file leads them into
         raise BadImage(f"it is none of {', '.join(_FORMATS)}, or its header is damaged") from error
 
 
-def _by_pillow(record: Any, shrink: int) -> Array:
+def _by_pillow(record: bytes | memoryview, shrink: int) -> Array:
     with _opened(record) as picture:
         try:
             if shrink > 1:
-                picture.draft(None, (picture.width // shrink, picture.height // shrink))
+                picture.draft(None, (picture.width // shrink, picture.height // shrink))  # JPEG alone does it
             picture.load()
             if picture.mode.startswith("I"):  # 16 bits
-                grey = np.clip(np.asarray(picture).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+                grey = (np.asarray(picture).astype(np.int64) >> 8).astype(np.uint8)
                 return np.repeat(grey[..., None], 3, axis=2)
-            if picture.mode in ("P", "PA"):
-                picture = picture.convert("RGBA")
-            return np.array(picture.convert("RGB"))
+            # Palettes by way of their transparency: Pillow warns of one that it drops.
+            opaque = picture.convert("RGBA") if picture.mode in ("P", "PA") else picture
+            return np.array(opaque.convert("RGB"))
         except Exception as error:
             raise BadImage(f"its {picture.format} data are damaged ({error})") from error

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpnn.data.view.base import Normalisation
+from dpnn.native import address
 
 Array = NDArray[Any]
 
@@ -48,7 +49,11 @@ class Colour:
         return np.concatenate((jitter, light), axis=1)
 
     def __call__(self, image: Array, choice: Array, out: Array) -> None:
-        """Of one picture, uint8 (H, W, 3); `choice` as drawn, (6,)."""
+        """Of one picture, uint8 (H, W, 3); `choice` as drawn, (6,). All without gaps."""
+        kernel = self._normalise.kernel("colour")
+        if kernel is not None:
+            kernel(image.size, address(image), address(choice), *self._normalise.addresses, address(out))
+            return
         x = image.astype(out.dtype)
         brightness, contrast, saturation, *light = choice.astype(out.dtype)
         grey = x @ GREY.astype(out.dtype)

@@ -33,4 +33,4 @@ class Frames:
                 raise BadSample(i, f"its {len(record)} bytes are not frames of {self._numbers}")
             frames = record.reshape(-1, 1, self._numbers)
             at = places[i] * np.uint64(len(frames)) // np.uint64(self._wanted) >> np.uint64(32)
-            self._normalise(frames[at], out[i])
+            self._normalise.gather(frames, at, out[i])

@@ -1,6 +1,7 @@
 """Views of pictures, encoded or raw, in the network's size: a box of each, resized, perhaps mirrored and coloured."""
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -8,11 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpnn import philox
-from dpnn.data.decode import SHRINKS, BadImage, Room, decode, header, opencv, resize
+from dpnn.data.decode import SHRINKS, BadImage, Picture, Room, opencv, resize
 from dpnn.data.view.base import BadSample, Normalisation
 from dpnn.data.view.colour import Colour
 
 Array = NDArray[Any]
+
+_FIRST = np.zeros(1, np.int64)
 
 
 class Box(NamedTuple):
@@ -23,6 +26,12 @@ class Box(NamedTuple):
     height: int
     width: int
     mirrored: bool
+
+    def shrunk(self, shrink: int) -> "Box":
+        """In a picture that was made smaller; its edges where the nearest pixels begin."""
+        ends = (self.top, self.left, self.top + self.height, self.left + self.width)
+        top, left, bottom, right = ((end + shrink // 2) // shrink for end in ends)
+        return Box(top, left, bottom - top, right - left, self.mirrored)
 
 
 class Boxes(Protocol):
@@ -120,14 +129,22 @@ class ResizedBox:
         return Box(int(top * (height - h + 1)), int(left * (width - w + 1)), h, w, mirrored >= 0.5)
 
 
+class _Scratch(threading.local):
+    """A thread's own memory for the picture that it works on."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.room = Room()
+        self.resized, self.mirrored = np.empty((2, *shape), np.uint8)
+
+
 class Images:
     """Pictures in the network's size. The bytes of a record are decoded first."""
 
     def __init__(self, shape: tuple[int, ...], normalise: Normalisation, boxes: Boxes) -> None:
         self.shape, self._normalise, self._boxes = shape, normalise, boxes
         self._colour = Colour(normalise)
-        self._room = Room()
-        self._cv2 = opencv()
+        self._scratch = _Scratch(shape)
+        self._flip = opencv().flip
 
     def draw(self, ids: Array, epoch: int) -> Array:
         """As the boxes say."""
@@ -136,18 +153,23 @@ class Images:
     def put(self, source: Any, slots: Array, choices: Array, out: Array) -> None:
         """Decode, cut, resize, mirror, colour and normalise, one by one."""
         height, width, _ = self.shape
+        coloured, scratch = self._boxes.coloured, self._scratch
+        choices = np.ascontiguousarray(choices)
+        self._normalise.checked(scratch.resized[None], _FIRST, out)
         for i, slot in enumerate(slots.tolist()):
             try:
                 image, box = self._cut(source[slot], choices[i].tolist())
             except BadImage as error:
                 raise BadSample(i, str(error)) from error
-            image = resize(image, height, width)
+            resize(image, height, width, scratch.resized)
+            image = scratch.resized
             if box.mirrored:
-                image = image[:, ::-1]
-            if self._boxes.coloured:
-                self._colour(image, choices[i, self._boxes.coloured :], out[i])
+                image = scratch.mirrored
+                self._flip(scratch.resized, 1, image)
+            if coloured:
+                self._colour(image, choices[i, coloured:], out[i])
             else:
-                self._normalise(image, out[i])
+                self._normalise.take(image[None], _FIRST, out[i : i + 1])
 
     def _cut(self, sample: Any, choice: Sequence[float]) -> tuple[Array, Box]:
         """The box of a picture."""
@@ -155,14 +177,13 @@ class Images:
             box = self._boxes.box(choice, *sample.shape[:2])
             image = sample
         else:
-            _, height, width = header(sample)
-            box = self._boxes.box(choice, height, width)
+            picture = Picture(sample)
+            box = self._boxes.box(choice, picture.height, picture.width)
             most = min(box.height // self.shape[0], box.width // self.shape[1])
             shrink = next((shrink for shrink in SHRINKS if shrink <= most), 1)
-            image = decode(sample, shrink, self._room)
-            if image.shape[0] < height:
-                top, left, h, w, mirrored = box
-                box = Box(top // shrink, left // shrink, h // shrink, w // shrink, mirrored)
+            image = picture.decode(shrink, self._scratch.room)
+            if image.shape[0] < picture.height:
+                box = box.shrunk(shrink)
         return image[box.top : box.top + box.height, box.left : box.left + box.width], box
 
 

@@ -1,5 +1,6 @@
 """Views of raw samples, as large as they are stored."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from dpnn import philox
-from dpnn.data.view.base import Normalisation
+from dpnn.data.decode import Room
+from dpnn.data.view.base import TYPES, Normalisation
+from dpnn.native import address
 
 Array = NDArray[Any]
 
@@ -24,7 +27,7 @@ class Stored:
 
     def put(self, source: Any, slots: Array, choices: Array, out: Array) -> None:
         """Gather and normalise."""
-        self._normalise(source[slots], out)
+        self._normalise.gather(source, slots, out)
 
 
 class CropFlip:
@@ -38,6 +41,7 @@ class CropFlip:
 
     def __init__(self, shape: tuple[int, ...], normalise: Normalisation, seed: int) -> None:
         self.shape, self._normalise, self._seed = shape, normalise, seed
+        self._room = Room()
 
     def draw(self, ids: Array, epoch: int) -> Array:
         """First row (0 to 8), first column, and whether to mirror: int8 (N, 3)."""
@@ -46,6 +50,18 @@ class CropFlip:
 
     def put(self, source: Any, slots: Array, choices: Array, out: Array) -> None:
         """Gather, cut, mirror and normalise."""
+        slots, choices = self._normalise.checked(source, slots, out), np.ascontiguousarray(choices)
+        kernel = self._normalise.kernel("crop")
+        if kernel is None:
+            self._put_by_numpy(source, slots, choices, out)
+            return
+        room = self._room.take(math.prod(self.shape) * source.itemsize)
+        kernel(
+            len(slots), *self.shape, self.PADDING, TYPES[source.dtype.name], address(source), address(slots),
+            address(choices), self._normalise.period, *self._normalise.addresses, address(room), address(out),
+        )  # fmt: skip
+
+    def _put_by_numpy(self, source: Any, slots: Array, choices: Array, out: Array) -> None:
         height, width, _ = self.shape
         p = self.PADDING
         padded = np.pad(source[slots], ((0, 0), (p, p), (p, p), (0, 0)))
