@@ -63,8 +63,8 @@ def show(
             strips.append(([picture(sample, black, white) for sample in seen], caption))
         except BadSample as error:
             strips.append(([np.full((96, 96, 3), 200, np.uint8)], f"{caption}: {error.reason}"))
-    how = f", then as training does in its epochs 0 to {_VERSIONS - 1}" if varied else ""
-    title = f'{part}, augment = "{augment}": each sample as evaluation sees it{how}'
+    how = f"evaluation sees it, then as training does in its epochs 0 to {_VERSIONS - 1}" if varied else "it is seen"
+    title = f'{part}, augment = "{augment}": each sample as {how}'
     try:
         sheet(title, strips).save(out)
     except (OSError, ValueError) as error:

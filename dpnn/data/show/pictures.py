@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 _LEAST = 96
-"""Pixels of a picture's longer side; smaller images are enlarged by whole numbers, so that their pixels stay squares."""
+"""Pixels of a picture's longer side: smaller images are enlarged by whole numbers, so that pixels stay squares."""
 _MOST_HEAT = 256
 _PLOT = (96, 192)
 _DIM = 64

@@ -15,7 +15,7 @@ _DARK, _LIGHT = (30, 30, 30), (255, 255, 255)
 
 
 def sheet(title: str, strips: Sequence[tuple[Sequence[Array], str]]) -> Any:
-    """A Pillow image of strips: pictures uint8 (h, w, 3) side by side, and a caption beneath. JobError without Pillow."""
+    """An image by Pillow, of strips: pictures uint8 (h, w, 3) side by side, and a caption. JobError without Pillow."""
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError as error:

@@ -59,8 +59,8 @@ def _bars(manifest: Manifest) -> Iterator[str]:
     if len(counts) > _MOST_BARS:
         chosen = [*falling[:_ENDS], None, *falling[-_ENDS:]]
         yield (
-            f"  classes  with {counts.min():,} (least), {int(np.median(counts)):,} (median) and {counts.max():,} (most) "
-            f"samples; {np.count_nonzero(counts == 0):,} without"
+            f"  classes  of {counts.min():,} (least), {int(np.median(counts)):,} (median) and {counts.max():,} (most) "
+            f"samples; {np.count_nonzero(counts == 0):,} without any"
         )
     else:
         yield "  classes"
