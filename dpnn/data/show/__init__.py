@@ -75,7 +75,9 @@ def show(
 
 
 def _chosen(of: int, n: int, seed: int) -> list[int]:
-    """Some samples, each once."""
+    """Some samples, each once; all where there are no more."""
+    if n >= of:
+        return list(range(of))
     words = philox.words(2 * n, seed, _CHOICE) % np.uint64(of)
     return list(dict.fromkeys(words.tolist()))[:n]
 
