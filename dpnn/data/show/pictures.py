@@ -79,5 +79,5 @@ def _plot(x: Array) -> Array:
 
 def _fitted(image: Array) -> Array:
     """Enlarged by a whole number, where it is small."""
-    times = max(_LEAST // max(image.shape[:2]), 1)
+    times = -(-_LEAST // max(image.shape[:2]))
     return image.repeat(times, axis=0).repeat(times, axis=1)
