@@ -177,6 +177,25 @@ def _add_data_commands(parser: argparse.ArgumentParser) -> None:
     check.add_argument("--json", action="store_true", help="print an object a line: each finding, then the summary")
     check.set_defaults(run=_data_check)
 
+    show = commands.add_parser(
+        "show", help="print what packed data hold, and picture samples", description=_data_show.__doc__
+    )
+    show.add_argument("folder", metavar="FOLDER", help=folder)
+    show.add_argument(
+        "--out", default="samples.png", metavar="PNG", help="the picture (default samples.png; overwritten)"
+    )
+    show.add_argument("--samples", type=int, default=24, metavar="N", help="how many samples it has (default 24)")
+    show.add_argument(
+        "--augment",
+        default="none",
+        metavar="NAME",
+        help='"none" (default), "crop-flip" or "imagenet": data.augment of a job',
+    )
+    show.add_argument("--size", type=int, default=0, metavar="N", help="data.size of a job: of the network's images")
+    show.add_argument("--frames", type=int, default=0, metavar="N", help="data.frames of a job")
+    show.add_argument("--seed", type=int, default=0, metavar="N", help="the seed of a job (default 0)")
+    show.set_defaults(run=_data_show)
+
 
 def _add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -267,6 +286,17 @@ def _data_check(arguments: argparse.Namespace) -> int:
     if report.interrupted:
         return 128 + signal.SIGINT
     return DataError.exit_code if report.errors else 0
+
+
+def _data_show(arguments: argparse.Namespace) -> int:
+    """Print the manifest of packed data and the samples of each class, and picture some samples as the network sees
+    them, several times where training changes them. Options as in the [data] of a job show what that job sees.
+    """
+    from dpnn.data.show import show
+
+    options = {name: getattr(arguments, name) for name in ("samples", "augment", "size", "frames", "seed")}
+    print(show(arguments.folder, arguments.out, **options))
+    return 0
 
 
 def _train(arguments: argparse.Namespace) -> int:

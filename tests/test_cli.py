@@ -32,7 +32,12 @@ def modules_after(*arguments: str) -> tuple[int, set[str], str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], *([command, "--help"] for command in ("pack", "train", "eval", "launch"))],
+    [
+        ["--help"],
+        ["--version"],
+        *([command, "--help"] for command in ("pack", "data", "train", "eval", "launch")),
+        ["data", "check", "--help"],
+    ],
     ids=" ".join,
 )
 def test_help_imports_nothing_that_a_login_node_forbids(arguments):

@@ -74,6 +74,11 @@ class Shard(msgspec.Struct, frozen=True, kw_only=True):
     payload_offset: int
     payload_bytes: int
 
+    @property
+    def is_in_folder(self) -> bool:
+        """Whether its name is that of a file in the folder itself."""
+        return self.name not in ("", ".", "..") and not set(self.name) & {"/", "\0"}
+
 
 class Manifest(Content, frozen=True, kw_only=True):
     """What a folder of shards holds."""
@@ -166,7 +171,7 @@ class Manifest(Content, frozen=True, kw_only=True):
         ]
         problems = self.content_contradictions() + [text for is_wrong, text in wrong if is_wrong]
         problems += [f"{shard.name} holds no samples" for shard in self.shards if shard.samples < 1]
-        problems += [f"{s.name!r} is not a plain file name" for s in self.shards if not _is_plain(s.name)]
+        problems += [f"{s.name!r} is not a plain file name" for s in self.shards if not s.is_in_folder]
         names, uuids = Counter(s.name for s in self.shards), Counter(s.uuid for s in self.shards)
         problems += [f"{value} stands for two shards" for value, n in (names | uuids).items() if n > 1]
         if not problems and self.kind == "raw":
@@ -184,6 +189,7 @@ class _Seal(msgspec.Struct):
     seal: str
 
 
-def _is_plain(name: str) -> bool:
-    """Whether a file of this name lies in the folder itself."""
-    return name not in ("", ".", "..") and not set(name) & {"/", "\0"}
+def parts(folder: Path) -> list[Path]:
+    """The folders of shards that are meant by a folder: itself, or its train/ and test/."""
+    found = [folder / name for name in ("train", "test") if (folder / name).is_dir()]
+    return [folder] if (folder / NAME).exists() or not found else found

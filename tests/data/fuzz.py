@@ -204,7 +204,7 @@ class Pictures:
         self._whole = [encode(image), encode(image[:17, :3])]
         for mode, form, options in [
             ("RGB", "JPEG", {"progressive": True}), ("L", "JPEG", {}), ("CMYK", "JPEG", {}), ("RGB", "PNG", {}),
-            ("RGBA", "PNG", {}), ("P", "GIF", {}), ("RGB", "BMP", {}), ("RGB", "TIFF", {}), ("RGB", "WEBP", {}),
+            ("RGBA", "PNG", {}), ("P", "GIF", {}), ("RGB", "BMP", {}), ("RGB", "WEBP", {}),
         ]:  # fmt: skip
             file = io.BytesIO()
             Image.fromarray(image).convert(mode).save(file, form, **options)
@@ -212,7 +212,7 @@ class Pictures:
 
     def case(self, rng):
         """Decode a damaged one."""
-        record = self._whole[rng.choice(len(self._whole), p=[0.3, 0.1, *[0.6 / 9] * 9])]
+        record = self._whole[rng.choice(len(self._whole), p=[0.3, 0.1, *[0.6 / 8] * 8])]
         damaged = mutated(record, rng)
         try:
             _, height, width = header(damaged)

@@ -61,6 +61,27 @@ def test_a_manifest_that_contradicts_itself_is_refused(data, key, value, message
         Manifest.read(data.folder)
 
 
+@pytest.mark.parametrize(("key", "value"), [("mean", [1.0, 2.0]), ("histogram", [1, 2, 3, 4, 5, 6, 85]), ("seal", "")])
+def test_a_manifest_that_was_edited_is_refused(data, key, value):
+    path = data.folder / "manifest.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole))
+    assert Manifest.read(data.folder) == data.manifest
+    path.write_text(json.dumps({**whole, key: value}))
+    with pytest.raises(DataError, match=r"manifest\.json: it was damaged, or changed by hand \(its seal is"):
+        Manifest.read(data.folder)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\0b"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(data, name):
+    path = data.folder / "manifest.json"
+    text = json.loads(path.read_text())
+    text["shards"][0]["name"] = name
+    path.write_text(json.dumps(text))
+    with pytest.raises(DataError, match="is not a plain file name"):
+        Manifest.read(data.folder)
+
+
 @pytest.mark.parametrize(("key", "value", "message"), [
     ("name", "../secret.h5", "'../secret.h5' is not a plain file name"),
     ("name", "train-00001-of-00003.h5", "train-00001-of-00003.h5 stands for two shards"),

@@ -20,7 +20,7 @@ from dpnn.data.check.ids import merged, repeated, shared
 from dpnn.data.check.probe import Probe
 from dpnn.data.check.report import Report
 from dpnn.data.check.shard import ShardCheck
-from dpnn.data.manifest import NAME, VERSION, Manifest
+from dpnn.data.manifest import NAME, VERSION, Manifest, parts
 from dpnn.data.problems import Problem
 from dpnn.errors import DataError
 
@@ -47,7 +47,7 @@ def check(
     began = time.monotonic()
     run = _Run(report, quick, threads, probe or Probe(), progress)
     try:
-        run.check(_parts(Path(folder)))
+        run.check(parts(Path(folder)))
     except KeyboardInterrupt:
         report.interrupted = True
     finally:
@@ -55,12 +55,6 @@ def check(
             run.probe.close()
     report.seconds = time.monotonic() - began
     return report
-
-
-def _parts(folder: Path) -> list[Path]:
-    """The folders of shards in question: itself, or its train/ and test/."""
-    parts = [folder / name for name in ("train", "test") if (folder / name).is_dir()]
-    return [folder] if (folder / NAME).exists() or not parts else parts
 
 
 class _Run:
@@ -98,15 +92,16 @@ class _Run:
         self._report.problems += problems
 
     def _check_shards(self, folder: Path, manifest: Manifest) -> Array:
-        """Check all shards; the ids found in them, sorted."""
+        """Check all shards; the ids found in them, sorted. A name that leads out of the folder was told already."""
         stop = threading.Event()
         check = ShardCheck(folder, manifest, self._quick, self.probe, stop)
         counts = np.zeros((), np.int64)
-        all_counted = True
+        shards = [shard for shard in manifest.shards if shard.is_in_folder]
+        all_counted = len(shards) == len(manifest.shards)
         ids: list[Array] = []
         with ThreadPoolExecutor(self._threads) as pool:
             try:
-                futures = deque(pool.submit(check, shard) for shard in manifest.shards)
+                futures = deque(pool.submit(check, shard) for shard in shards)
                 while futures:
                     checked = futures.popleft().result()
                     self._tell(*checked.problems)
@@ -121,11 +116,11 @@ class _Run:
                     else:
                         counts = counts + checked.counts
                     if self._progress is not None:
-                        self._progress(len(manifest.shards) - len(futures), len(manifest.shards))
+                        self._progress(len(shards) - len(futures), len(shards))
             except BaseException:
                 stop.set()
                 self.probe.close()
                 raise
-        if all_counted:
+        if shards and all_counted:
             self._tell(*histogram_problems(folder, manifest, counts))
         return merged(ids)

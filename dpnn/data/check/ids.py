@@ -77,6 +77,8 @@ def _places(folder: Path, manifest: Manifest, values: Array) -> dict[int, list[P
     reader = ShardReader(folder, manifest)
     try:
         for number, shard in enumerate(manifest.shards if found else ()):
+            if not shard.is_in_folder:
+                continue
             try:
                 ids = reader.index(number).ids
             except DataError:  # told already, and none of its ids are in question
