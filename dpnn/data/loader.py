@@ -301,7 +301,7 @@ class Loader:
         order = loaded.window.order[first : first + len(steps)]
         cuts = [0, *np.cumsum(np.count_nonzero(order >= 0, axis=1)).tolist()]
         slots = order.ravel()
-        if steps[-1] == self.sampler.steps - 1:
+        if steps[-1] >= self.sampler.full:
             slots = slots[slots >= 0]
         x, labels, ids = (array[: len(slots)] for array in self._buffers[buffer])
         ids[...] = loaded.ids[slots]
