@@ -134,6 +134,7 @@ WRONG = {
     # choices
     "optimizer.name=momentun": '"sgd", "momentum" or "adagrad" is wanted; did you mean "momentum"?',
     "data.augment=flip": 'data.augment = "flip": "none" or "crop-flip" is wanted; did you mean "crop-flip"?',
+    "data.location=near": 'data.location = "near": "shared" or "local" is wanted',
     "parallel.strategy=gossip": 'parallel.strategy = "gossip": "allreduce", "average" or "downpour" is wanted',
     "backend.precision=float16": 'backend.precision = "float16": "float32", "bfloat16" or "float64" is wanted',
     # keys that don't go together
@@ -190,6 +191,20 @@ def test_a_missing_key_is_named(line: str, key: str):
         (["train.reproducible=true", "parallel.wire=bfloat16"], 'train.reproducible = true needs "float32"'),
         (["train.reproducible=true", "train.balance=true"], "can't be had together with train.reproducible"),
         (["train.balance=true", "train.global_batch=0", "train.replica_batch=8"], "it needs train.global_batch"),
+        (["data.location=local", "train.balance=true"], "train.balance = true: data.location = .* lanes of its own"),
+        (["data.location=local", "train.reproducible=true"], 'leave it out, or use data.location = "shared"'),
+        (
+            [
+                "data.location=local",
+                "parallel.strategy=downpour",
+                "parallel.servers=1",
+                "train.global_batch=0",
+                "train.replica_batch=8",
+                "train.epochs=0",
+                "train.steps=9",
+            ],
+            "train.steps = 9: .* goes through its own shards so many times; use train.epochs",
+        ),
     ],
 )
 def test_keys_that_exclude_one_another(overrides: list[str], said: str):

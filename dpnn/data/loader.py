@@ -25,13 +25,13 @@ from dpnn.data.labels import Labels, Lists
 from dpnn.data.manifest import Manifest
 from dpnn.data.reader import ShardReader
 from dpnn.data.runs import Leases, Run, epochs
-from dpnn.data.sampler import Sampler, Window
+from dpnn.data.sampler import POOLS, Sampler, Window, most_slots
 from dpnn.errors import DataError, JobError
 
 Array = NDArray[Any]
 
 _NO_LABELS, _NO_LISTS = np.empty(0, np.int32), Lists(np.zeros(1, np.int64), np.empty(0, np.int32))
-_POOLS, _BUFFERS = 2, 3
+_BUFFERS = 3
 _AT_ONCE_NBYTES = 1 << 20
 """Small batches are made several at a time, up to this size: threads that take turns for each cost more than it."""
 _PATIENCE_S = 10.0
@@ -143,14 +143,12 @@ class Loader:
             )
             for _ in range(_BUFFERS)
         ]
-        # At both ends of its window a lane may touch a block that is its neighbour's as well.
-        width = len(self._lanes) * min(sampler.window, sampler.longest)
-        slots = min(sampler.samples, width + 2 * len(self._lanes) * (sampler.block - 1))
-        self.window_mb = _POOLS * slots * manifest.sample_nbytes / 2**20
+        slots = most_slots(sampler.samples, len(self._lanes), min(sampler.window, sampler.longest), sampler.block)
+        self.window_mb = POOLS * slots * manifest.sample_nbytes / 2**20
         """MiB that whole windows take."""
         self.pooled = self.window_mb <= window_mb
         """Whether windows are read whole; else samples are read one by one."""
-        self._pools = [np.empty((slots, *manifest.shape), stored) if self.pooled else None for _ in range(_POOLS)]
+        self._pools = [np.empty((slots, *manifest.shape), stored) if self.pooled else None for _ in range(POOLS)]
         self._reader, self._sample_reader = ShardReader(folder, manifest), ShardReader(folder, manifest)
 
         self._closing = False
