@@ -128,11 +128,11 @@ def manifest_of(content, *shards, mean=(), std=()):
 
 
 def write_encoded(folder, records, block=4):
-    content = Content(kind="encoded", codec="jpeg", labels="single", num_classes=2, block=block)
+    content = Content(kind="encoded", codec="image", labels="single", num_classes=2, block=block)
     labels, ids = np.zeros(len(records), np.int32), np.arange(len(records))
     blocks = [records[lo : lo + block] for lo in range(0, len(records), block)]
     shard = write_shard(folder / "a.h5", content, labels, ids, blocks, np.array([len(r) for r in records]))
-    return manifest_of(content, shard)
+    return manifest_of(content, shard, mean=(1.0,) * 3, std=(1.0,) * 3)
 
 
 def test_encoded_samples_come_back_as_stored(tmp_path):
