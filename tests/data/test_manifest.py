@@ -50,7 +50,7 @@ def test_a_truncated_manifest_is_refused(data, size):
     ("shape", [], "doesn't fit kind = 'raw'"),
     ("shape", [4, 3, 0], "has a dimension below 1"),
     ("kind", "video", "Invalid enum value 'video'"),
-    ("codec", "image", "codec = 'image' doesn't fit kind = 'raw'"),
+    ("codec", "frames", "codec = 'frames' doesn't fit kind = 'raw'"),
     ("histogram", [1], "the histogram has not one number for each class"),
     ("mean", [1.0], "mean and std have not one number for each channel"),
     ("shards", [], "it names no shards"),
