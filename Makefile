@@ -20,16 +20,16 @@ ONCE := parallel[1] and not soak and not gpu
 ifeq ($(MPI),openmpi)
 ENV := .venv
 BASE := openmpi,digits
-TEST := $(BASE),test,bench
+TEST := $(BASE),data,test,bench
 else ifeq ($(MPI),mpich)
 ENV := .venv-mpich
 BASE := mpich,digits
-TEST := $(BASE),test
+TEST := $(BASE),data,test
 ONCE += and (mpi or parallel)
 else ifeq ($(MPI),system)
 ENV := .venv-system
 BASE := digits
-TEST := $(BASE),test
+TEST := $(BASE),data,test
 ONCE += and (mpi or parallel)
 else
 $(error MPI=$(MPI): use openmpi, mpich or system)

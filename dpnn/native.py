@@ -1,6 +1,7 @@
 """Our own CPU kernels: the C files in kernels/, compiled when dpnn is installed, once for each instruction set.
 
-Each call runs on all of the rank's threads, which are OpenMP's, and lets other Python threads run meanwhile.
+Each call runs on all of the rank's threads, which are OpenMP's, and lets other Python threads run meanwhile; those of
+kernels/pixels.c run on the calling thread alone.
 """
 
 import ctypes
@@ -46,6 +47,12 @@ _TABLE: dict[str, tuple[Any, ...]] = {
     "to_bfloat16": (_I, _P, _P, _P),
     "add_bfloat16": (_I, _I, _I, _P, _P),
 }
+_ALONE: dict[str, tuple[Any, ...]] = {
+    "normalise": (_I, _I, _I, _P, _P, _I, _P, _P, _P),
+    "crop": (_I, _I, _I, _I, _I, _I, _P, _P, _P, _I, _P, _P, _P, _P),
+    "colour": (_I, _P, _P, _P, _P, _P),
+}
+"""Those of pixels.c."""
 _RESULTS = {"squares": c_double, "least": c_int64}
 
 
@@ -59,9 +66,7 @@ class Kernels:
     def __init__(self, threads: int) -> None:
         """Unavailable where they were not built, because there was no C compiler when dpnn was installed."""
         set_openmp(threads)
-        baseline = _load(LEVELS[0])
-        limit = _LIMITS.get(os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper(), len(LEVELS) - 1)
-        self.level = LEVELS[min(baseline.dpnn_level(), limit)]
+        self.level = _level()
         library = _load(self.level)
         library.dpnn_set_threads(threads)  # where OpenMP was loaded before, by another package
         self.threads = threads
@@ -86,6 +91,25 @@ class Kernels:
         call = partial(getattr(self, name), *map(_argument, arguments))
         call.arrays = arguments  # type: ignore[attr-defined]
         return call
+
+
+@cache
+def alone(name: str) -> Callable[..., None]:
+    """A kernel that runs on the calling thread, to be called with addresses and numbers. Unavailable as for `Kernels`.
+
+    It is asked for where samples are first made, not before: Kernels are made first, since they set up OpenMP.
+    """
+    function = _load(_level())[f"dpnn_{name}"]
+    function.argtypes, function.restype = _ALONE[name], None
+    return function
+
+
+def address(array: NDArray[Any]) -> int:
+    """Of its first byte; `array.ctypes.data`, but in a third of the time where that can be."""
+    try:
+        return addressof(c_char.from_buffer(array.data))
+    except (TypeError, ValueError):  # read only, or with gaps, or empty
+        return array.ctypes.data
 
 
 @contextmanager
@@ -115,18 +139,10 @@ def set_openmp(threads: int) -> None:
 
 def _argument(value: object) -> object:
     if isinstance(value, np.ndarray):
-        return _address(value)
+        return address(value)
     if isinstance(value, list | tuple):
-        return (c_void_p * max(1, len(value)))(*map(_address, value))
+        return (c_void_p * max(1, len(value)))(*map(address, value))
     return value
-
-
-def _address(array: NDArray[Any]) -> int:
-    """Of its first byte; `array.ctypes.data`, but in a third of the time where that can be."""
-    try:
-        return addressof(c_char.from_buffer(array.data))
-    except (TypeError, ValueError):  # read only, or with gaps, or empty
-        return array.ctypes.data
 
 
 @cache
@@ -136,6 +152,12 @@ def _flush() -> Any:
         return _load(LEVELS[0]).dpnn_flush
     except Unavailable:
         return None
+
+
+def _level() -> str:
+    """The instruction set that this processor has and ONEDNN_MAX_CPU_ISA allows."""
+    limit = _LIMITS.get(os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper(), len(LEVELS) - 1)
+    return LEVELS[min(_load(LEVELS[0]).dpnn_level(), limit)]
 
 
 def _load(level: str) -> ctypes.CDLL:

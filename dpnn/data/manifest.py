@@ -21,11 +21,12 @@ class Content(msgspec.Struct, frozen=True, kw_only=True):
     """What all shards of a folder have in common."""
 
     kind: Literal["raw", "encoded"]
-    """raw: arrays of one shape; encoded: records of bytes, each of which `codec` makes an image."""
+    """raw: arrays of one shape; encoded: records of bytes, which `codec` makes samples."""
     shape: tuple[int, ...] = ()
-    """Of one sample, as stored: (H, W, C) for images. Empty for encoded samples."""
+    """Of one raw sample, as stored: (H, W, C) for images. Of one frame. Empty for encoded images."""
     dtype: str = "uint8"
-    codec: str = ""
+    codec: Literal["", "image", "frames"] = ""
+    """image: a JPEG, PNG or other picture, as its bytes say. frames: arrays of `shape`, one or more, end to end."""
     labels: Literal["single", "multi"]
     num_classes: int
     block: int
@@ -37,11 +38,9 @@ class Content(msgspec.Struct, frozen=True, kw_only=True):
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     @property
-    def network_shape(self) -> tuple[int, ...]:
-        """Of one sample as the loader gives it: (C, H, W) for images, any other shape as stored."""
-        if len(self.shape) == 3:
-            return (self.shape[2], *self.shape[:2])
-        return self.shape
+    def channels(self) -> int:
+        """Of how many numbers the mean and the standard deviation are: of the last dimension, or of RGB."""
+        return self.shape[-1] if self.shape else 3
 
 
 class Shard(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,8 +64,10 @@ class Manifest(Content, frozen=True, kw_only=True):
     histogram: tuple[int, ...]
     """Samples of each class."""
     mean: tuple[float, ...]
-    """Of the stored values, for each channel (the last dimension). Empty for encoded samples."""
+    """Of the stored values, for each channel (the last dimension); of the decoded ones for encoded images, as RGB."""
     std: tuple[float, ...]
+    class_names: tuple[str, ...] = ()
+    """One for each class, where they have names."""
     shards: tuple[Shard, ...]
 
     @property
@@ -117,33 +118,24 @@ class Manifest(Content, frozen=True, kw_only=True):
         with replacing(folder / NAME) as temporary:
             temporary.write_bytes(self.to_bytes())
 
-    def check_like(self, folder: str, shape: tuple[int, ...], labels: str, num_classes: int) -> None:
-        """DataError where the samples of `folder` aren't of the kind (shape, labels, classes) of a network's own."""
-        for what, found, wanted in (("shape", self.shape, shape), ("labels", self.labels, labels)):
-            if found != wanted:
-                raise DataError(
-                    f"{folder}: its {what} is {found}, that of the data that the network was trained on {wanted}; "
-                    "pack both alike"
-                )
-        if self.num_classes > num_classes or (labels == "multi" and self.num_classes != num_classes):
-            raise DataError(f"{folder}: it has {self.num_classes} classes, the network {num_classes}; pack both alike")
-
     def _problems(self) -> list[str]:
         """What contradicts itself, worst first."""
         if self.version != VERSION:
             return [f"version = {self.version}, and this dpnn reads version {VERSION}"]
         if not self.shards:
             return ["it names no shards, so there is nothing to train on"]
-        channels = self.shape[-1] if self.shape else 0
+        of_kind = f"codec = {self.codec!r}" if self.codec else f"kind = {self.kind!r}"
         wrong = [
             (self.dtype not in DTYPES, f"dtype = {self.dtype!r} is none of {', '.join(DTYPES)}"),
             (self.block < 1, f"block = {self.block} is less than 1"),
             (self.num_classes < 1, f"num_classes = {self.num_classes} is less than 1"),
-            ((self.kind == "raw") != bool(self.shape), f"shape = {list(self.shape)} doesn't fit kind = {self.kind!r}"),
+            ((self.codec == "image") == bool(self.shape), f"shape = {list(self.shape)} doesn't fit {of_kind}"),
             (any(dim < 1 for dim in self.shape), f"shape = {list(self.shape)} has a dimension below 1"),
             ((self.kind == "encoded") != bool(self.codec), f"codec = {self.codec!r} doesn't fit kind = {self.kind!r}"),
+            (self.kind == "encoded" and self.dtype != "uint8", f"dtype = {self.dtype!r} doesn't fit {of_kind}"),
             (len(self.histogram) != self.num_classes, "the histogram has not one number for each class"),
-            (not len(self.mean) == len(self.std) == channels, "mean and std have not one number for each channel"),
+            (not len(self.mean) == len(self.std) == self.channels, "mean and std have not one number for each channel"),
+            (len(self.class_names) not in (0, self.num_classes), "class_names are not one for each class"),
             (self.samples != sum(self.counts), f"samples = {self.samples}, and its shards hold {sum(self.counts)}"),
         ]
         problems = [text for is_wrong, text in wrong if is_wrong]

@@ -57,6 +57,12 @@ def replace_dataset(name, make):
     return change
 
 
+def read_blocks(reader, number, out):
+    """The first samples of a shard, with their checksums."""
+    for found in reader.read_blocks(number, 0, len(out), out.data.cast("B")).values():
+        raise reader.refusal(number, found)
+
+
 def read_all(folder, manifest):
     """All samples through whole blocks."""
     reader = ShardReader(folder, manifest)
@@ -64,7 +70,7 @@ def read_all(folder, manifest):
     try:
         for number, shard in enumerate(manifest.shards):
             parts.append(np.empty((shard.samples, *manifest.shape), manifest.dtype))
-            reader.read_blocks(number, 0, parts[-1])
+            read_blocks(reader, number, parts[-1])
     finally:
         reader.close()
     return np.concatenate(parts)
@@ -91,7 +97,7 @@ def test_samples_labels_and_ids_come_back(write_folder, dtype, shape):
     assert np.array_equal(np.concatenate([index.labels for index in indexes]), data.labels)
     assert np.array_equal(np.concatenate([index.ids for index in indexes]), data.ids)
     out = np.empty(shape, dtype)
-    reader.read_sample(2, 63, out)
+    reader.read_samples(2, 63, 64, out.data.cast("B"))
     assert np.array_equal(out, data.x[-1])
     reader.close()
 
@@ -122,11 +128,11 @@ def manifest_of(content, *shards, mean=(), std=()):
 
 
 def write_encoded(folder, records, block=4):
-    content = Content(kind="encoded", codec="jpeg", labels="single", num_classes=2, block=block)
+    content = Content(kind="encoded", codec="image", labels="single", num_classes=2, block=block)
     labels, ids = np.zeros(len(records), np.int32), np.arange(len(records))
     blocks = [records[lo : lo + block] for lo in range(0, len(records), block)]
     shard = write_shard(folder / "a.h5", content, labels, ids, blocks, np.array([len(r) for r in records]))
-    return manifest_of(content, shard)
+    return manifest_of(content, shard, mean=(1.0,) * 3, std=(1.0,) * 3)
 
 
 def test_encoded_samples_come_back_as_stored(tmp_path):
@@ -138,6 +144,28 @@ def test_encoded_samples_come_back_as_stored(tmp_path):
     flip(tmp_path / "a.h5", manifest.shards[0].payload_offset + 20)
     with pytest.raises(DataError, match=r"a\.h5, bytes: the block of the samples 4 to 7 is damaged"):
         reader.read_records(0, 1)
+    reader.close()
+
+
+def test_a_single_record_is_found_without_reading_the_whole_index_again(tmp_path, monkeypatch):
+    records = [bytes([i]) * (i + 1) for i in range(10)]
+    manifest = write_encoded(tmp_path, records)
+    reader = ShardReader(tmp_path, manifest)
+    reader.check(0)  # and doesn't keep its index
+    whole, read_outside = [], reader_module.shards.read_outside
+    monkeypatch.setattr(
+        reader_module.shards, "read_outside", lambda *args: whole.append(args[1]) or read_outside(*args)
+    )
+    for i, record in enumerate(records):
+        lo, hi = reader.span(0, i, i + 1)
+        out = bytearray(hi - lo)
+        reader.read_samples(0, i, i + 1, memoryview(out))
+        assert out == record
+    assert whole == []
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        file["offsets"][4] = 10**6  # damaged since
+    with pytest.raises(DataError, match="the labels, ids or metadata are damaged"):
+        reader.span(0, 3, 4)
     reader.close()
 
 
@@ -347,7 +375,7 @@ def test_a_shard_that_shrinks_while_it_is_read_is_an_error_and_no_crash(data):
     os.truncate(data.folder / data.manifest.shards[0].name, data.manifest.shards[0].payload_offset + 100)
     out = np.empty((8, 4, 3, 2), np.uint8)
     with pytest.raises(DataError, match=r"train-00000-of-00003\.h5 shrank while being read: nothing at byte \d+"):
-        reader.read_blocks(0, 0, out)
+        read_blocks(reader, 0, out)
     reader.close()
 
 
@@ -370,7 +398,7 @@ def test_a_stale_handle_is_opened_again_once(data, monkeypatch):
     reader.index(0)
     monkeypatch.setattr(os, "preadv", once)
     out = np.empty((8, 4, 3, 2), np.uint8)
-    reader.read_blocks(0, 0, out)
+    read_blocks(reader, 0, out)
     assert stale
     assert np.array_equal(out, data.x[:8])
     reader.close()
@@ -388,7 +416,7 @@ def test_few_files_are_open_and_few_indexes_kept(data, monkeypatch):
     for _ in range(3):
         for number, (lo, hi) in enumerate(zip(data.cuts[:-1], data.cuts[1:], strict=True)):
             out = np.empty((hi - lo, 4, 3, 2), np.uint8)
-            reader.read_blocks(number, 0, out)
+            read_blocks(reader, number, out)
             assert np.array_equal(out, data.x[lo:hi])
             assert len(os.listdir("/proc/self/fd")) <= before + 2
     assert len(opened) == 3
