@@ -163,7 +163,7 @@ class Replica:
         self, world: World, mesh: Mesh, link: Any, request: StopRequest, start: Start, found: Checkpoint | None
     ) -> None:
         """Collective over the workers."""
-        job, crew = start.job, mesh.crew
+        job, crew, options = start.job, mesh.crew, start.job.data
         limit_s = job.parallel.timeout_s
         self.job, self.start, self.mesh, self.request = job, start, mesh, request
         self.course = course = Course(start)

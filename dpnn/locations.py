@@ -79,10 +79,11 @@ def _check(who: Readers, folder: str, manifest: Manifest, own: Sequence[int] | N
 
 def _parted(
     world: World, who: Readers, folder: str, target: Path | None, manifest: Manifest, lanes: int
-) -> tuple[Owners, bool]:
+) -> tuple[Owners | None, bool]:
     """Which node owns which shards, and whether the first replica will find all of them.
 
-    A node that has already copied a shard comes before others that could.
+    None: there is nothing to part, since every node has all, or there are too few to be copied to different nodes. A
+    node that has already copied a shard comes before others that could.
     """
     mine: tuple[tuple[int, ...], Array, Array | None] | None = None
 
@@ -101,10 +102,12 @@ def _parted(
     with deadline(world.timeout_s, "asking which shards are on which node", world.fail):
         gathered: list[Any] = world.comm.gather(mine) or []
 
-    def parted() -> tuple[Owners, bool]:
+    def parted() -> tuple[Owners | None, bool]:
         nodes = [node for node in gathered if node is not None]
         homes = [next(i for i, (near, _, _) in enumerate(nodes) if replica in near) for replica in range(who.replicas)]
         holds = np.array([has for _, has, _ in nodes])
+        if len(manifest.shards) < len(nodes) if target else holds.all():
+            return None, True
         if target:
             copied = np.array([has for _, _, has in nodes])
             holds = np.where(copied.any(axis=0), copied, holds)

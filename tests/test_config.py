@@ -133,6 +133,7 @@ WRONG = {
     "schedule.warmup_epochs=-1": "schedule.warmup_epochs = -1: a number of 0 or more",
     # choices
     "optimizer.name=momentun": '"sgd", "momentum" or "adagrad" is wanted; did you mean "momentum"?',
+    "data.location=near": 'data.location = "near": "shared" or "local" is wanted',
     "data.augment=flip": '"crop-flip" or "imagenet" is wanted; did you mean "crop-flip"?',
     "parallel.strategy=gossip": 'parallel.strategy = "gossip": "allreduce", "average" or "downpour" is wanted',
     "backend.precision=float16": 'backend.precision = "float16": "float32", "bfloat16" or "float64" is wanted',
@@ -190,6 +191,20 @@ def test_a_missing_key_is_named(line: str, key: str):
         (["train.reproducible=true", "parallel.wire=bfloat16"], 'train.reproducible = true needs "float32"'),
         (["train.reproducible=true", "train.balance=true"], "can't be had together with train.reproducible"),
         (["train.balance=true", "train.global_batch=0", "train.replica_batch=8"], "it needs train.global_batch"),
+        (["data.location=local", "train.balance=true"], "train.balance = true: data.location = .* lanes of its own"),
+        (["data.location=local", "train.reproducible=true"], 'leave it out, or use data.location = "shared"'),
+        (
+            [
+                "data.location=local",
+                "parallel.strategy=downpour",
+                "parallel.servers=1",
+                "train.global_batch=0",
+                "train.replica_batch=8",
+                "train.epochs=0",
+                "train.steps=9",
+            ],
+            "train.steps = 9: .* goes through its own shards so many times; use train.epochs",
+        ),
     ],
 )
 def test_keys_that_exclude_one_another(overrides: list[str], said: str):

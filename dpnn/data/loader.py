@@ -24,9 +24,9 @@ from dpnn.data.batch import Batch
 from dpnn.data.making import Countdown, Job, Maker, Room
 from dpnn.data.manifest import Manifest
 from dpnn.data.runs import Leases, Run, epochs
-from dpnn.data.sampler import Sampler
+from dpnn.data.sampler import POOLS, Sampler
 from dpnn.data.view import View, view_of
-from dpnn.data.window import POOLS, Loaded, WindowReader
+from dpnn.data.window import Loaded, WindowReader
 from dpnn.errors import DataError
 
 _BUFFERS = 3

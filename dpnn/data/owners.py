@@ -96,11 +96,12 @@ def held(folder: str | Path, manifest: Manifest) -> Array:
 
 
 def part(folder: str, manifest: Manifest, holds: Array, homes: Sequence[int], lanes: int) -> Owners:
-    """Give each shard to a node that has it, and the lanes to the nodes; the same from the same on any rank.
+    """Give each shard to a node that has it, and the lanes to the nodes.
 
+    The outcome doesn't depend on the order of the nodes, and on their replicas only where these need more lanes.
     `holds`: whether each node has each shard, bool[nodes, shards]; `homes`: the node of each replica, 0, 1, ...;
     `lanes`: at least one for each replica; 0: just that. A shard that several nodes have goes to the one with the
-    fewest samples a replica. DataError where no node has a shard, or a node with replicas none that it may own.
+    fewest samples. DataError where no node has a shard, or a node with replicas none that it may own.
     """
     missing = np.flatnonzero(~holds.any(axis=0))
     if len(missing):
@@ -110,29 +111,30 @@ def part(folder: str, manifest: Manifest, holds: Array, homes: Sequence[int], la
             f'{folder}: no node has {first.name} with its {first.bytes} bytes{more}; with data.location = "local" each '
             "shard has to lie on a node whose ranks read: copy it there, or pack the data again"
         )
-    samples, replicas = np.array(manifest.counts), np.bincount(homes, minlength=len(holds))
-    owners = _least_loaded(holds, samples, replicas)
+    samples = np.array(manifest.counts)
+    owners = _least_loaded(holds, samples)
     firsts = {int(node): shard for shard, node in reversed(list(enumerate(owners)))}
     if idle := sorted(set(homes) - set(firsts)):
         raise DataError(
             f"{folder}: the ranks of a node have nothing to read (replica {homes.index(idle[0])} is one of them): "
             f"{len(manifest.shards)} shards are parted among {len(holds)} nodes, and others have all that it has; "
-            "start no ranks there, or pack the data into more shards"
+            "copy other shards there, or all of them to every node"
         )
     ranked = sorted(firsts, key=lambda node: firsts[node])
     number = {node: i for i, node in enumerate(ranked)}
     shards = tuple(number[int(node)] for node in owners)
-    least = [int(replicas[node]) for node in ranked]
+    least = [list(homes).count(node) for node in ranked]
     return Owners(shards, _lanes(np.bincount(shards, samples), least, lanes), tuple(number[home] for home in homes))
 
 
-def _least_loaded(holds: Array, samples: Array, replicas: Array) -> Array:
-    """The owner of each shard: first of those that one node has, then of others, the largest first."""
-    load, owners = np.zeros(len(holds)), np.zeros(holds.shape[1], np.int64)
+def _least_loaded(holds: Array, samples: Array) -> Array:
+    """The node that owns each shard: first of those that one node has, then of others, the largest first."""
+    order = np.array(sorted(range(len(holds)), key=lambda node: holds[node].tobytes()))
+    load, owners = np.zeros(len(holds), np.int64), np.zeros(holds.shape[1], np.int64)
     for shard in np.lexsort((-samples, holds.sum(axis=0) > 1)):
-        able = np.flatnonzero(holds[:, shard])
+        able = order[holds[order, shard]]
         owners[shard] = node = able[np.argmin(load[able])]
-        load[node] += samples[shard] / replicas[node]
+        load[node] += samples[shard]
     return owners
 
 

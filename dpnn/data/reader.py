@@ -92,9 +92,18 @@ class ShardReader:
 
     def span(self, number: int, lo: int, hi: int) -> tuple[int, int]:
         """Which bytes of a shard's payload are those of its samples [lo, hi)."""
-        offsets = self._offsets(number)
-        if offsets is None:
+        if self._manifest.kind == "raw":
             return lo * self._manifest.sample_nbytes, hi * self._manifest.sample_nbytes
+        if number not in self._indexes and number in self._layouts:
+            # For single samples of very many shards, whose indexes can't all be kept.
+            found = np.empty(hi - lo + 1, np.int64)
+            place = self._layouts[number]["offsets"].offset
+            self._read(number, place + lo * found.itemsize, found.data.cast("B"))
+            if 0 <= found[0] < found[-1] <= self._manifest.shards[number].payload_bytes:
+                return int(found[0]), int(found[-1])
+        offsets = self.index(number).offsets
+        if offsets is None:
+            raise ValueError(f"{self.path(number)} has encoded samples without offsets")
         return int(offsets[lo]), int(offsets[hi])
 
     def read_blocks(self, number: int, lo: int, hi: int, out: memoryview) -> dict[int, str]:
@@ -114,7 +123,7 @@ class ShardReader:
 
     def refusal(self, number: int, found: str) -> DataError:
         """For what `read_blocks` has found in a shard."""
-        return DataError(f"{self.path(number)}, {shards.payload_name(self._manifest)}: {found}; {shards.REPAIR}")
+        return shards.refusal(self.path(number), self._manifest, found)
 
     def read_records(self, number: int, block: int) -> list[bytes]:
         """The encoded samples of a block, as stored; DataError where it is damaged."""
@@ -128,7 +137,7 @@ class ShardReader:
 
     def read_samples(self, number: int, lo: int, hi: int, out: memoryview) -> None:
         """Read the samples [lo, hi) as they are stored, unchecked: there is a CRC for a whole block only."""
-        self._read(number, self.span(number, lo, hi)[0], out)
+        self._read(number, self._manifest.shards[number].payload_offset + self.span(number, lo, hi)[0], out)
 
     def path(self, number: int) -> Path:
         """Of a shard."""
@@ -156,8 +165,7 @@ class ShardReader:
         return index
 
     def _read(self, number: int, offset: int, out: memoryview) -> None:
-        """Read payload bytes."""
-        offset += self._manifest.shards[number].payload_offset
+        """Read bytes of a shard's file."""
         path = self._paths[number]
         try:
             shards.read_exactly(self._file(number), out, offset, path)

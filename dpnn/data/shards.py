@@ -248,6 +248,11 @@ def damage(data: memoryview, content: Content, index: Index, block: int) -> str 
     )
 
 
+def refusal(path: Path, content: Content, found: str) -> DataError:
+    """For `damage` in a shard."""
+    return DataError(f"{path}, {payload_name(content)}: {found}; {REPAIR}")
+
+
 def _datasets(content: Content, shard: Shard) -> dict[str, tuple[str, tuple[int, ...] | None]]:
     """The datasets of a shard: type and shape (None: any number)."""
     n = shard.samples

@@ -104,7 +104,8 @@ def _copy(source: Path, target: Path, manifest: Manifest, shard: Shard) -> None:
                 data = memoryview(bytearray(cuts[-1] - cuts[0]))
                 shards.read_exactly(file, data, shard.payload_offset + cuts[0], source)
                 for block, (lo, hi) in enumerate(pairwise(cut - cuts[0] for cut in cuts), first):
-                    shards.check_block(data[lo:hi], source, manifest, index, block)
+                    if found := shards.damage(data[lo:hi], manifest, index, block):
+                        raise shards.refusal(source, manifest, found)
                 out.write(data)
             out.write(outside.tail)
     except OSError as error:

@@ -14,12 +14,11 @@ from dpnn.data.labels import Labels, Lists
 from dpnn.data.manifest import Manifest
 from dpnn.data.reader import ShardReader
 from dpnn.data.runs import Run
-from dpnn.data.sampler import Sampler, Window
+from dpnn.data.sampler import POOLS, Sampler, Window, most_slots
 from dpnn.data.view import View
 
 Array = NDArray[Any]
 
-POOLS = 2
 _READ_NBYTES = 16 << 20
 """What is read at a time, so that who ends the reading needn't wait for more."""
 Take = Callable[[], int | None]
@@ -103,9 +102,7 @@ class WindowReader:
         self._manifest, self._sampler, self._view, self._lanes = manifest, sampler, view, lanes
         self._at_once, self._skips = at_once, skips
         self._multi = manifest.labels == "multi"
-        # At both ends of its window a lane may touch a block that is its neighbour's as well.
-        width = lanes * min(sampler.window, sampler.longest)
-        slots = min(sampler.samples, width + 2 * lanes * (sampler.block - 1))
+        slots = most_slots(sampler.samples, lanes, min(sampler.window, sampler.longest), sampler.block)
         nbytes = sum(shard.payload_bytes for shard in manifest.shards) / manifest.samples  # of a sample
         self.window_mb = POOLS * slots * nbytes / 2**20
         """MiB that whole windows take; of encoded samples, about."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpnn.data.sampler import Epoch, Sampler, default_lanes
+from dpnn.data.sampler import Epoch, Sampler, default_lanes, default_window, most_slots
 from dpnn.errors import DataError, JobError
 
 COUNTS = st.lists(st.integers(0, 90), min_size=1, max_size=6).filter(sum)
@@ -192,6 +192,28 @@ def test_default_lanes_divide_the_global_batch(global_batch, lanes):
 )
 def test_default_lanes_are_at_least_the_replicas_where_the_batch_allows_it(global_batch, replicas, lanes):
     assert default_lanes(global_batch, replicas) == lanes
+
+
+@pytest.mark.parametrize(
+    ("samples", "lanes", "share", "block", "kb", "window_mb", "window"),
+    [
+        (60_000, 64, 4, 64, 0.784, 2048, 1024),  # MNIST: all of it fits
+        (1_281_167, 64, 4, 16, 110, 2048, 64),  # ImageNet's JPEGs
+        (1_281_167, 64, 4, 16, 110, 8192, 512),
+        (1_281_167, 1, 256, 16, 110, 2048, 1024),  # one lane, as leased ones are
+        (10**6, 64, 4, 64, 150, 2048, 64),  # not even a block of each lane fits
+        (10**6, 64, 300, 64, 150, 2048, 300),
+        (100, 4, 4, 16, 10_000, 2048, 1024),  # few samples: a window of 1024 holds no more than all of them
+    ],
+)
+def test_the_default_window_is_the_largest_that_fits_for_all_lanes(samples, lanes, share, block, kb, window_mb, window):
+    nbytes = kb * 1000
+    assert default_window(samples, lanes, share, block, nbytes, window_mb) == window
+    taken = [2 * most_slots(samples, lanes, n, block) * nbytes / 2**20 for n in (window, 2 * window)]
+    if window > max(block, share):
+        assert taken[0] <= window_mb
+    if window < 1024:
+        assert taken[1] > window_mb
 
 
 def test_an_epoch_of_millions_of_blocks_is_laid_out_block_by_block():

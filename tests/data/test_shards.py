@@ -147,6 +147,28 @@ def test_encoded_samples_come_back_as_stored(tmp_path):
     reader.close()
 
 
+def test_a_single_record_is_found_without_reading_the_whole_index_again(tmp_path, monkeypatch):
+    records = [bytes([i]) * (i + 1) for i in range(10)]
+    manifest = write_encoded(tmp_path, records)
+    reader = ShardReader(tmp_path, manifest)
+    reader.check(0)  # and doesn't keep its index
+    whole, read_outside = [], reader_module.shards.read_outside
+    monkeypatch.setattr(
+        reader_module.shards, "read_outside", lambda *args: whole.append(args[1]) or read_outside(*args)
+    )
+    for i, record in enumerate(records):
+        lo, hi = reader.span(0, i, i + 1)
+        out = bytearray(hi - lo)
+        reader.read_samples(0, i, i + 1, memoryview(out))
+        assert out == record
+    assert whole == []
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        file["offsets"][4] = 10**6  # damaged since
+    with pytest.raises(DataError, match="the labels, ids or metadata are damaged"):
+        reader.span(0, 3, 4)
+    reader.close()
+
+
 @pytest.mark.parametrize(("offsets", "message"), [
     ([0, 1, 3, 2, 10], r"offsets\[2:4\] = \[3, 2\]: the record has a negative length"),
     ([0, 1, 3, 3, 10], r"offsets\[2:4\] = \[3, 3\]: the record is empty"),

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpnn.data import Run
+from dpnn.data.owners import Owners
 from dpnn.strategies.downpour.ledger import Ledger
 
 
@@ -134,3 +135,50 @@ def test_cut_anywhere_and_resumed_on_other_replicas_every_step_arrives_once(lane
     outside.finish()
     assert ledger.steps == total
     assert seen == Counter(islice(in_order(lanes), total))
+
+
+def owners_of(lanes, replicas):
+    return Owners(shards=(), lanes=tuple(map(len, lanes)), replicas=tuple(replicas))
+
+
+def test_a_replica_is_leased_lanes_of_its_own_node_only():
+    ledger = Ledger([3, 2, 4], total=18, replicas=2, owners=owners_of([[3], [2, 4]], [1, 0]))
+    assert [ledger.lease(1) for _ in range(3)] == [lane(0, 0, 0, 2), lane(1, 0, 0, 2), None]
+    assert ledger.lease(0) == lane(0, 1, 0, 1)
+    # A node that is behind has whole lanes left.
+    assert ledger.state() == {
+        "next": [2, 0],
+        "left": [[0, 0, 0, 2], [0, 1, 0, 1], [0, 2, 0, 3], [1, 0, 0, 2], [1, 1, 0, 1], [1, 2, 0, 3]],
+        "steps": 0,
+    }
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    lanes=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=4), min_size=1, max_size=3).filter(
+        lambda owners: any(map(any, owners))
+    ),
+    epochs=st.integers(1, 3),
+    parts=st.lists(st.tuples(st.integers(0, 3), DEEDS), min_size=1, max_size=4),
+    data=st.data(),
+)
+def test_nodes_that_are_cut_anywhere_do_their_own_lanes_once_an_epoch(lanes, epochs, parts, data):
+    """As above, where each of some nodes has lanes of its own, and replicas: one, and some more on any node."""
+    steps = [n for owned in lanes for n in owned]
+    owner_of = [owner for owner, owned in enumerate(lanes) for _ in owned]
+    total, seen, state = epochs * sum(steps), Counter(), None
+    for more, deeds in parts:
+        others = st.lists(st.integers(0, len(lanes) - 1), min_size=more, max_size=more)
+        replicas = data.draw(st.permutations([*range(len(lanes)), *data.draw(others)]))
+        ledger = Ledger(steps, total, len(replicas), owners_of(lanes, replicas))
+        if state is not None:
+            ledger.resume(state)
+        assert ledger.steps == seen.total()
+        outside = Outside(ledger, total, len(replicas), seen)
+        outside.do(deeds)
+        for replica, hand in enumerate(outside.hands):
+            assert all(owner_of[lane] == replicas[replica] for _, lane, _ in hand)
+        state = json.loads(json.dumps(ledger.state()))
+    outside.finish()
+    assert ledger.steps == total
+    assert seen == Counter(islice(in_order(steps), total))
