@@ -74,7 +74,7 @@ class Loader:
         if runs is None:
             start = start if start[1] < sampler.steps else (start[0] + 1, 0)
             runs = epochs(lanes, sampler.steps, start, last or (math.inf, 0))
-        self._runs = runs
+        self._runs, self.sampler = runs, sampler
         self._folder, self._limit_s = folder, limit_s
         rows = sampler.max_rows(replicas)
         sample_nbytes = math.prod(view.shape) * np.dtype(dtype).itemsize
