@@ -163,7 +163,7 @@ class Replica:
         self, world: World, mesh: Mesh, link: Any, request: StopRequest, start: Start, found: Checkpoint | None
     ) -> None:
         """Collective over the workers."""
-        job, crew, options = start.job, mesh.crew, start.job.data
+        job, crew = start.job, mesh.crew
         limit_s = job.parallel.timeout_s
         self.job, self.start, self.mesh, self.request = job, start, mesh, request
         self.course = course = Course(start)
@@ -228,7 +228,7 @@ class Replica:
                 self.start.train_at.folder, self.start.train, course.sampler, 0, course.sampler.lanes,
                 view=self.start.view(self.model.dtype), dtype=self.model.dtype, window_mb=self.job.data.window_mb,
                 threads=self.decoders, skips=self.job.data.on_bad == "skip", runs=leases,
-                limit_s=self.job.parallel.timeout_s,
+                limit_s=self.job.parallel.timeout_s, empty=self.model.memory.host,
             )  # fmt: skip
         held: deque[Run] = deque()
         try:

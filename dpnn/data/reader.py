@@ -126,7 +126,7 @@ class ShardReader:
         return shards.refusal(self.path(number), self._manifest, found)
 
     def read_records(self, number: int, block: int) -> list[bytes]:
-        """The encoded samples of a block, as stored; DataError where it is damaged."""
+        """The samples of a block as they are stored; DataError where it is damaged."""
         lo = block * self._manifest.block
         hi = min(lo + self._manifest.block, self._manifest.shards[number].samples)
         cuts = self.starts(number, lo, hi).tolist()
