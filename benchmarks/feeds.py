@@ -99,7 +99,7 @@ class Rank:
         return self._batches_nbytes
 
     def start(self) -> float:
-        """The seconds of all that comes before the first step: the manifest, checking this rank's share of the shards, a batch."""
+        """The seconds before the first step: for the manifest, for checking a share of the shards, for a batch."""
         begin = perf_counter()
         self._manifest = Manifest.read(self._folder)
         check_shards(self._folder, self._manifest, 0, self._ranks)
@@ -161,7 +161,7 @@ class Blocks:
 
 
 class Copying:
-    """A copy in memory, by some threads, of a batch of float32 into others in turn: what the loader's writing is like."""
+    """A copy in memory by some threads, of one batch of float32 into others in turn: about what the loader writes."""
 
     def __init__(self, nbytes: int, threads: int) -> None:
         self._n = -(-nbytes // COPY_NBYTES)
