@@ -132,8 +132,6 @@ class Loader:
         self._free_pools.put(None)
         self._windows.put(None)
         self._free_buffers.put(None)
-        for _ in self._threads[2:]:
-            self._pieces.put(None)
         until = monotonic() + _PATIENCE_S
         for thread in self._threads:
             thread.join(max(until - monotonic(), 0.0))
@@ -199,6 +197,9 @@ class Loader:
                         self._pieces.put((job, lo, hi))
         except BaseException as error:
             self._jobs.put(error)
+        finally:
+            for _ in self._threads[2:]:
+                self._pieces.put(None)
 
     def _make(self) -> None:
         """A decode thread."""

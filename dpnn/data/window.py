@@ -120,7 +120,7 @@ class WindowReader:
         self.closing = False
 
     def read(self, runs: Iterable[Run], take: Take) -> Iterator[Loaded]:
-        """What the runs take, each into a pool whose number `take` gives; None ends the reading."""
+        """What the runs take, each into a pool whose number `take` gives; None: it is closing."""
         width = self._sampler.steps_per_window
         epoch = lru_cache(maxsize=2)(self._sampler.epoch)  # leased runs of two epochs alternate where one ends
         for run in runs:
@@ -129,9 +129,10 @@ class WindowReader:
             for number in range(run.first // width, run.last // width + 1):
                 steps = range(max(run.first, number * width), min(run.last + 1, (number + 1) * width))
                 for loaded in self._load(epoch(run.epoch).window(number, run.lanes), run, steps, take):
-                    if self.closing:
-                        return
-                    yield loaded
+                    if not self.closing:
+                        yield loaded
+                if self.closing:
+                    return
 
     def close(self) -> None:
         """Close all files."""
