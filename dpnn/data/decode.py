@@ -46,37 +46,53 @@ class Room(threading.local):
         return room
 
 
+class Picture:
+    """A record (bytes or a memoryview of them) whose header was read; BadImage where that can't be."""
+
+    def __init__(self, record: bytes | memoryview) -> None:
+        self._record = record
+        jpeg = _jpeg_header(record)
+        if jpeg is not None:
+            self.format = "JPEG"
+            self.height, self.width, self._colours = jpeg
+        else:
+            self._colours = ""
+            with _opened(record) as picture:
+                self.format, self.height, self.width = str(picture.format), picture.height, picture.width
+        if self.height * self.width > MOST_PIXELS:
+            raise BadImage(f"it has {self.height} x {self.width} pixels; the limit is {MOST_PIXELS}")
+
+    def decode(self, shrink: int = 1, room: Room | None = None) -> Array:
+        """Its pixels, uint8 (H, W, 3); BadImage.
+
+        `shrink`: one of SHRINKS: a JPEG is made smaller by it while it is decoded, each side rounded up; that is
+        quicker, and the pixels differ slightly from those of a picture made smaller later. `room`: where to put them.
+        """
+        if not self._colours:
+            return _by_pillow(self._record, shrink)
+        height, width = -(-self.height // shrink), -(-self.width // shrink)
+        inks = self._colours in ("CMYK", "YCCK")
+        buffer = None if room is None else room.take(height * width * (4 if inks else 3))
+        try:
+            image: Array = _simplejpeg().decode_jpeg(
+                self._record, "CMYK" if inks else "RGB", min_height=height, min_width=width, buffer=buffer
+            )
+        except Exception as error:
+            raise BadImage(f"its JPEG data are damaged ({error})") from error
+        if inks:  # as Adobe stores them, and everybody since: 255 is no ink
+            image = ((image[..., :3].astype(np.uint16) * image[..., 3:] + 127) // 255).astype(np.uint8)
+        return image
+
+
 def header(record: bytes | memoryview) -> tuple[str, int, int]:
     """Format ("JPEG", "PNG", ...), height and width of a record; BadImage."""
-    jpeg = _jpeg_header(record)
-    if jpeg is not None:
-        return "JPEG", *jpeg[:2]
-    with _opened(record) as picture:
-        return str(picture.format), picture.height, picture.width
+    picture = Picture(record)
+    return picture.format, picture.height, picture.width
 
 
-def decode(record: bytes | memoryview, shrink: int = 1, room: Room | None = None) -> Array:
-    """The picture, uint8 (H, W, 3); BadImage.
-
-    `shrink`: one of SHRINKS: a JPEG is made smaller by it while it is decoded, each side rounded up; that is quicker,
-    and the pixels differ slightly from those of a picture made smaller later. `room`: where to put the pixels.
-    """
-    jpeg = _jpeg_header(record)
-    if jpeg is None:
-        return _by_pillow(record, shrink)
-    height, width, colours = jpeg
-    height, width = -(-height // shrink), -(-width // shrink)
-    inks = colours in ("CMYK", "YCCK")
-    buffer = None if room is None else room.take(height * width * (4 if inks else 3))
-    try:
-        image: Array = _simplejpeg().decode_jpeg(
-            record, "CMYK" if inks else "RGB", min_height=height, min_width=width, buffer=buffer
-        )
-    except Exception as error:
-        raise BadImage(f"its JPEG data are damaged ({error})") from error
-    if inks:  # as Adobe stores them, and everybody since: 255 is no ink
-        image = ((image[..., :3].astype(np.uint16) * image[..., 3:] + 127) // 255).astype(np.uint8)
-    return image
+def decode(record: bytes | memoryview, room: Room | None = None) -> Array:
+    """The picture, uint8 (H, W, 3), in fresh memory or in `room`; BadImage."""
+    return Picture(record).decode(room=room)
 
 
 def encode(image: Array, quality: int = 95) -> bytes:
@@ -164,13 +180,7 @@ def _jpeg_header(record: bytes | memoryview) -> tuple[int, int, str] | None:
         if "subsampling" in str(error):  # rare ones are Pillow's
             return None
         raise BadImage(f"its JPEG header is damaged ({error})") from error
-    _check_pixels(height, width)
     return height, width, colours
-
-
-def _check_pixels(height: int, width: int) -> None:
-    if height * width > MOST_PIXELS:
-        raise BadImage(f"it has {height} x {width} pixels; the limit is {MOST_PIXELS}")
 
 
 def _opened(record: bytes | memoryview) -> Any:
@@ -179,11 +189,9 @@ def _opened(record: bytes | memoryview) -> Any:
         raise BadImage("it is empty")
     pillow = _pillow()
     try:
-        picture = pillow.open(io.BytesIO(record), formats=_FORMATS)
+        return pillow.open(io.BytesIO(record), formats=_FORMATS)
     except Exception as error:  # Pillow's readers raise whatever a damaged file leads them into
         raise BadImage(f"it is none of {', '.join(_FORMATS)}, or its header is damaged") from error
-    _check_pixels(picture.height, picture.width)
-    return picture
 
 
 def _by_pillow(record: bytes | memoryview, shrink: int) -> Array:

@@ -7,8 +7,10 @@ import msgspec
 import numpy as np
 import pytest
 
+from dpnn import native
 from dpnn.data.labels import Lists, histogram
 from dpnn.data.manifest import Content, Manifest
+from dpnn.data.view import base
 from dpnn.data.writer import write_shard
 
 
@@ -51,3 +53,16 @@ def write_folder(tmp_path):
         return SimpleNamespace(folder=folder, manifest=manifest, x=x, labels=labels, ids=ids, cuts=cuts)
 
     return write
+
+
+@pytest.fixture(params=["numpy", *native.LEVELS])
+def by(request, monkeypatch):
+    """Which kernels make the samples."""
+    if request.param == "numpy":
+        monkeypatch.setattr(base, "_kernel", lambda name: None)
+        return request.param
+    if native.LEVELS.index(request.param) > native.LEVELS.index(native._level()):
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setattr(native, "_level", lambda: request.param)
+    monkeypatch.setattr(base, "_kernel", native.alone.__wrapped__)
+    return request.param

@@ -12,6 +12,7 @@ from dpnn.data.decode import (
     MOST_PIXELS,
     SHRINKS,
     BadImage,
+    Picture,
     Room,
     centre_crop,
     decode,
@@ -176,20 +177,20 @@ def test_a_jpeg_is_made_smaller_while_it_is_decoded(monkeypatch, with_simplejpeg
     for shrink in SHRINKS:
         for height, width in ((48, 64), (17, 31), (8, 90), (63, 15)):
             record = encode(picture(height, width))
-            image = decode(record, shrink)
+            image = Picture(record).decode(shrink)
             assert image.shape == (-(-height // shrink), -(-width // shrink), 3)
             rows, columns = height // shrink, width // shrink
             whole = decode(record)[: rows * shrink, : columns * shrink].astype(float)
             means = whole.reshape(rows, shrink, columns, shrink, 3).mean(axis=(1, 3))
             assert np.abs(image[:rows, :columns] - means).mean() < 3
-    assert decode(KINDS["png"][0], 2).shape == (48, 64, 3)
+    assert Picture(KINDS["png"][0]).decode(2).shape == (48, 64, 3)
 
 
 def test_room_is_used_again():
     room, records = Room(), [KINDS[kind][0] for kind in ("jpeg", "cmyk jpeg", "grey jpeg", "png")]
     for record in records:
-        assert np.array_equal(decode(record, room=room), decode(record))
-    assert np.shares_memory(decode(records[0], room=room), decode(records[0], room=room))
+        assert np.array_equal(decode(record, room), decode(record))
+    assert np.shares_memory(decode(records[0], room), decode(records[0], room))
 
 
 def test_pillow_takes_the_place_of_simplejpeg(monkeypatch):
@@ -247,3 +248,8 @@ def test_the_shorter_side_and_the_middle():
     assert np.array_equal(centre_crop(picture(48, 64), 10), picture(48, 64)[19:29, 27:37])
     with pytest.raises(ValueError, match="48 x 64 pixels holds no square of 49"):
         centre_crop(picture(48, 64), 49)
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed(python):
+    done = python("-c", "import sys, dpnn.data.view; print({'cv2', 'PIL', 'simplejpeg'} & set(sys.modules))")
+    assert done.stdout.strip() == "set()", done.stderr

@@ -15,19 +15,6 @@ SHAPES = [(6, 5, 3), (9, 2, 1), (28, 28, 1), (19, 19, 12), (3, 40, 300), (8,), (
 DTYPES = ["uint8", "float16", "float32"]
 
 
-@pytest.fixture(params=["numpy", *native.LEVELS])
-def by(request, monkeypatch):
-    """Which kernels make the samples."""
-    if request.param == "numpy":
-        monkeypatch.setattr(base, "_kernel", lambda name: None)
-        return request.param
-    if native.LEVELS.index(request.param) > native.LEVELS.index(native._level()):
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setattr(native, "_level", lambda: request.param)
-    monkeypatch.setattr(base, "_kernel", native.alone.__wrapped__)
-    return request.param
-
-
 def content(shape, dtype="uint8", **options):
     return Content(
         kind="encoded" if "codec" in options else "raw", shape=shape, dtype=dtype, labels="single", num_classes=2,

@@ -94,15 +94,18 @@ class Normalisation:
         np.multiply(out, self.scale, out=out)
 
     def gather(self, source: Array, slots: Array, out: Array) -> None:
-        """Of source[slots]; as the kernels, without gaps."""
-        slots = self.checked(source, slots, out)
+        """Of source[slots]."""
+        self.take(source, self.checked(source, slots, out), out)
+
+    def take(self, source: Array, slots: Array, out: Array) -> None:
+        """Of source[slots], which were checked."""
         kernel = self.kernel("normalise")
         if kernel is None:
             self(source[slots], out)
             return
         kernel(
-            len(slots), source[0].size, TYPES[source.dtype.name], native.address(source), native.address(slots),
-            self.period, *self.addresses, native.address(out),
+            len(slots), math.prod(source.shape[1:]), TYPES[source.dtype.name], native.address(source),
+            native.address(slots), self.period, *self.addresses, native.address(out),
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpnn import philox
-from dpnn.data.decode import SHRINKS, BadImage, Room, decode, header, opencv, resize
+from dpnn.data.decode import SHRINKS, BadImage, Picture, Room, opencv, resize
 from dpnn.data.view.base import BadSample, Normalisation
 from dpnn.data.view.colour import Colour
 
@@ -26,6 +26,12 @@ class Box(NamedTuple):
     height: int
     width: int
     mirrored: bool
+
+    def shrunk(self, shrink: int) -> "Box":
+        """In a picture that was made smaller; its edges where the nearest pixels begin."""
+        ends = (self.top, self.left, self.top + self.height, self.left + self.width)
+        top, left, bottom, right = ((end + shrink // 2) // shrink for end in ends)
+        return Box(top, left, bottom - top, right - left, self.mirrored)
 
 
 class Boxes(Protocol):
@@ -149,6 +155,7 @@ class Images:
         height, width, _ = self.shape
         coloured, scratch = self._boxes.coloured, self._scratch
         choices = np.ascontiguousarray(choices)
+        self._normalise.checked(scratch.resized[None], _FIRST, out)
         for i, slot in enumerate(slots.tolist()):
             try:
                 image, box = self._cut(source[slot], choices[i].tolist())
@@ -162,7 +169,7 @@ class Images:
             if coloured:
                 self._colour(image, choices[i, coloured:], out[i])
             else:
-                self._normalise.gather(image[None], _FIRST, out[i : i + 1])
+                self._normalise.take(image[None], _FIRST, out[i : i + 1])
 
     def _cut(self, sample: Any, choice: Sequence[float]) -> tuple[Array, Box]:
         """The box of a picture."""
@@ -170,14 +177,13 @@ class Images:
             box = self._boxes.box(choice, *sample.shape[:2])
             image = sample
         else:
-            _, height, width = header(sample)
-            box = self._boxes.box(choice, height, width)
+            picture = Picture(sample)
+            box = self._boxes.box(choice, picture.height, picture.width)
             most = min(box.height // self.shape[0], box.width // self.shape[1])
             shrink = next((shrink for shrink in SHRINKS if shrink <= most), 1)
-            image = decode(sample, shrink, self._scratch.room)
-            if image.shape[0] < height:
-                top, left, h, w, mirrored = box
-                box = Box(top // shrink, left // shrink, h // shrink, w // shrink, mirrored)
+            image = picture.decode(shrink, self._scratch.room)
+            if image.shape[0] < picture.height:
+                box = box.shrunk(shrink)
         return image[box.top : box.top + box.height, box.left : box.left + box.width], box
 
 

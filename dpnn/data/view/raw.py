@@ -1,5 +1,6 @@
 """Views of raw samples, as large as they are stored."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ class CropFlip:
         if kernel is None:
             self._put_by_numpy(source, slots, choices, out)
             return
-        room = self._room.take(source[0].nbytes)
+        room = self._room.take(math.prod(self.shape) * source.itemsize)
         kernel(
             len(slots), *self.shape, self.PADDING, TYPES[source.dtype.name], address(source), address(slots),
             address(choices), self._normalise.period, *self._normalise.addresses, address(room), address(out),
