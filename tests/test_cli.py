@@ -78,7 +78,7 @@ def test_a_mistyped_command_is_told_with_its_usage(capsys, arguments, told):
         ([], "the following arguments are required"),
         (["trian", "job.toml"], "invalid choice: 'trian'"),
         (["train", "job.toml", "--resumee"], "unrecognized arguments: --resumee"),
-        (["pack", "digits", "data"], "dpnn: pack runs in one process; launch takes train and eval"),
+        (["plan", "job.toml"], "dpnn: plan runs in one process; launch takes pack, train and eval"),
     ],
 )
 def test_launch_refuses_a_wrong_command_once_and_starts_nothing(command, told):
@@ -87,10 +87,3 @@ def test_launch_refuses_a_wrong_command_once_and_starts_nothing(command, told):
     assert ended.returncode == 2
     assert ended.stderr.count(told) == 1
     assert ended.stdout == ""
-
-
-def test_pack_under_a_launcher_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
-    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
-    assert cli.main(["pack", "digits", str(tmp_path)]) == 2
-    assert "Open MPI's mpirun started 3 processes, and pack runs in one" in capsys.readouterr().err

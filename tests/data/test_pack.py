@@ -2,11 +2,7 @@
 
 import gzip
 import os
-import random
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -297,37 +293,3 @@ def test_an_unknown_source_is_refused_with_the_known_ones(tmp_path, source, mess
 ])  # fmt: skip
 def test_blocks_are_small_enough_to_shuffle_and_to_read(samples, nbytes, block):
     assert block_size(samples, nbytes) == block
-
-
-@pytest.mark.timeout(60)
-def test_a_killed_packing_leaves_nothing_that_opens_as_good(tmp_path):
-    """SIGKILL at random moments: without a manifest there are no data, and packing again works."""
-    np.savez(
-        tmp_path / "a.npz",
-        x=np.random.default_rng(0).integers(0, 256, (4000, 64)).astype(np.uint8),
-        y=np.arange(4000) % 7,
-    )
-    program = (
-        "import sys; from dpnn.data.pack import pack\n"
-        "print('go', flush=True); pack(sys.argv[1], sys.argv[2], shard_mb=0.002, force=True); print('done', flush=True)"
-    )
-    choose, killed = random.Random(0), 0
-    for attempt in range(4):
-        out = tmp_path / f"out{attempt % 2}"
-        process = subprocess.Popen(
-            [sys.executable, "-c", program, tmp_path / "a.npz", out],
-            stdout=subprocess.PIPE,
-            cwd=Path(__file__).parents[2],
-        )
-        assert process.stdout.readline() == b"go\n"
-        time.sleep(choose.uniform(0.01, 0.2))
-        process.send_signal(signal.SIGKILL)
-        finished = process.communicate()[0] == b"done\n"
-        if not finished:
-            killed += 1
-            with pytest.raises(DataError, match=r"doesn't exist|holds no manifest\.json"):
-                Manifest.read(out / "train")
-    assert killed
-    pack(str(tmp_path / "a.npz"), tmp_path / "out0", force=True)
-    assert len(contents(tmp_path / "out0/train")) == 4000
-    assert {path.suffix for path in (tmp_path / "out0/train").iterdir()} == {".h5", ".json"}

@@ -31,7 +31,7 @@ _TASK_NBYTES = 1 << 20
 
 def block_size(samples: int, sample_nbytes: float) -> int:
     """Samples of a block: a power of two up to 256, of up to 4 MiB, and so that there are 64 blocks to shuffle."""
-    most = min(_MOST_SAMPLES, int(_MOST_NBYTES / max(sample_nbytes, 1)), samples // _LEAST_BLOCKS)
+    most = min(_MOST_SAMPLES, int(_MOST_NBYTES / sample_nbytes), samples // _LEAST_BLOCKS)
     return 1 << max(most, 1).bit_length() - 1
 
 
@@ -105,10 +105,11 @@ class Folder:
 
         stream = samples()
         first = next(stream, None)
+        path = self.path / self.shards[shard]
         if first is None:
+            path.unlink(missing_ok=True)  # nothing may lie there that the manifest doesn't name
             return Finished(None, None, None, tuple(rejected))
         labels, ids = self._split.labels[numbers], self._split.ids[numbers]
-        path = self.path / self.shards[shard]
         written = write_shard(path, self.content, labels, ids, chain([first], stream), kept)
         sizes = Sizes(min(lengths), sum(lengths), max(lengths)) if lengths else None
         return Finished(written, moments[0], sizes, tuple(rejected))

@@ -102,7 +102,7 @@ class Pictures:
     def __init__(self, records: Records, shorter_side: int) -> None:
         self._records, self._side = records, shorter_side
         self._room = Room()
-        self.nbytes = records.nbytes
+        self.nbytes = max(records.nbytes, 1.0)
 
     def part(self, numbers: Array) -> Part:
         """Some pictures."""
@@ -151,7 +151,7 @@ class Frames:
 
     def __init__(self, records: Records) -> None:
         self._records = records
-        self.shape, self.nbytes = records.shape, records.nbytes
+        self.shape, self.nbytes = records.shape, max(records.nbytes, 1.0)
 
     def part(self, numbers: Array) -> Part:
         """Some samples."""
