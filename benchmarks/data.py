@@ -143,12 +143,15 @@ class Benches:
         folder, n_shards, ranks = self._folder / "sparse", 160 if self._bench.quick else SHARDS, 4
         samples = write_sparse(folder, n_shards).samples
         what = f"{samples / 1e6:.1f} M samples, {n_shards} shards"
-        with Worker("rank", Rank, folder, ranks, threads=1) as rank:
-            before, (start_s, peak) = nbytes(rank.pid), watched(rank, "start")
-            resume_s, resumed = watched(rank, "resume")
-            added = max(peak, resumed) - before - rank.call("batches_nbytes")
+        found = []
+        for resumes in (False, True):
+            with Worker("rank", Rank, folder, ranks, threads=1) as rank:
+                before, (seconds, peak) = nbytes(rank.pid), watched(rank, "start", resumes)
+            found.append((seconds["check"] + seconds["batch"], seconds["batch"], peak - before - seconds["batches"]))
+        (start_s, *_), (_, resume_s, _) = found
+        added = max(more for *_, more in found)
         self._bench.record(f"{what}: start", start_s, 2.0, "the limit", 1.0, "s")
-        self._bench.record("resumed in an epoch", resume_s, 1.0, "the limit", 1.0, "s")
+        self._bench.record("resuming in an epoch, once checked", resume_s, 1.0, "the limit", 1.0, "s")
         self._bench.record("memory beside batches", added / 1e6, 100.0, "the limit", 1.0, "MB")
 
     def _alternate(self, *epochs: Callable[[], float]) -> list[float]:
