@@ -71,9 +71,9 @@ gpu: $(ENV)/.has-$(TEST),$(CUDA)
 verified: $(ENV)/.has-$(TEST)
 	$(PYTEST) -m "not gpu and not mpi" -k "cuda and not verified" --verified docs tests/backends
 
-bench: $(ENV)/.has-$(BASE),bench
-	for program in $(filter-out $(addprefix %/,groups.py harness.py limits.py lone.py ours.py parts.py peers.py \
-			replica.py shards.py sparse.py), $(wildcard benchmarks/*.py)); do \
+bench: $(ENV)/.has-$(BASE),data,bench
+	for program in $(filter-out $(addprefix %/,feeds.py groups.py harness.py imagefolder.py limits.py lone.py ours.py \
+			parts.py peers.py photos.py replica.py shards.py sparse.py), $(wildcard benchmarks/*.py)); do \
 		$(BIN)/python $$program --json benchmarks/results/$$(basename $$program .py).json || exit 1; \
 	done
 

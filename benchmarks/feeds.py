@@ -92,33 +92,26 @@ class Rank:
 
     def __init__(self, folder: Path, ranks: int) -> None:
         self._folder, self._ranks = folder, ranks
-        self._batches_nbytes = 0
 
-    def batches_nbytes(self) -> int:
-        """The memory of the loader's three batches."""
-        return self._batches_nbytes
+    def start(self, resumes: bool) -> dict[str, float]:
+        """The seconds of the manifest and the check of a share of the shards, and those until there is a batch.
 
-    def start(self) -> float:
-        """The seconds of all before the first step: the manifest, checking this rank's share of the shards, a batch."""
-        begin = perf_counter()
-        self._manifest = Manifest.read(self._folder)
-        check_shards(self._folder, self._manifest, 0, self._ranks)
-        counts, block = self._manifest.counts, self._manifest.block
-        self._sampler = Sampler(counts, block, LANES * self._ranks, self.BATCH * self._ranks, block, seed=0)
-        return perf_counter() - begin + self._first((0, 0))
-
-    def resume(self) -> float:
-        """The seconds until there is a batch in the middle of another epoch."""
-        return self._first((1, self._sampler.steps // 2))
-
-    def _first(self, start: tuple[int, int]) -> float:
-        begin = perf_counter()
-        with Loader(self._folder, self._manifest, self._sampler, 0, self._ranks, start=start) as loader:
+        `resumes`: in the middle of an epoch. With "batches": the bytes of the loader's three batches.
+        """
+        began = perf_counter()
+        manifest = Manifest.read(self._folder)
+        check_shards(self._folder, manifest, 0, self._ranks)
+        ranks, block = self._ranks, manifest.block
+        sampler = Sampler(manifest.counts, block, LANES * ranks, self.BATCH * ranks, block, seed=0)
+        start = (1, sampler.steps // 2) if resumes else (0, 0)
+        checked = perf_counter()
+        with Loader(self._folder, manifest, sampler, 0, ranks, start=start) as loader:
             batch = loader.next()
-            seconds = perf_counter() - begin
-            self._batches_nbytes = 3 * batch.x.nbytes
-            loader.release(batch)
-        return seconds
+            found = {"check": checked - began, "batch": perf_counter() - checked, "batches": 3 * batch.x.nbytes}
+            for _ in range(5):  # until all memory was touched
+                loader.release(batch)
+                batch = loader.next()
+        return found
 
 
 class Blocks:
@@ -161,7 +154,7 @@ class Blocks:
 
 
 class Copying:
-    """A copy in memory, by some threads, of a batch of float32 into others in turn: as the loader writes."""
+    """A copy in memory by some threads, of one batch of float32 into others in turn: about what the loader writes."""
 
     def __init__(self, nbytes: int, threads: int) -> None:
         self._n = -(-nbytes // COPY_NBYTES)
