@@ -228,7 +228,7 @@ class Replica:
                 self.start.train_at.folder, self.start.train, course.sampler, 0, course.sampler.lanes,
                 view=self.start.view(self.model.dtype), dtype=self.model.dtype, window_mb=self.job.data.window_mb,
                 threads=self.decoders, skips=self.job.data.on_bad == "skip", runs=leases,
-                limit_s=self.job.parallel.timeout_s,
+                limit_s=self.job.parallel.timeout_s, empty=self.model.memory.host,
             )  # fmt: skip
         held: deque[Run] = deque()
         try:

@@ -224,6 +224,7 @@ class Evaluator:
         self._open = partial(
             Loader, at.folder, test, self._sampler, replica, replicas, view=view, dtype=executor.dtype,
             threads=threads, skips=options.on_bad == "skip", last=(0, self._sampler.steps - 1), limit_s=limit_s,
+            empty=executor.memory.host,
         )  # fmt: skip
         self._reads = plan.part == plan.placed.reader
         self._sums = np.zeros(5)  # samples, not the first, not among the first five, loss, bad samples

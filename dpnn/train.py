@@ -234,6 +234,7 @@ class Training:
                 view=self.start.view(self.model.dtype), dtype=self.model.dtype, window_mb=job.data.window_mb,
                 threads=self._decoders(), skips=job.data.on_bad == "skip",
                 start=(self.epoch, self.step), last=divmod(self.end - 1, sampler.steps), limit_s=job.parallel.timeout_s,
+                empty=self.model.memory.host,
             )  # fmt: skip
         if loader is not None and not loader.pooled:
             self.journal.event(

@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 
 from dpnn.data.batch import Batch
-from dpnn.data.making import Countdown, Job, Maker, Room
+from dpnn.data.making import Block, Countdown, Job, Maker, Room
 from dpnn.data.manifest import Manifest
 from dpnn.data.runs import Leases, Run, epochs
 from dpnn.data.sampler import POOLS, Sampler
 from dpnn.data.view import View, view_of
 from dpnn.data.window import Loaded, WindowReader
 from dpnn.errors import DataError
+from dpnn.memory import HOST
 
 _BUFFERS = 3
 _AT_ONCE_NBYTES = 1 << 20
@@ -46,7 +47,7 @@ class Loader:
     as many lanes as the replica owns: for single lanes, any of them, the loader is replica 0 of `sampler.lanes`.
     `window_mb`: where a window would take more, single samples are read instead: slower, and without their CRC, in the
     same order. `threads`: how many make batches. `skips`: bad samples are replaced, and named in `Batch.bad`; else they
-    are an error. DataError for data it can't load, JobError for a view that can't be.
+    are an error. `empty`: gives the memory that x lies in. DataError for data it can't load.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Loader:
         last: tuple[int, int] | None = None,
         runs: Iterable[Run] | None = None,
         limit_s: float | None = None,
+        empty: Block = HOST.host,
     ) -> None:
         if start[1] > sampler.steps:
             raise DataError(f"step {start[1]} of an epoch of {sampler.steps} steps: these are not the data of that run")
@@ -74,7 +76,7 @@ class Loader:
         if runs is None:
             start = start if start[1] < sampler.steps else (start[0] + 1, 0)
             runs = epochs(lanes, sampler.steps, start, last or (math.inf, 0))
-        self._runs = runs
+        self._runs, self.sampler = runs, sampler
         self._folder, self._limit_s = folder, limit_s
         rows = sampler.max_rows(replicas)
         sample_nbytes = math.prod(view.shape) * np.dtype(dtype).itemsize
@@ -83,7 +85,7 @@ class Loader:
         encoded = manifest.kind == "encoded"
         self._piece = max(rows // (_PIECES * threads) if encoded else _AT_ONCE_NBYTES // sample_nbytes, 1)
         label_shape = (manifest.num_classes,) if manifest.labels == "multi" else ()
-        self._rooms = [Room(rows, view.shape, dtype, label_shape) for _ in range(_BUFFERS)]
+        self._rooms = [Room(rows, view.shape, dtype, label_shape, empty) for _ in range(_BUFFERS)]
         self._reader = WindowReader(folder, manifest, sampler, view, len(lanes), window_mb, self._at_once, skips)
         self._maker = Maker(folder, manifest, view, skips)
         self.window_mb, self.pooled = self._reader.window_mb, self._reader.pooled

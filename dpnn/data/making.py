@@ -1,7 +1,8 @@
 """From samples as stored to batches as the network sees them: what the decode threads do."""
 
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,17 @@ from dpnn.data.window import Loaded, Pool
 from dpnn.errors import DataError
 
 Array = NDArray[Any]
+Block = Callable[[int], Array]
+"""Gives a block of so many bytes, uint8."""
 
 
 class Room:
     """Memory for some batches that are made at once; their x as `shape` says, contiguous."""
 
-    def __init__(self, rows: int, shape: tuple[int, ...], dtype: Any, label_shape: tuple[int, ...]) -> None:
-        self.x = np.empty((rows, *shape), dtype)
+    def __init__(
+        self, rows: int, shape: tuple[int, ...], dtype: Any, label_shape: tuple[int, ...], empty: Block
+    ) -> None:
+        self.x = empty(rows * math.prod(shape) * np.dtype(dtype).itemsize).view(dtype).reshape(rows, *shape)
         self.labels = np.empty((rows, *label_shape), np.uint8 if label_shape else np.int32)
         self.ids = np.empty(rows, np.uint64)
 
