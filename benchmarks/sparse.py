@@ -16,21 +16,24 @@ from msgspec.structs import asdict, replace
 from dpnn.data import shards
 from dpnn.data.manifest import Content, Manifest, Shard
 
-SHARDS, SAMPLES, RECORD_NBYTES = 1600, 21250, 50_000
-"""34 million samples in 1.7 TB, as YouTube-8M has them."""
+SHARDS, SAMPLES = 1600, 21250
+"""34 million samples, in 1.7 TB, as YouTube-8M has them."""
+NUMBERS, FRAMES = 1152, 43
 
 
 def write_sparse(
     folder: Path,
     n_shards: int = SHARDS,
     samples: int = SAMPLES,
-    record_nbytes: int = RECORD_NBYTES,
     block: int = 64,
     classes: int = 1000,
 ) -> Manifest:
-    """Write `n_shards` shards of `samples` encoded images each into `folder`; their manifest."""
+    """Write `n_shards` shards of `samples` records of frames each into `folder`; their manifest."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = Content(kind="encoded", codec="image", labels="single", num_classes=classes, block=block)
+    record_nbytes = NUMBERS * FRAMES
+    content = Content(
+        kind="encoded", codec="frames", shape=(NUMBERS,), labels="single", num_classes=classes, block=block
+    )
     crcs = np.full(-(-samples // block), crc32(bytes(block * record_nbytes)), np.uint32)
     crcs[-1] = crc32(bytes(((samples - 1) % block + 1) * record_nbytes))
     offsets = np.arange(samples + 1, dtype=np.int64) * record_nbytes
@@ -45,7 +48,7 @@ def write_sparse(
         entries.append(_write(path, content, {"offsets": offsets, "y": labels, "id": ids, "block_crc32": crcs}, number))
     manifest = Manifest(
         **asdict(content), samples=n_shards * samples, histogram=tuple(counts.tolist()),
-        mean=(), std=(), shards=tuple(entries),
+        mean=(127.5,) * NUMBERS, std=(64.0,) * NUMBERS, shards=tuple(entries),
     )  # fmt: skip
     manifest.write(folder)
     return manifest
