@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dpnn import config
-from dpnn.comm.faults import deadline, wait
+from dpnn.comm.faults import deadline
 from dpnn.comm.world import World
 from dpnn.data import Location, Manifest, check_shards
 from dpnn.data.owners import Array, Owners, held, part
@@ -123,25 +123,24 @@ def _stage(world: World, who: Readers, folder: str, target: Path, manifest: Mani
     Who has done its share waits for the others, and the time limit is for those that make no progress: so all meet now
     and then.
     """
-    from mpi4py import MPI
 
     def tell(text: str) -> None:
-        if world.rank == 0:
-            print(f"dpnn: the first rank copies {folder} to {target}: {text}", file=sys.stderr, flush=True)
-
-    def copy() -> None:
-        end = time.monotonic() + world.timeout_s / 4
-        while left[0] and time.monotonic() < end:
-            left[0] = next(copying, left) is None
+        if who.replica == 0:
+            print(f"dpnn: the first replica copies {folder} to {target}: {text}", file=sys.stderr, flush=True)
 
     def make_room() -> None:
         if who.first:
             prepare_stage(folder, target, manifest, numbers)
 
     mine = numbers[who.near.index(who.replica) :: len(who.near)] if who.replica is not None else ()
+    copying, left = stage(folder, target, manifest, mine, tell), True
+
+    def copy() -> None:
+        nonlocal left
+        end = time.monotonic() + world.timeout_s / 4
+        while left and time.monotonic() < end:
+            left = next(copying, "done") is None
+
     world.check(make_room)
-    copying, left, anywhere = stage(folder, target, manifest, mine, tell), np.ones(1, np.int8), np.ones(1, np.int8)
-    while anywhere[0]:
+    while world.any(left):
         world.check(copy)
-        request = world.comm.Iallreduce(left, anywhere, MPI.MAX)
-        wait(request.Test, "all ranks to copy their shards", world.timeout_s)

@@ -16,7 +16,7 @@ FLOORS = {
             ("errors", "config", "philox", "team", "native", "memory"),
             ("nn", "backends", "comm", "data"),
             ("models", "plan", "optim"),
-            ("strategies", "checkpoint", "observe", "state"),
+            ("strategies", "checkpoint", "observe", "state", "locations"),
             ("train", "asynchronous", "prepare", "balance", "evaluate", "planning", "onnx", "cluster"),
             ("preview",),
             ("cli",),

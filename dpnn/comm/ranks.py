@@ -64,6 +64,14 @@ class Ranks:
             failure = error
         self.agree(failure)
 
+    def any(self, mine: bool) -> bool:
+        """Whether it is so on any rank. Collective."""
+        from mpi4py import MPI
+
+        found = np.array([mine])
+        self._wait(self.comm.Iallreduce(MPI.IN_PLACE, found, MPI.LOR))
+        return bool(found[0])
+
     def meet(self) -> None:
         """Return when all have come here. Collective."""
         self._wait(self.comm.Ibarrier())

@@ -15,7 +15,7 @@ def replacing(path: Path) -> Iterator[Path]:
     whose name begins with a dot and ends in `.tmp`: nobody reads it.
     """
     # Processes on two machines, or in two containers, may have the same number.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{secrets.randbelow(10**9):09}.tmp")
     try:
         yield temporary
         sync(temporary)

@@ -323,7 +323,6 @@ def _place(path: Path, file: Any, name: str, dtype: str, shape: Sequence[int] | 
         wanted = "one dimension" if shape is None else f"the shape {tuple(shape)}"
         return wrong(f", {name} has the shape {counts} instead of {wanted}")
     offset, count = dataset.get_offset(), math.prod(counts)
-    contiguous = dataset.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS
-    if not contiguous or (offset is None and count):
+    if offset is None and count:  # only what is contiguous, and was written, has one place
         return wrong(f", {name} is not contiguous, or was never written", "pack the data again")
     return Place(offset or 0, np.dtype(dtype).newbyteorder("<"), count)

@@ -194,7 +194,7 @@ def test_all_shards_are_copied_to_every_node_and_are_used_again(disks, on_nodes,
     words = [word for setting in where for word in ("--set", setting)]
     ended = on_nodes(run, "0 1 0", run.job, *words)
     assert ended.returncode == 0, ended.stderr
-    assert "dpnn: the first rank copies " in ended.stderr
+    assert "dpnn: the first replica copies " in ended.stderr
     names = {path.name for path in (shared / "train").iterdir()}
     staged = [next((run.path / f"node-{node}" / "fast").glob("train-*")) for node in (0, 1)]
     assert [{path.name for path in folder.iterdir()} for folder in staged] == [names, names]

@@ -122,6 +122,17 @@ def test_a_finished_run_can_be_made_longer(trained, tmp_path, last):
     assert cli.main(["train", "--resume", str(folder)]) == 0
 
 
+def test_a_chosen_window_stays_when_the_run_goes_on(python, job, watched, last):
+    run = job()
+    little = ("--set", "data.window=0", "--set", "data.window_mb=0.1")
+    assert python(watched, "train", run.path, *little, env={"FAULT": "0 4 SIGTERM"}).returncode == 75
+    window = last(run.out).info["window"]
+    assert window < 1024
+    ended = python(watched, "train", "--resume", run.out, "--set", "data.window_mb=2048")
+    assert ended.returncode == 0, ended.stderr
+    assert last(run.out).info["window"] == window
+
+
 @pytest.mark.parametrize(
     ("setting", "code", "culprit"),
     [
