@@ -229,7 +229,7 @@ def test_a_job_that_was_refused_can_be_corrected_and_started_again(job, capfd):
         (["eval", "/"], 3, "/ is neither a checkpoint nor a run folder with one", ""),
         (["pack", "absent", "out"], 2, "'absent' doesn't exist", 'name a file or folder of data, or "digits"'),
         (["pack", "{nets}", "out"], 2, "is none of the known formats", "name it by --format: digits, "),
-        (["pack", "{data}", "out"], 3, "{data}", ""),
+        (["pack", "{data}", "out"], 2, "{data}", "--x DATASET for the samples"),
         (["pack", "{data}.npz", "out", "--seed", "-1"], 2, "seed = -1 is not from 0 to 4294967295", ""),
         (["launch", "-n", "0", "train"], 2, "-n 0", "at least 1 rank"),
     ],

@@ -23,7 +23,7 @@ from dpnn.errors import DataError, JobError
 PARTS = ("train", "test")
 REJECTED = "rejected.csv"
 _FOLDER, _DONE, _PLAN = ".packing", ".packing.done", "plan.json"
-_TEMPORARY = r"\..+\.\d+\.tmp"
+_TEMPORARY = r"\..+\.tmp"
 _LOOKED_AT = 64
 """Samples of a part that are read to know whether a source is still the same."""
 
