@@ -24,7 +24,7 @@ from dpnn.comm.faults import deadline, wait
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.ranks import Ranks
 from dpnn.comm.world import World
-from dpnn.data import Leases, Loader, Run, Sampler, check_shards, no_samples
+from dpnn.data import Leases, Loader, Run, Sampler, Skipped, check_shards, no_samples
 from dpnn.errors import NotFiniteError, Stopped
 from dpnn.evaluate import Array, Evaluator, Model, check_alike, choose_backends, segments_of
 from dpnn.native import denormals_flushed
@@ -77,7 +77,7 @@ class Course:
         """A run that began with another strategy counted other steps."""
         self.total = job.train.epochs * self.epoch or job.train.steps - self.shift
         self.rate = schedule(job.schedule, job.optimizer.lr, self.epoch, self.total)
-        self.placed = placed = spread(models.graph(job, start.network, start.train.network_shape), start.placement)
+        self.placed = placed = spread(models.graph(job, start.network, start.shape), start.placement)
         self.pieces = [lay(placed.nodes(part)) for part in range(placed.parts)]
         """What each part holds."""
         sizes = [pieces[-1].end if pieces else 0 for pieces in self.pieces]
@@ -172,6 +172,8 @@ class Replica:
             if manifest:
                 check = partial(check_shards, path, manifest, mesh.replica, mesh.replicas)
                 crew.check(check if self.reads else lambda: None)
+        self.decoders = options.threads or world.threads()
+        """Threads that make batches."""
         self.model = model = Model(job, course.placed, mesh.part, world.threads(), world.node.rank)
         if mesh.parts > 1:
             check_alike(crew, model)
@@ -207,7 +209,7 @@ class Replica:
         self.alone = self.together = None
         if held_out and start.test:
             evaluation = model.executor(held_out, mesh=mesh)
-            place = (evaluation, options.test, start.test, start.train.mean, start.train.std, limit_s)
+            place = (evaluation, job, start.test, start.train.mean, start.train.std, self.decoders)
             # Between its steps the first replica looks by itself; at the end all look together.
             self.alone = Evaluator(mesh.model, *place) if mesh.replica == 0 else None
             self.together = Evaluator(crew.comm, *place)
@@ -215,6 +217,7 @@ class Replica:
         """Whether this rank tells of the run: the first server speaks to it."""
         self.journal = Journal(folder, course.shift + course.total, self.first)
         self.folder, self.code = folder, 0
+        self.skipped = Skipped(options.bad_limit)
         self.seen = self.worker.known._replace(steps=course.leases["steps"])
         self.evaluated = course.leases["steps"] // course.epoch
 
@@ -226,8 +229,9 @@ class Replica:
         if self.reads:
             loader = Loader(
                 self.job.data.train, self.start.train, course.sampler, 0, course.sampler.lanes,
-                augment=self.job.data.augment, dtype=self.model.dtype, window_mb=self.job.data.window_mb,
-                runs=leases, limit_s=self.job.parallel.timeout_s,
+                view=self.start.view(self.model.dtype), dtype=self.model.dtype, window_mb=self.job.data.window_mb,
+                threads=self.decoders, skips=self.job.data.on_bad == "skip", runs=leases,
+                limit_s=self.job.parallel.timeout_s, empty=self.model.memory.host,
             )  # fmt: skip
         held: deque[Run] = deque()
         try:
@@ -250,6 +254,7 @@ class Replica:
         """All replicas are done: look at what came out, end the servers and the run. Collective over the workers."""
         worker, course = self.worker, self.course
         known, stopped = worker.known, worker.known.steps < course.total
+        self.skipped.check(known.bad)
         if known.steps != self.seen.steps:
             self._tell_step(Took(seconds, 0.0, seconds, 0.0))
         if self.together is not None and not stopped:
@@ -261,7 +266,7 @@ class Replica:
             worker.close()
         worker.see_off()
         self.code = Stopped.exit_code if stopped else 0
-        self.journal.end(self._steps(), known.samples, seconds, self.code)
+        self.journal.end(self._steps(), known.samples, known.bad, seconds, self.code)
 
     def _lease(self, held: deque[Run], leases: Leases) -> bool:
         """One more run of steps to do; whether there was one."""
@@ -281,7 +286,7 @@ class Replica:
             read = perf_counter()
             counts = course.counts(run.lanes.start, step, micro)
             worker.asked, worker.samples = worker.asked or self.request.asked, sum(rows for rows, _ in counts)
-            worker.rate = worker.known.rate
+            worker.rate, worker.skipped = worker.known.rate, len(batch.bad)
             try:
                 self.executor.run(batch, counts, worker.samples)
             except NotFiniteError as error:
@@ -289,6 +294,9 @@ class Replica:
             computed = perf_counter()
             if loader is not None:
                 loader.release(batch)
+            self.journal.bad_samples(batch.bad)
+            self.skipped.note(batch.bad)
+            self.skipped.check(worker.known.bad)
             step += 1
             if step > run.last:
                 held.popleft()
@@ -339,7 +347,7 @@ class Replica:
         loss = (known.loss - seen.loss) / max(samples, 1)
         self.journal.step(
             -(-known.steps // course.epoch), self._steps(), loss, known.rate, samples, took,
-            staleness=known.staleness, discarded=known.discarded,
+            staleness=known.staleness, discarded=known.discarded, bad_samples=known.bad,
         )  # fmt: skip
         self.seen = known
 

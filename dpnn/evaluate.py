@@ -28,7 +28,7 @@ from dpnn.comm.ranks import Ranks
 from dpnn.comm.reduce import BucketReducer
 from dpnn.comm.share import share
 from dpnn.comm.world import World
-from dpnn.data import Loader, Manifest, Sampler, no_samples
+from dpnn.data import Loader, Manifest, Sampler, Skipped, network_shape, no_samples, view_of
 from dpnn.errors import DataError, JobError
 from dpnn.native import Kernels
 from dpnn.nn import Network
@@ -50,11 +50,14 @@ class Scores:
     top1_error: float
     top5_error: float
     loss: float
+    bad_samples: int
+    """Of them, those whose place another one has taken."""
 
     def __str__(self) -> str:
+        bad = f", {self.bad_samples} of them replaced" if self.bad_samples else ""
         return (
             f"top-1 error {self.top1_error:.2%}, top-5 error {self.top5_error:.2%}, "
-            f"loss {self.loss:.4f} ({self.samples} samples)"
+            f"loss {self.loss:.4f} ({self.samples} samples{bad})"
         )
 
 
@@ -191,27 +194,34 @@ class Evaluator:
         self,
         ranks: Any,
         executor: Executor,
-        folder: str,
+        job: config.Job,
         test: Manifest,
         mean: Sequence[float],
         std: Sequence[float],
-        limit_s: float,
+        threads: int,
     ) -> None:
         """Collective over `ranks`, an MPI communicator: each replica of the network takes its part of the samples.
 
         Its ranks are those of whole replicas, part by part. `mean` and `std`, a number for each channel, are those of
-        the data that the network was trained on.
+        the data that the network was trained on. `threads`: that make batches.
         """
+        options, limit_s = job.data, job.parallel.timeout_s
         plan = executor.plan
         rows, parts = plan.rows, plan.placed.parts
         replica, replicas = ranks.rank // parts, ranks.size // parts
         self._executor, self._replica, self._replicas = executor, replica, replicas
         self._sampler = Sampler(test.counts, test.block, replicas, rows * replicas, window=rows, seed=0, shuffle=False)
-        place = (folder, test, self._sampler, replica, replicas)
-        last = (0, self._sampler.steps - 1)
-        self._open = partial(Loader, *place, mean=mean, std=std, dtype=executor.dtype, last=last, limit_s=limit_s)
+        self._skipped = Skipped(options.bad_limit)
+        view = view_of(
+            test, size=options.size, frames=options.frames, mean=mean, std=std, dtype=executor.dtype, training=False
+        )
+        self._open = partial(
+            Loader, options.test, test, self._sampler, replica, replicas, view=view, dtype=executor.dtype,
+            threads=threads, skips=options.on_bad == "skip", last=(0, self._sampler.steps - 1), limit_s=limit_s,
+            empty=executor.memory.host,
+        )  # fmt: skip
         self._reads = plan.part == plan.placed.reader
-        self._sums = np.zeros(4)  # samples, not the first, not among the first five, loss
+        self._sums = np.zeros(5)  # samples, not the first, not among the first five, loss, bad samples
         self._reducer = BucketReducer(ranks, self._sums, limit_s, "scores")
 
     def run(self, tick: Callable[[], object] = lambda: None) -> Scores:
@@ -230,8 +240,9 @@ class Evaluator:
                 loader.close()
         self._reducer.start(0, self._sums.size)
         self._reducer.finish()
-        samples, first, five, loss = self._sums
-        return Scores(int(samples), first / samples, five / samples, loss / samples)
+        samples, first, five, loss, bad = self._sums
+        self._skipped.check(int(bad))
+        return Scores(int(samples), first / samples, five / samples, loss / samples, int(bad))
 
     def _take(self, step: int, loader: Loader | None) -> None:
         executor = self._executor
@@ -244,8 +255,9 @@ class Evaluator:
         if (results := executor.results) is not None:
             scores, labels = results
             better = n_better(scores[:rows], labels[:rows])
-            self._sums += (rows, (better >= 1).sum(), (better >= 5).sum(), 0.0)
-        self._sums[3] += executor.loss
+            self._sums[:3] += (rows, (better >= 1).sum(), (better >= 5).sum())
+        self._sums[3:] += (executor.loss, len(batch.bad))
+        self._skipped.note(batch.bad)
 
 
 @dataclass(frozen=True)
@@ -254,6 +266,8 @@ class Source:
 
     job: config.Job
     network: Network
+    shape: tuple[int, ...]
+    """Of a sample as the network sees it."""
     test: Manifest
     mean: Sequence[float]
     std: Sequence[float]
@@ -271,7 +285,7 @@ def evaluate(world: World, path: str, overrides: Sequence[str]) -> int:
     source = world.first(first)
     job, limit_s = source.job, source.job.parallel.timeout_s
     mesh = Mesh(world)
-    placed = Placed.whole(models.graph(job, source.network, source.test.network_shape))
+    placed = Placed.whole(models.graph(job, source.network, source.shape))
     model = Model(job, placed, mesh.part, world.threads(), world.node.rank)
     if found is not None:
         model.store.fill(model.store.params, found.params, path)
@@ -280,7 +294,8 @@ def evaluate(world: World, path: str, overrides: Sequence[str]) -> int:
     if world.rank == 0 and model.note:
         print(model.note, file=sys.stderr)
     executor = model.executor(model.lay_out(world, lambda: model.evaluation(MOST_ROWS)))
-    evaluator = Evaluator(mesh.data, executor, job.data.test, source.test, source.mean, source.std, limit_s)
+    threads = job.data.threads or world.threads()
+    evaluator = Evaluator(mesh.data, executor, job, source.test, source.mean, source.std, threads)
     scores = evaluator.run()
     if world.rank == 0:
         print(scores)
@@ -306,9 +321,26 @@ def read_source(found: Checkpoint, overrides: Sequence[str]) -> Source:
         )
     test = Manifest.read(job.data.test)
     info = found.info
-    test.check_like(job.data.test, tuple(info["shape"]), info["labels"], job.model.classes)
-    network = models.build(job.model.name, job.model.classes, test.network_shape, job.model.options)
-    return Source(job, network, test, info["mean"], info["std"])
+    shape = tuple(info["shape"])
+    check_held_out(job.data, test, shape, info["labels"], job.model.classes)
+    network = models.build(job.model.name, job.model.classes, shape, job.model.options)
+    return Source(job, network, shape, test, info["mean"], info["std"])
+
+
+def check_held_out(options: config.Data, test: Manifest, shape: tuple[int, ...], labels: str, classes: int) -> None:
+    """DataError where the samples of `options.test` aren't of the kind that a network was trained on.
+
+    `shape`: of a sample as the network sees it.
+    """
+    found_shape = network_shape(test, options.size, options.frames)
+    for what, found, wanted in (("shape", found_shape, shape), ("labels", test.labels, labels)):
+        if found != wanted:
+            raise DataError(
+                f"{options.test}: its {what} is {found}, that of the data that the network was trained on {wanted}; "
+                "pack both alike"
+            )
+    if test.num_classes > classes or (labels == "multi" and test.num_classes != classes):
+        raise DataError(f"{options.test}: it has {test.num_classes} classes, the network {classes}; pack both alike")
 
 
 def n_better(scores: Array, labels: Array) -> Array:

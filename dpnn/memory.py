@@ -35,6 +35,13 @@ class Wire(Protocol):
         """Start to bring buf[lo:hi] to array: before all that is asked for from now on. buf stays until then."""
         ...
 
+    def load(self, values: Array) -> None:
+        """Start to bring `values`, of the host, to array[:len(values)]. They stay until `wait`; buf isn't needed.
+
+        The copy is made while other work goes on where they lie as the array does, in memory of `Memory.host`.
+        """
+        ...
+
     def wait(self) -> None:
         """Return when all that was started is there."""
         ...
@@ -60,6 +67,10 @@ class Memory(Protocol):
 
     def empty(self, nbytes: int) -> Array:
         """A block of bytes, (nbytes,) uint8, aligned to ALIGNMENT."""
+        ...
+
+    def host(self, nbytes: int) -> Array:
+        """A block of bytes of the host, (nbytes,) uint8, from which copies are made while other work goes on."""
         ...
 
     def wire(self, array: Array) -> Wire:
@@ -111,6 +122,9 @@ class HostWire:
     def push(self, lo: int = 0, hi: int | None = None) -> Test:
         return _there
 
+    def load(self, values: Array) -> None:
+        self.array[: len(values)] = values
+
     def wait(self) -> None:
         pass
 
@@ -123,6 +137,8 @@ class HostMemory:
     def empty(self, nbytes: int) -> Array:
         raw = np.empty(nbytes + ALIGNMENT, np.uint8)
         return raw[-raw.ctypes.data % ALIGNMENT :][:nbytes]
+
+    host = empty
 
     def wire(self, array: Array) -> Wire:
         return HostWire(array)

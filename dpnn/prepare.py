@@ -16,11 +16,10 @@ from msgspec.structs import replace
 from dpnn import checkpoint, config, models
 from dpnn.checkpoint import Checkpoint
 from dpnn.comm.mesh import replicas_of
-from dpnn.data import Manifest, Sampler, default_grains, default_lanes
-from dpnn.data.augment import AUGMENTATIONS
+from dpnn.data import Manifest, Sampler, View, default_grains, default_lanes, network_shape, view_of
 from dpnn.data.pack import pack
 from dpnn.errors import DataError, JobError
-from dpnn.evaluate import choose_backends
+from dpnn.evaluate import check_held_out, choose_backends
 from dpnn.nn import Network
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.metrics import read as read_metrics
@@ -66,12 +65,25 @@ class Start:
     damaged: tuple[str, ...] = field(default=())
     """Newer checkpoints that could not be used, and why."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a sample as the network sees it."""
+        return network_shape(self.train, self.job.data.size, self.job.data.frames)
+
+    def view(self, dtype: Any) -> View:
+        """What training sees of the samples. JobError, DataError where there can't be one."""
+        options, train = self.job.data, self.train
+        return view_of(
+            train, augment=options.augment, size=options.size, frames=options.frames, seed=self.job.seed,
+            mean=train.mean, std=train.std, dtype=dtype,
+        )  # fmt: skip
+
     def info(self) -> dict[str, Any]:
         """What a checkpoint says of its run beside the arrays."""
         return {
             "job": self.job.dump(),
             "data": self.train.digest,
-            "shape": self.train.shape,
+            "shape": self.shape,
             "labels": self.train.labels,
             "mean": self.train.mean,
             "std": self.train.std,
@@ -148,15 +160,16 @@ def resolve(job: config.Job, folder: Path, ranks: int) -> Start:
     job = with_built_in(job)
     train = Manifest.read(job.data.train)
     test = Manifest.read(job.data.test) if job.data.test else None
+    shape = network_shape(train, job.data.size, job.data.frames)
     if test is not None:
-        test.check_like(job.data.test, train.shape, train.labels, train.num_classes)
+        check_held_out(job.data, test, shape, train.labels, train.num_classes)
     classes = job.model.classes or train.num_classes
     if classes < train.num_classes or (train.labels == "multi" and classes != train.num_classes):
         raise JobError(
             f"model.classes = {classes}, but {job.data.train} has {train.num_classes} classes; leave the key out"
         )
     check_loss(job, train)
-    network = models.build(job.model.name, classes, train.network_shape, job.model.options)
+    network = models.build(job.model.name, classes, shape, job.model.options)
     replicas = replicas_of(ranks, job.parallel.parts, job.parallel.servers)
     if job.parallel.strategy == "downpour":
         lanes = job.data.lanes or leased_lanes(train.samples, job.train.replica_batch, replicas)
@@ -175,7 +188,7 @@ def resolve(job: config.Job, folder: Path, ranks: int) -> Start:
     rows = job.train.replica_batch or -(-global_batch // replicas)
     placement = Placement.whole()
     if job.parallel.parts > 1 or job.parallel.memory_gb:
-        placement = assumed(job, models.graph(job, network, train.network_shape), rows)
+        placement = assumed(job, models.graph(job, network, shape), rows)
     return Start(job, folder, network, train, test, global_batch, lanes, rows, placement)
 
 
@@ -210,8 +223,8 @@ def try_out(start: Start, ranks: int) -> None:
         train.counts, train.block, start.lanes, start.global_batch, data.window, job.seed, grains=job.train.grains
     )
     sampler.check(1 if job.parallel.strategy == "downpour" else replicas)  # leased lanes go to who asks
-    AUGMENTATIONS[data.augment](job.seed, train.shape, np.dtype(train.dtype), 0)
-    graph = models.graph(job, start.network, train.network_shape)
+    start.view(np.float32)
+    graph = models.graph(job, start.network, start.shape)
     collected = next((node for node in graph.nodes if node.layer.collected), None)
     if collected is not None and (job.parallel.strategy != "allreduce" or job.train.reproducible):
         what = (
@@ -252,7 +265,7 @@ def check_same_run(path: Path, found: Checkpoint, start: Start) -> None:
 def check_same_network(path: Path, found: Checkpoint, start: Start) -> None:
     """Refuse to go on with another network, or with an optimizer whose state the checkpoint doesn't hold."""
     job = start.job
-    graph = models.graph(job, start.network, start.train.network_shape)
+    graph = models.graph(job, start.network, start.shape)
     wanted = {param.name: param.spec.shape for param in graph.params()}
     held = {name: array.shape for name, array in found.params.items()}
     for name in (*wanted, *held):

@@ -29,7 +29,7 @@ def preview(source: str, overrides: Sequence[str], ranks: int, instructions: boo
     costs = Costs.load(choices[COSTS]) if COSTS in choices else Costs()
     kept = choices.get(question(start.job, start.rows))
     job = start.job
-    graph = models.graph(job, start.network, start.train.network_shape)
+    graph = models.graph(job, start.network, start.shape)
     backends, _ = choose_backends(job, Team(1))
     forecaster = forecaster_of(job, graph, start.rows, backends, costs)
     looked: list[tuple[str, Forecast]] = []

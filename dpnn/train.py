@@ -26,7 +26,7 @@ from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
 from dpnn.comm.reduce import BucketReducer, measured_bucket
 from dpnn.comm.world import World
-from dpnn.data import Loader, Sampler, check_shards, no_samples
+from dpnn.data import Loader, Sampler, Skipped, check_shards, no_samples
 from dpnn.errors import NotFiniteError, Stopped
 from dpnn.evaluate import Evaluator, Model, check_alike, check_devices, segments_of
 from dpnn.observe.folder import RunFolder
@@ -83,7 +83,7 @@ def placed(world: World, start: Start) -> Start:
     """The start with its layers placed, where measured costs are to decide that. Collective."""
     if not is_open(start.job):
         return start
-    graph = models.graph(start.job, start.network, start.train.network_shape)
+    graph = models.graph(start.job, start.network, start.shape)
     folder = RunFolder(start.replay or start.folder)
     setting, chosen = settle(world, folder, start.job, graph, start.rows)
     parallel = replace(start.job.parallel, microbatches=setting.microbatches)
@@ -100,7 +100,7 @@ class Training:
         self.world, self.start, self.job = world, start, job
         self.mesh = mesh = Mesh(world, job.parallel.parts)
 
-        self.placed = placed = spread(models.graph(job, start.network, start.train.network_shape), start.placement)
+        self.placed = placed = spread(models.graph(job, start.network, start.shape), start.placement)
         self.reads = mesh.part == placed.reader
 
         # Data: the order of samples, and which of them this replica takes.
@@ -172,10 +172,15 @@ class Training:
         if held_out and start.test:
             mean, std = start.train.mean, start.train.std
             evaluation = model.executor(held_out, mesh=mesh)
-            self.evaluator = Evaluator(mesh.crew.comm, evaluation, job.data.test, start.test, mean, std, limit_s)
+            self.evaluator = Evaluator(mesh.crew.comm, evaluation, job, start.test, mean, std, self._decoders())
 
         # What the run tells.
+        self.skipped = Skipped(job.data.bad_limit)
         self.journal = Journal(self.folder, self.total_steps, first=world.rank == 0)
+
+    def _decoders(self) -> int:
+        """Threads that make batches."""
+        return self.job.data.threads or self.world.threads()
 
     def _bucket_nbytes(self) -> int:
         """The size of a bucket: what the job says, else what the run began with, else measured where most lies."""
@@ -210,8 +215,10 @@ class Training:
         if self.reads:
             loader = Loader(
                 job.data.train, self.start.train, sampler, mesh.replica, mesh.replicas,
-                augment=job.data.augment, dtype=self.model.dtype, window_mb=job.data.window_mb,
+                view=self.start.view(self.model.dtype), dtype=self.model.dtype, window_mb=job.data.window_mb,
+                threads=self._decoders(), skips=job.data.on_bad == "skip",
                 start=(self.epoch, self.step), last=divmod(self.end - 1, sampler.steps), limit_s=job.parallel.timeout_s,
+                empty=self.model.memory.host,
             )  # fmt: skip
         if loader is not None and not loader.pooled:
             self.journal.event(
@@ -239,8 +246,9 @@ class Training:
             if loader is not None:
                 loader.close()
         self.strategy.close()
+        self.skipped.check(self.strategy.bad_samples)
         code = 0 if self.at >= self.end else Stopped.exit_code
-        self.journal.end(self.steps, samples, perf_counter() - begin, code)
+        self.journal.end(self.steps, samples, self.strategy.bad_samples, perf_counter() - begin, code)
         return code
 
     def _take_step(self, loader: Loader | None, request: StopRequest) -> int:
@@ -253,6 +261,7 @@ class Training:
         counts = sampler.micro(self.step, mesh.replica, mesh.replicas, self.microbatches)
         rows = sum(mine for mine, _ in counts)
         strategy.rate, strategy.stop, strategy.samples = self.rate(self.at), request.asked, rows
+        strategy.skipped = len(batch.bad)
         try:
             self.executor.run(batch, counts, total if strategy.together else rows)
         except NotFiniteError as error:
@@ -261,7 +270,12 @@ class Training:
             loader.release(batch)
         self.steps += 1
         took = Took(perf_counter() - begin, read - begin, strategy.wait_s, strategy.update_s)
-        self.journal.step(self.epoch + 1, self.steps, strategy.loss, strategy.rate, total, took)
+        self.journal.step(
+            self.epoch + 1, self.steps, strategy.loss, strategy.rate, total, took, bad_samples=strategy.bad_samples
+        )
+        self.journal.bad_samples(batch.bad)
+        self.skipped.note(batch.bad)
+        self.skipped.check(strategy.bad_samples)
         self.at += 1
         self.epoch, self.step = divmod(self.at, sampler.steps)
         return total

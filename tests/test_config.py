@@ -133,7 +133,7 @@ WRONG = {
     "schedule.warmup_epochs=-1": "schedule.warmup_epochs = -1: a number of 0 or more",
     # choices
     "optimizer.name=momentun": '"sgd", "momentum" or "adagrad" is wanted; did you mean "momentum"?',
-    "data.augment=flip": 'data.augment = "flip": "none" or "crop-flip" is wanted; did you mean "crop-flip"?',
+    "data.augment=flip": '"none", "crop-flip" or "imagenet" is wanted; did you mean "crop-flip"?',
     "parallel.strategy=gossip": 'parallel.strategy = "gossip": "allreduce", "average" or "downpour" is wanted',
     "backend.precision=float16": 'backend.precision = "float16": "float32", "bfloat16" or "float64" is wanted',
     # keys that don't go together

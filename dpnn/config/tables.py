@@ -43,11 +43,21 @@ class Data(Table, frozen=True, kw_only=True):
     test: Text = ""
     lanes: CountOr0 = 0
     """Runs that an epoch is cut into; 0: chosen."""
-    augment: Literal["none", "crop-flip"] = "none"
+    size: CountOr0 = 0
+    """Height and width of the network's images; 0: 224 for encoded images, others as stored."""
+    frames: CountOr0 = 0
+    """That the network sees of a sample of frames; 0: 128."""
+    augment: Literal["none", "crop-flip", "imagenet"] = "none"
     window: Count = 1024
     """Samples that a lane is shuffled within."""
     window_mb: Positive = 2048.0
     """The most memory for a rank's windows; above it the rank reads single samples."""
+    threads: CountOr0 = 0
+    """That make batches on a rank; 0: its share of the node's cores."""
+    on_bad: Literal["stop", "skip"] = "stop"
+    """What to do where a sample can't be used; `skip`: another one takes its place."""
+    bad_limit: Count = 100
+    """The most samples that may be skipped on all ranks together."""
 
 
 class Model(Table, frozen=True, kw_only=True):

@@ -1,19 +1,20 @@
 """Data: shards on disk, the order in which an epoch goes through them, and the threads that read ahead.
 
 `manifest.py` says what a folder holds, `shards.py` writes and checks one file, `reader.py` reads blocks, `sampler.py`
-is the order of samples, `runs.py` says which of its steps are read, `loader.py` brings batches, `augment.py` varies
-them, `pack/` writes folders of shards.
+is the order of samples, `runs.py` says which of its steps are read, `window.py` reads these, `view/` says what the
+network sees of a sample, `making.py` makes batches, `loader.py` brings them, `pack/` writes folders of shards.
 """
 
-from dpnn.data.augment import AUGMENTATIONS
-from dpnn.data.loader import Batch, Loader, no_samples
+from dpnn.data.batch import Bad, Batch, Skipped, no_samples
+from dpnn.data.loader import Loader
 from dpnn.data.manifest import Manifest
 from dpnn.data.reader import ShardReader, check_shards
 from dpnn.data.runs import Leases, Run
 from dpnn.data.sampler import Sampler, default_grains, default_lanes
+from dpnn.data.view import View, network_shape, view_of
 
 __all__ = [
-    "AUGMENTATIONS",
+    "Bad",
     "Batch",
     "Leases",
     "Loader",
@@ -21,8 +22,12 @@ __all__ = [
     "Run",
     "Sampler",
     "ShardReader",
+    "Skipped",
+    "View",
     "check_shards",
     "default_grains",
     "default_lanes",
+    "network_shape",
     "no_samples",
+    "view_of",
 ]

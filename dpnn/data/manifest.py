@@ -61,13 +61,6 @@ class Content(msgspec.Struct, frozen=True, kw_only=True):
         ]
         return [text for is_wrong, text in wrong if is_wrong]
 
-    @property
-    def network_shape(self) -> tuple[int, ...]:
-        """Of one sample as the loader gives it: (C, H, W) for images, any other shape as stored."""
-        if len(self.shape) == 3:
-            return (self.shape[2], *self.shape[:2])
-        return self.shape
-
 
 class Shard(msgspec.Struct, frozen=True, kw_only=True):
     """One file of a folder."""
@@ -152,17 +145,6 @@ class Manifest(Content, frozen=True, kw_only=True):
         """Write `manifest.json`: the last thing that is written into a folder of shards."""
         with replacing(folder / NAME) as temporary:
             temporary.write_bytes(self.to_bytes())
-
-    def check_like(self, folder: str, shape: tuple[int, ...], labels: str, num_classes: int) -> None:
-        """DataError where the samples of `folder` aren't of the kind (shape, labels, classes) of a network's own."""
-        for what, found, wanted in (("shape", self.shape, shape), ("labels", self.labels, labels)):
-            if found != wanted:
-                raise DataError(
-                    f"{folder}: its {what} is {found}, that of the data that the network was trained on {wanted}; "
-                    "pack both alike"
-                )
-        if self.num_classes > num_classes or (labels == "multi" and self.num_classes != num_classes):
-            raise DataError(f"{folder}: it has {self.num_classes} classes, the network {num_classes}; pack both alike")
 
     @classmethod
     def _decode(cls, text: bytes, path: Path) -> tuple["Manifest", list[Problem]]:

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from dpnn.data import shards
@@ -73,35 +74,69 @@ class ShardReader:
             self._index_nbytes -= self._indexes.popitem(last=False)[1].nbytes
         return index
 
-    def read_blocks(self, number: int, first: int, out: Array) -> None:
-        """Read whole blocks of raw samples from sample `first` on into `out` (samples, ...), and check their CRCs."""
-        manifest, index, path = self._manifest, self.index(number), self._paths[number]
-        data = out.data.cast("B")
-        self._read(number, first * manifest.sample_nbytes, data)
-        nbytes = manifest.block * manifest.sample_nbytes
-        for block, lo in enumerate(range(0, len(data), nbytes), first // manifest.block):
-            shards.check_block(data[lo : lo + nbytes], path, manifest, index, block)
+    def starts(self, number: int, lo: int, hi: int) -> Array:
+        """Where the samples [lo, hi) of a shard begin, seen from the first of them, and where the last ends, in bytes.
 
-    def read_sample(self, number: int, sample: int, out: Array) -> None:
-        """Read one raw sample, whose CRC can't be checked: there is one for a whole block only."""
-        self._read(number, sample * self._manifest.sample_nbytes, out.data.cast("B"))
+        int64[hi - lo + 1].
+        """
+        offsets = self._offsets(number)
+        if offsets is None:
+            return np.arange(hi - lo + 1) * self._manifest.sample_nbytes
+        found: Array = offsets[lo : hi + 1] - offsets[lo]
+        return found
+
+    def span(self, number: int, lo: int, hi: int) -> tuple[int, int]:
+        """Which bytes of a shard's payload are those of its samples [lo, hi)."""
+        offsets = self._offsets(number)
+        if offsets is None:
+            return lo * self._manifest.sample_nbytes, hi * self._manifest.sample_nbytes
+        return int(offsets[lo]), int(offsets[hi])
+
+    def read_blocks(self, number: int, lo: int, hi: int, out: memoryview) -> dict[int, str]:
+        """Read the samples [lo, hi), whole blocks, as they are stored; what is wrong with those whose CRC isn't right.
+
+        The result has what to say of each damaged block, by its first sample. `out` has the bytes of `span`.
+        """
+        manifest, index = self._manifest, self.index(number)
+        self.read_samples(number, lo, hi, out)
+        base, damaged = self.span(number, lo, hi)[0], {}
+        for first in range(lo, hi, manifest.block):
+            begin, end = self.span(number, first, min(first + manifest.block, hi))
+            found = shards.damage(out[begin - base : end - base], manifest, index, first // manifest.block)
+            if found:
+                damaged[first] = found
+        return damaged
+
+    def refusal(self, number: int, found: str) -> DataError:
+        """For what `read_blocks` has found in a shard."""
+        return DataError(f"{self.path(number)}, {shards.payload_name(self._manifest)}: {found}; {shards.REPAIR}")
 
     def read_records(self, number: int, block: int) -> list[bytes]:
-        """The encoded samples of a block, as stored."""
-        manifest, index = self._manifest, self.index(number)
-        if index.offsets is None:
-            raise ValueError(f"{self._paths[number]} holds raw samples")
-        lo, hi = shards.block_range(manifest, manifest.shards[number], index, block)
-        data = memoryview(bytearray(hi - lo))
-        self._read(number, lo, data)
-        shards.check_block(data, self._paths[number], manifest, index, block)
-        cuts = index.offsets[block * manifest.block : (block + 1) * manifest.block + 1] - lo
+        """The samples of a block, as stored; DataError where it is damaged."""
+        lo = block * self._manifest.block
+        hi = min(lo + self._manifest.block, self._manifest.shards[number].samples)
+        cuts = self.starts(number, lo, hi).tolist()
+        data = memoryview(bytearray(cuts[-1]))
+        for found in self.read_blocks(number, lo, hi, data).values():
+            raise self.refusal(number, found)
         return [bytes(data[a:b]) for a, b in itertools.pairwise(cuts)]
+
+    def read_samples(self, number: int, lo: int, hi: int, out: memoryview) -> None:
+        """Read the samples [lo, hi) as they are stored, unchecked: there is a CRC for a whole block only."""
+        self._read(number, self.span(number, lo, hi)[0], out)
+
+    def path(self, number: int) -> Path:
+        """Of a shard."""
+        return self._paths[number]
 
     def close(self) -> None:
         """Close all files."""
         while self._files:
             os.close(self._files.popitem()[1])
+
+    def _offsets(self, number: int) -> Array | None:
+        """Where a shard's records begin; None for raw samples, whose index isn't needed for that."""
+        return None if self._manifest.kind == "raw" else self.index(number).offsets
 
     def _read_index(self, number: int) -> Index:
         manifest, path = self._manifest, self._paths[number]

@@ -232,12 +232,20 @@ def block_range(content: Content, shard: Shard, index: Index, block: int) -> tup
 
 def check_block(data: memoryview, path: Path, content: Content, index: Index, block: int) -> None:
     """DataError where a block's bytes are not those that were packed."""
-    if crc32(data) != index.crcs[block]:
-        lo, hi = block * content.block, min((block + 1) * content.block, len(index.ids))
-        raise DataError(
-            f"{path}, {payload_name(content)}: the block of the samples {lo} to {hi - 1} is damaged "
-            f"(CRC32 {crc32(data):08x}, and block_crc32[{block}] = {index.crcs[block]:08x}); {REPAIR}"
-        )
+    if found := damage(data, content, index, block):
+        raise DataError(f"{path}, {payload_name(content)}: {found}; {REPAIR}")
+
+
+def damage(data: memoryview, content: Content, index: Index, block: int) -> str | None:
+    """What is wrong with a block, where its bytes are not those that were packed."""
+    crc = crc32(data)
+    if crc == index.crcs[block]:
+        return None
+    lo, hi = block * content.block, min((block + 1) * content.block, len(index.ids))
+    return (
+        f"the block of the samples {lo} to {hi - 1} is damaged "
+        f"(CRC32 {crc:08x}, and block_crc32[{block}] = {index.crcs[block]:08x})"
+    )
 
 
 def _datasets(content: Content, shard: Shard) -> dict[str, tuple[str, tuple[int, ...] | None]]:

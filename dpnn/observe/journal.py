@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from shlex import quote
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpnn import __version__
+from dpnn.data import Bad
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.metrics import Metrics
 from dpnn.observe.progress import Progress, terminal
@@ -66,9 +68,20 @@ class Journal:
         if text:
             self._say(text)
 
-    def end(self, steps: int, samples: int, seconds: float, code: int) -> None:
-        """The run has ended with this exit code; `steps` since the start of the run, `samples` since this start."""
-        self._metrics.write("end", steps=steps, seconds=seconds, images_s=samples / seconds, exit=code)
+    def bad_samples(self, bad: Sequence[Bad]) -> None:
+        """Bad samples were skipped, on this rank, whichever it is."""
+        if bad:
+            metrics = self._metrics if self._first else Metrics(self._folder.metrics)
+            for sample in bad:
+                metrics.write("event", event="bad_sample", **sample._asdict())
+                self._say(f"skipped a bad sample: {sample}")
+            if not self._first:
+                metrics.close()
+
+    def end(self, steps: int, samples: int, bad_samples: int, seconds: float, code: int) -> None:
+        """The run has ended with this exit code; `steps` since the start of the run, all else since this start."""
+        values = {"seconds": seconds, "images_s": samples / seconds, "bad_samples": bad_samples}
+        self._metrics.write("end", steps=steps, **values, exit=code)
         self.close()
         path = self._folder.path
         if code and self._first:

@@ -111,7 +111,7 @@ class Executor:
         edges: Edges | None = None,
     ) -> None:
         self.plan = plan = layout.plan
-        self._memory = memory = arena.memory
+        self.memory = memory = arena.memory
         self.dtype = layout.dtype
         self.place = 0
         """Number of the instruction that is being executed: what a post-mortem reads."""
@@ -162,13 +162,16 @@ class Executor:
             for place, call in enumerate(self._calls):
                 self.place = place
                 call()
+            for wires in self.inputs:
+                for wire in wires:
+                    wire.wait()  # the batch's memory may be written again
 
     @property
     def results(self) -> tuple[Array, Array] | None:
         """The network's output, (rows, classes), and the labels to it; None on a part that doesn't have them."""
         if not self._results:
             return None
-        scores, labels = map(self._memory.read, self._results)
+        scores, labels = map(self.memory.read, self._results)
         return scores, labels
 
     @_QUIET
@@ -209,13 +212,13 @@ class Executor:
     def _finite(self, array: Array, slot: int, rows: int | None = None) -> bool:
         """Whether what the last micro-batch in a slot wrote into an array is finite."""
         written = array[: self._steps[slot].rows if rows is None else rows] if array.ndim else array
-        return array.dtype.kind != "f" or bool(np.isfinite(self._memory.read(written)).all())
+        return array.dtype.kind != "f" or bool(np.isfinite(self.memory.read(written)).all())
 
     def _collected_arrays(self, plan: Plan) -> tuple[Wire, list[dict[Key, Array]]]:
         """One flat array for all outputs and gradients that are summed over the replicas, and views of it by slot."""
         collects = dict.fromkeys(step for step in plan.instructions if isinstance(step, Collect))
         shapes = [(self._sum_key(step), step.slot, plan.graph.nodes[step.node].shape) for step in collects]
-        flat = self._memory.lift(np.zeros(sum(math.prod(shape) for _, _, shape in shapes), np.float64))
+        flat = self.memory.lift(np.zeros(sum(math.prod(shape) for _, _, shape in shapes), np.float64))
         offset, views = 0, [dict[Key, Array]() for _ in range(plan.slots)]
         for key, slot, shape in shapes:
             end = offset + math.prod(shape)
@@ -242,7 +245,7 @@ class Executor:
         for message in mine:
             for slot, buffers in enumerate(self._slots):
                 # Slots are taken in turn on both parts, and MPI keeps the order: the number alone is the tag.
-                number, wire = message.number, self._memory.wire(buffers.message(message))
+                number, wire = message.number, self.memory.wire(buffers.message(message))
                 buffer, what = wire.buf, self._what(message)
                 if message.source == plan.part:
                     start, end = edges.send(message.crew, message.target, number, buffer, what)
@@ -307,13 +310,11 @@ class Executor:
         lo = sum(rows for rows, _ in self._counts[:micro])
         hi = lo + step.rows
         for wire, values in zip(self.inputs[slot], (batch.x, batch.labels, batch.ids), strict=True):
-            wire.wait()
-            wire.buf[: step.rows] = values[lo:hi]
-            wire.push(0, step.rows)
+            wire.load(values[lo:hi])
 
     def _add_losses(self, slot: int, last: bool) -> None:
         for loss in self._losses[slot]:
-            self.loss += float(self._memory.read(loss))
+            self.loss += float(self.memory.read(loss))
         if last and self._strategy is not None:
             self._strategy.tell(self.loss)
 

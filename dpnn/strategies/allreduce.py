@@ -1,9 +1,9 @@
 """Synchronous training: one gradient, summed over all replicas while backward goes on.
 
 Every loss is divided by the number of samples of the whole step, so the plain sum over the replicas is the mean over
-all samples, also when they hold different numbers of them. The loss and the requests to stop travel with it as a few
-numbers of their own, from the last forward to `finish`. Each replica updates those parameters of its node whose sums it
-made, piece by piece while they are still in its cache; with clipping, once the norm of all is known.
+all samples, also when they hold different numbers of them. The loss, requests to stop and bad samples travel with it
+as a few numbers of their own, from the last forward to `finish`. Each replica updates those parameters of its node
+whose sums it made, piece by piece while they are still in its cache; with clipping, once the norm of all is known.
 """
 
 import math
@@ -32,10 +32,11 @@ class Allreduce:
     def __init__(self, mesh: Mesh, node: Node, flats: Flats, optimizer: Optimizer, job: config.Job) -> None:
         limit_s = job.parallel.timeout_s
         self.rate, self.stop, self.loss, self.samples = 0.0, False, 0.0, 0
+        self.skipped = self.bad_samples = 0
         self.wait_s = self.update_s = 0.0
         self._n, self._began = node.grads.size, 0.0
         self._clips, self._optimizer = job.optimizer.clip > 0, optimizer
-        self._told = np.zeros(2)  # loss, requests to stop
+        self._told = np.zeros(3)  # loss, requests to stop, bad samples
         self._has_told = False
         self._squares = np.zeros(1)  # of the gradient: of my shares, then of all
         self._late: list[tuple[int, int]] = []
@@ -67,10 +68,10 @@ class Allreduce:
         self._gradients.poke()
 
     def tell(self, loss: float) -> None:
-        """Start to sum the loss and the requests to stop."""
-        self._told[0], self._told[1] = loss, self.stop
+        """Start to sum the loss, the requests to stop and the bad samples."""
+        self._told[:] = loss, self.stop, self.skipped
         self._has_told = True
-        self._telling.start(0, 2)
+        self._telling.start(0, self._told.size)
 
     def finish(self) -> None:
         """Wait for every sum, update the rest. NotFiniteError, on all ranks, where the loss isn't finite."""
@@ -78,6 +79,7 @@ class Allreduce:
         self._telling.finish()
         self._gradients.finish()
         self.loss, self.stop = float(self._told[0]), self._told[1] > 0
+        self.bad_samples += int(self._told[2])
         if math.isfinite(self.loss):
             scale = self._clip_scale() if self._clips else 1.0
             for lo, hi in self._late:

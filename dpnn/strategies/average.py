@@ -4,8 +4,8 @@ Algorithm 1 of the paper averages once, at the end (`parallel.every` = 0); else 
 steps. Replicas weigh as much as the samples that they took since the last time. What the optimizer keeps is averaged
 too, or kept by each replica, or set to 0 (`parallel.state`).
 
-Between two averages no replica waits for another, save that requests to stop, and losses that aren't finite, are told
-every few steps, and heard the next time: replicas are never further apart than that.
+Between two averages no replica waits for another, save that requests to stop, losses that aren't finite and bad samples
+are told every few steps, and heard the next time: replicas are never further apart than that.
 """
 
 import math
@@ -35,6 +35,7 @@ class Average:
     def __init__(self, mesh: Mesh, node: Node, flats: Flats, optimizer: Optimizer, job: config.Job) -> None:
         limit_s = job.parallel.timeout_s
         self.rate, self.stop, self.loss, self.samples = 0.0, False, 0.0, 0
+        self.skipped = self.bad_samples = 0
         self.wait_s = self.update_s = 0.0
         self._every, self._state = job.parallel.every, job.parallel.state
         self._node, self._flats, self._optimizer, self._clips = node, flats, optimizer, job.optimizer.clip > 0
@@ -42,7 +43,9 @@ class Average:
         """Steps since the start; samples since the last average."""
         self._bad = False
         """Whether a loss of this replica wasn't finite since it last told."""
-        self._told = np.zeros(2)  # losses that aren't finite, requests to stop
+        self._untold = 0
+        """Bad samples of this rank since it last told."""
+        self._told = np.zeros(3)  # losses that aren't finite, requests to stop, bad samples
         self._telling = BucketReducer(mesh.crew.comm, self._told, limit_s, "requests to stop")
         self._first = mesh.part == 0
         self._loss = np.zeros(1)  # of this replica: the sum over its parts
@@ -89,6 +92,7 @@ class Average:
         self._taken += self.samples
         if not math.isfinite(self.loss):
             self._bad = True
+        self._untold += self.skipped
         asked, self.stop = self.stop, False
         if self._steps % _TELL_STEPS == 0:
             self._hear(asked)
@@ -97,8 +101,10 @@ class Average:
         self.wait_s, self.update_s = perf_counter() - updated, updated - start
 
     def close(self) -> None:
-        """Nothing is under way."""
-        self._telling.finish()
+        """All have told one another what they have skipped, and nothing is under way."""
+        self._heard()
+        self._tell(0.0, 0.0)
+        self._heard()
 
     def gather(self) -> None:
         """Until `release` the parameters, and what the optimizer keeps, are the mean over all replicas. Collective."""
@@ -117,13 +123,24 @@ class Average:
 
     def _hear(self, asked: bool) -> None:
         """What was told the last time; then tell anew."""
-        self._telling.finish()
-        bad, stop = self._told
+        bad, stop = self._heard()
         if bad:
             raise NotFiniteError(f"the loss of {bad:.0f} replicas wasn't finite in the last {2 * _TELL_STEPS} steps")
         self.stop = bool(stop)
-        self._told[:] = self._bad and self._first, asked
-        self._telling.start(0, 2)
+        self._tell(self._bad and self._first, asked)
+
+    def _tell(self, bad: float, asked: float) -> None:
+        self._told[:] = bad, asked, self._untold
+        self._untold = 0
+        self._telling.start(0, self._told.size)
+
+    def _heard(self) -> tuple[float, float]:
+        """Losses that aren't finite, and requests to stop, that were told the last time."""
+        self._telling.finish()
+        bad, asked, skipped = self._told.tolist()
+        self._told[2] = 0.0  # counted once
+        self.bad_samples += int(skipped)
+        return bad, asked
 
     def _clip_scale(self) -> float:
         if not self._clips:

@@ -14,6 +14,10 @@ class Strategy(plan.Strategy, Protocol):
     """The learning rate of the step; set before it."""
     samples: int
     """Of this replica in the step; set before it."""
+    skipped: int
+    """Bad samples that this rank has skipped in the step; set before it."""
+    bad_samples: int
+    """Those that all ranks have skipped, as far as they have told one another."""
     stop: bool
     """Before a step: this rank wants to stop. After it: some rank did, and all know."""
     sums_by: str
@@ -26,7 +30,7 @@ class Strategy(plan.Strategy, Protocol):
     """Seconds spent updating the parameters in the last step."""
 
     def close(self) -> None:
-        """The run has taken its last step."""
+        """The run has taken its last step; `bad_samples` is now of all steps. Collective."""
         ...
 
     def gather(self) -> None:

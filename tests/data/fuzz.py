@@ -185,13 +185,8 @@ class Shards:
         try:
             for number, shard in enumerate(manifest.shards):
                 index = reader.index(number)
-                if manifest.kind == "raw":
-                    samples = np.empty((shard.samples, *manifest.shape), manifest.dtype)
-                    reader.read_blocks(number, 0, samples)
-                    samples = [sample.tobytes() for sample in samples]
-                else:
-                    blocks = range(-(-shard.samples // manifest.block))
-                    samples = [record for block in blocks for record in reader.read_records(number, block)]
+                blocks = range(-(-shard.samples // manifest.block))
+                samples = [record for block in blocks for record in reader.read_records(number, block)]
                 for i, id_ in enumerate(index.ids.tolist()):
                     labels = index.labels[i : i + 1]
                     found[id_] = samples[i], (labels.indices if isinstance(labels, Lists) else labels).tolist()

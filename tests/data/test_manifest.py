@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dpnn.data import Manifest
+from dpnn.data import Manifest, network_shape
 from dpnn.errors import DataError
 
 
@@ -19,8 +19,8 @@ def test_a_manifest_survives_the_way_to_other_ranks(data):
 
 
 def test_images_reach_the_network_channels_first(data, write_folder):
-    assert data.manifest.network_shape == (2, 4, 3)
-    assert write_folder(shape=(5,), name="flat").manifest.network_shape == (5,)
+    assert network_shape(data.manifest) == (2, 4, 3)
+    assert network_shape(write_folder(shape=(5,), name="flat").manifest) == (5,)
 
 
 def test_a_missing_folder_is_named_with_the_command_that_makes_one(tmp_path):

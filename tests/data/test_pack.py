@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpnn.data import Loader, Manifest, Sampler, check_shards
+from dpnn.data import Loader, Manifest, Sampler, check_shards, view_of
 from dpnn.data.pack import pack
 from dpnn.data.pack.folder import block_size
 from dpnn.data.pack.idx import read_folder, read_idx
@@ -23,9 +23,9 @@ def contents(folder):
     check_shards(folder, manifest)
     sampler = Sampler(manifest.counts, manifest.block, 1, 16, 64, 0)
     channels = len(manifest.mean)
-    options = {"mean": [0.0] * channels, "std": [1.0] * channels, "last": (0, sampler.steps - 1)}
+    view = view_of(manifest, mean=[0.0] * channels, std=[1.0] * channels)
     found = {}
-    with Loader(folder, manifest, sampler, **options) as loader:
+    with Loader(folder, manifest, sampler, view=view, last=(0, sampler.steps - 1)) as loader:
         for _ in range(sampler.steps):
             batch = loader.next()
             x = batch.x.transpose(0, 2, 3, 1) if batch.x.ndim == 4 else batch.x

@@ -109,7 +109,7 @@ MISTAKES = [
     (["train.loss=sigmoid"], 2, "train.loss = 'sigmoid'", "use 'softmax'"),
     (["data.train={tags}/train", "data.test="], 2, "{tags}/train has several labels a sample", "use 'sigmoid'"),
     (["data.test={tags}/test"], 3, "{tags}/test: its shape is (6,)", "pack both alike"),
-    (["data.augment=flop"], 2, 'data.augment = "flop"', '"none" or "crop-flip" is wanted'),
+    (["data.augment=flop"], 2, 'data.augment = "flop"', '"none", "crop-flip" or "imagenet" is wanted'),
     (
         ["data.train={tags}/train", "data.test=", "train.loss=sigmoid", "data.augment=crop-flip"],
         2,

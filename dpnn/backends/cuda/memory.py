@@ -35,6 +35,15 @@ class DeviceWire:
         array, buf = self._rows
         return self._start(self._device.push, buf[lo:hi], array[lo:hi])
 
+    def load(self, values: Array) -> None:
+        array, buf = (rows[: len(values)] for rows in self._rows)
+        values = rows_of(values)
+        if values.dtype != array.dtype or not values.flags.c_contiguous:
+            self.wait()
+            buf[...] = values
+            values = buf
+        self._start(self._device.push, values, array)
+
     def wait(self) -> None:
         while self._started:
             self._wait(self._started.pop(0))
@@ -55,6 +64,9 @@ class DeviceMemory:
 
     def empty(self, nbytes: int) -> Array:
         return self._device.empty(nbytes)
+
+    def host(self, nbytes: int) -> Array:
+        return self._device.pinned(nbytes)
 
     def wire(self, array: Array) -> Wire:
         rows = rows_of(array)

@@ -92,13 +92,7 @@ def _read(folder: Path, manifest: Manifest, numbers: list[int]) -> tuple[Any, Ar
             shard = int(np.searchsorted(firsts, number, side="right")) - 1
             place = number - int(firsts[shard])
             block, row = divmod(place, manifest.block)
-            if manifest.kind == "raw":
-                lo = block * manifest.block
-                rows = np.empty((min(manifest.block, manifest.counts[shard] - lo), *manifest.shape), manifest.dtype)
-                reader.read_blocks(shard, lo, rows)
-                samples.append(rows[row])
-            else:
-                samples.append(reader.read_records(shard, block)[row])
+            samples.append(reader.read_records(shard, block)[row])
             index = reader.index(shard)
             ids.append(int(index.ids[place]))
             labels = index.labels[place : place + 1]
@@ -108,7 +102,9 @@ def _read(folder: Path, manifest: Manifest, numbers: list[int]) -> tuple[Any, Ar
             captions.append(f"{', '.join(names) or 'no label'}{more} (id {ids[-1]})")
     finally:
         reader.close()
-    source = np.stack(samples) if manifest.kind == "raw" else [memoryview(record) for record in samples]
+    source: Any = [memoryview(record) for record in samples]
+    if manifest.kind == "raw":
+        source = np.frombuffer(b"".join(samples), manifest.dtype).reshape(-1, *manifest.shape)
     return source, np.array(ids, np.uint64), captions
 
 

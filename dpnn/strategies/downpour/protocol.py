@@ -69,6 +69,8 @@ class Request(NamedTuple):
     """Whether this rank was asked to stop."""
     loss: float = 0.0
     """Sum over the samples."""
+    bad: int = 0
+    """Of a push: bad samples that were skipped."""
 
 
 class Answer(NamedTuple):
@@ -77,7 +79,7 @@ class Answer(NamedTuple):
     version: int = 0
     """Of the shard: updates that it has seen."""
     steps: int = 0
-    """Of all replicas, that have arrived; samples and loss likewise."""
+    """Of all replicas, that have arrived; samples, loss and bad samples likewise."""
     samples: int = 0
     loss: float = 0.0
     """Sum over the samples."""
@@ -93,6 +95,7 @@ class Answer(NamedTuple):
     """Of the last push of this worker."""
     discarded: int = 0
     """Pushes, of all replicas."""
+    bad: int = 0
     lease: int = Lease.NONE
     epoch: int = 0
     """Of the lease; so are `lane`, `first` and `last`."""

@@ -108,7 +108,7 @@ class Server:
         """Who is too far ahead of the slowest to be answered."""
         self._sends: list[tuple[list[MPI.Request], Copy | None]] = []
         """What is being sent, and of which copy."""
-        self.version = self.steps = self.samples = self.discarded = self.alive = 0
+        self.version = self.steps = self.samples = self.bad = self.discarded = self.alive = 0
         self.loss = 0.0
         self.stop = self.closing = self.closed = self.frozen = False
         """`frozen`: nothing is served for a moment. `closing`: the first worker wants to close."""
@@ -284,6 +284,7 @@ class Server:
         self.steps += push.steps
         self.samples += push.samples
         self.loss += push.loss
+        self.bad += push.bad
         if self.ledger is not None:
             self.ledger.arrived(client.replica, push.steps)
         self.watch(client, rate, scale)
@@ -363,7 +364,8 @@ class Server:
     ) -> None:
         letter = client.answers[tag]
         known = (self.version, self.steps, self.samples, self.loss, self._rate(self.steps))
-        letter.write(Answer(*known, self.stop, self.left, self.alive, client.staleness, self.discarded, lease, *lane))
+        run = (self.stop, self.left, self.alive, client.staleness, self.discarded, self.bad)
+        letter.write(Answer(*known, *run, lease, *lane))
         self._sends.append(([self._comm.Isend(letter.bytes, client.rank, tag)], None))
 
     def _slowest(self, but: Client) -> int:

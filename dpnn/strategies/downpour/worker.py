@@ -69,7 +69,7 @@ class Worker:
         self._params, self._grads, self._local, self._n_trained = params, grads, local, n_trained
         self._clips = job.optimizer.clip > 0
         self._parts = parts or Alone()
-        self.rate, self.loss, self.samples = 0.0, 0.0, 0
+        self.rate, self.loss, self.samples, self.skipped = 0.0, 0.0, 0, 0
         self.wait_s = self.update_s = 0.0
         self.asked = self.stop = False
         """Whether this replica was asked to stop; whether the servers say that the run stops, as all its parts know."""
@@ -105,7 +105,7 @@ class Worker:
         self._versions = self._base = [0] * servers
         """Versions of the parameters now, and when the first step of the next push was computed."""
         self._step = self._pushes = 0
-        self._steps, self._samples, self._loss = 0, 0, 0.0
+        self._steps, self._samples, self._loss, self._bad = 0, 0, 0.0, 0
         """Of the next push."""
         self._waited = self._ticked = 0.0
 
@@ -158,6 +158,7 @@ class Worker:
         self._steps += 1
         self._samples += self.samples
         self._loss += self.loss * self.samples
+        self._bad += self.skipped
         self._step += 1
         if self._steps == self._options.n_push:
             self._push()
@@ -286,11 +287,12 @@ class Worker:
             push.gradients[self._n_trained :] /= push.gradients.dtype.type(self._steps)  # the mean, of statistics
         fetches = self._fetches()
         for request, base in zip(push.requests, self._base, strict=True):
-            request.write(Request(Kind.PUSH, self._steps, self._samples, fetches, base, self.asked, self._loss))
+            numbers = (self._steps, self._samples, fetches, base, self.asked, self._loss, self._bad)
+            request.write(Request(Kind.PUSH, *numbers))
         self._mpi.Prequest.Startall(push.sends)
         if fetches:
             self._expect()
-        self._steps, self._samples, self._loss = 0, 0, 0.0
+        self._steps, self._samples, self._loss, self._bad = 0, 0, 0.0, 0
 
     def _see_off(self, push: _Push) -> None:
         """Return when a push has left, so that it can be written again."""
