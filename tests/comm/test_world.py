@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dpnn.comm import ranks
 from dpnn.comm.world import World, share_of_cores
 from dpnn.errors import DataError, JobError, RankError
 
@@ -45,6 +46,12 @@ def test_what_the_first_rank_makes_reaches_all(world):
     made = world.first(lambda: {"rank": world.rank, "many": list(range(100_000))})
     assert made == {"rank": 0, "many": list(range(100_000))}
     assert world.first(lambda: None) is None
+
+
+@pytest.mark.parallel([2])
+def test_what_is_longer_than_a_message_may_be_comes_in_pieces(world, monkeypatch):
+    monkeypatch.setattr(ranks, "_PIECE", 1000)
+    assert world.first(lambda: list(range(10_000))) == list(range(10_000))
 
 
 @pytest.mark.parallel([1, 2, 3, 4])

@@ -13,7 +13,7 @@ import numpy as np
 
 from dpnn import cli
 from dpnn.data.pack import Options
-from dpnn.data.pack.formats import FORMATS
+from dpnn.data.pack.formats import FORMATS, Format
 from dpnn.data.pack.source import Source, Split
 from dpnn.errors import DataError
 
@@ -50,7 +50,7 @@ def read_files(folder: Path, options: Options) -> Source:
     return Source(splits, num_classes=3, class_names=("ant", "bee", "cat"))
 
 
-FORMATS["files"] = read_files
+FORMATS["files"] = Format(read_files, lambda path: False)
 
 if __name__ == "__main__":
     if os.environ.get("FULL", "") == os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dpnn.data.pack.archives import read_archives
+from dpnn.data.pack.formats import Options, open_source
 from dpnn.data.pack.imagenet import read_imagenet
 from dpnn.data.pack.tar import members
 from dpnn.errors import DataError
@@ -226,7 +227,7 @@ def test_each_list_gives_the_validation_pictures_their_classes(imagenet, write):
     if write is write_devkit:
         pytest.importorskip("scipy", reason="the devkit's meta.mat is read by scipy")
     write(imagenet)
-    source = read_imagenet(imagenet)
+    source = open_source(str(imagenet), Options())
     train, test = source.splits
     assert source.class_names == ("n01", "n02", "n03")
     assert listed(train) == [(i // 2, f"picture n0{i // 2 + 1}_{i % 2 + 1}.JPEG") for i in range(6)]

@@ -9,7 +9,7 @@ import pytest
 from dpnn.data import Manifest, check_shards
 from dpnn.data.decode import centre_crop, decode, encode, resize_shorter
 from dpnn.data.pack import pack
-from dpnn.data.pack.formats import Options
+from dpnn.data.pack.formats import Format, Options
 from dpnn.data.pack.moments import Running, Sums, merged
 from dpnn.data.reader import ShardReader
 from dpnn.errors import DataError, JobError
@@ -221,7 +221,9 @@ def test_arrays_that_can_be_read_only_in_part_are_packed_in_part(tmp_path, monke
             return f"rows[{number}]"
 
     split = packing.Split("train", Torn(), np.zeros(100, np.int32), np.arange(100, dtype=np.uint64))
-    monkeypatch.setitem(packing.FORMATS, "torn", lambda path, options: packing.Source([split], 1))
+    monkeypatch.setitem(
+        packing.FORMATS, "torn", Format(lambda path, options: packing.Source([split], 1), lambda path: False)
+    )
     pack(str(tmp_path), tmp_path / "out", options=Options(format="torn"))
     manifest = Manifest.read(tmp_path / "out/train")
     assert manifest.samples == 99

@@ -1,5 +1,8 @@
 """Ranks that pack together write what one would: the same bytes; and an error of one ends all."""
 
+import signal
+import time
+
 import numpy as np
 import pytest
 
@@ -74,8 +77,8 @@ def test_a_packing_goes_on_with_another_number_of_ranks(world, shared_path):
     finished = world.first(begin)
     pack(source, shared_path / "out", options=FILES, shard_mb=0.002, ranks=world)
     assert finished
-    for path, time in finished.items():
-        assert path.stat().st_mtime_ns == time
+    for path, since in finished.items():
+        assert path.stat().st_mtime_ns == since
     check_shards(shared_path / "out/train", Manifest.read(shared_path / "out/train"))
 
 
@@ -94,6 +97,23 @@ def test_an_error_on_one_rank_ends_all_with_one_message(mpirun, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("60 samples of pictures") == 1
     check_shards(out / "train", Manifest.read(out / "train"))
+
+
+def test_ranks_that_are_told_to_stop_say_so_once(start_mpirun, tmp_path):
+    source, out = write_pictures(tmp_path / "source"), tmp_path / "out"
+    for i in range(400):
+        (source / f"train/0-more{i}").write_bytes((source / "train/0-000").read_bytes())
+    line = ("pack", source, out, "--format", "files", "--shard-mb", "0.001")
+    program = start_mpirun(2, *line, script=packing.__file__)
+    while not list(out.glob("train/*.h5")):
+        assert program.process.poll() is None
+        time.sleep(0.001)
+    program.signal(signal.SIGUSR1)
+    ended = program.finish()
+    assert ended.returncode == 75, ended.stderr
+    assert ended.stderr.count("packing was told to stop; give the same command again to go on") == 1
+    pack(str(source), out, options=FILES, shard_mb=0.001)
+    assert Manifest.read(out / "train").samples == 459
 
 
 def test_a_wrong_source_is_told_once(mpirun, tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from dpnn.observe import progress
-from dpnn.observe.progress import Progress, terminal
+from dpnn.observe.progress import Packing, Progress, terminal
 
 LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_PROCID", "PMIX_RANK")
 
@@ -123,6 +123,33 @@ def test_the_live_line_is_rewritten_in_place_and_said_lines_stay_above(
     shown.close()
     assert screen(out.getvalue(), 100) == ["epoch 1: [top-1] error 2 %", "done", live, ""]
     assert out.getvalue().rindex("\x1b[?25h") > out.getvalue().rindex("\x1b[?25l"), "the cursor is there again"
+
+
+def test_a_packing_shows_its_share_its_rate_and_the_time_left(clock: list[float]):
+    out = io.StringIO()
+    shown = Packing(live=False, out=out)
+    for done in range(50, 1001, 50):
+        clock[0] += 1.0
+        shown.count(done, 1000)
+    shown.close()
+    assert out.getvalue().splitlines() == [
+        f"packing {'━' * 12}{'─' * 12}  50%  500 of 1,000 samples  50/s  0:00:10 left",
+        f"packing {'━' * 24} 100%  1,000 of 1,000 samples  50/s  0:00:00 left",
+    ]
+
+
+def test_a_packing_on_a_terminal_is_one_line_that_ends_complete(clock: list[float], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DPNN_TERMINAL", "100")
+    monkeypatch.setenv("TERM", "xterm")
+    out = io.StringIO()
+    shown = Packing(live=True, out=out)
+    for done in range(1, 1001):
+        clock[0] += 0.001
+        shown.count(done, 1000)
+    shown.close()
+    live, end = screen(out.getvalue(), 100)
+    assert (live.split()[2:4], end) == (["100%", "1,000"], "")
+    assert out.getvalue().count("samples") <= 6
 
 
 def test_the_live_line_is_refreshed_at_most_five_times_a_second(clock: list[float], monkeypatch: pytest.MonkeyPatch):

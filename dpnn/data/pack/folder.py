@@ -136,7 +136,10 @@ class Folder:
     def write_rejected(self, finished: Sequence[Finished]) -> None:
         """A file that names the samples that are left out, and says why; none where all are kept."""
         if rejected := _rejected(finished):
-            with replacing(self.path / REJECTED) as temporary, open(temporary, "w", newline="") as file:
+            with (
+                replacing(self.path / REJECTED) as temporary,
+                open(temporary, "w", newline="", encoding="utf-8") as file,
+            ):
                 csv.writer(file).writerows([("name", "reason"), *((one.name, one.reason) for one in rejected)])
 
     def _parts(self, numbers: Array, pool: ThreadPoolExecutor, ahead: int) -> Iterator[Part]:
