@@ -51,7 +51,7 @@ class Scores:
     top1_error: float
     top5_error: float
     loss: float
-    bad_samples: int
+    bad_samples: int = 0
     """Of them, those whose place another one has taken."""
 
     def __str__(self) -> str:

@@ -113,7 +113,7 @@ MISTAKES = [
     (
         ["data.train={tags}/train", "data.test=", "train.loss=sigmoid", "data.augment=crop-flip"],
         2,
-        "needs images (H, W, C), and the samples have the shape (6,)",
+        "needs images (H, W, C), and the samples are float32 of shape (6,)",
         'use "none"',
     ),
     (
