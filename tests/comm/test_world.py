@@ -73,6 +73,11 @@ def test_an_error_of_some_ranks_is_the_lowest_ones_on_all(world):
     assert str(raised.value) == (f"rank {culprit}: shard {culprit}" if world.size > 1 else "shard 0")
 
 
+@pytest.mark.parallel([1, 2, 3, 4])
+def test_what_is_so_on_any_rank_all_know(world):
+    assert [world.any(world.rank == rank) for rank in range(-1, world.size)] == [False, *[True] * world.size]
+
+
 @pytest.mark.parallel([2, 4])
 def test_a_rank_that_does_not_come_is_named_at_the_limit(world):
     from mpi4py import MPI
