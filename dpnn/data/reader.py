@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dpnn.data import shards
 from dpnn.data.manifest import Manifest
-from dpnn.data.shards import Index, Layout
+from dpnn.data.shards import Index, Layout, Outside
 from dpnn.errors import DataError
 
 Array = NDArray[Any]
@@ -23,15 +23,19 @@ INDEX_NBYTES = 32 << 20
 """Indexes take 12 bytes a sample and more: beyond this, the one that wasn't used longest is given up, and read again
 when it is needed. The system keeps what was read as long as it has room."""
 
+MOST_WHOLE = 256
+"""Shards that a rank checks in whole before training: opening them by HDF5 takes most of the time."""
+
 
 def check_shards(
     folder: str | Path, manifest: Manifest, replica: int = 0, replicas: int = 1, among: Sequence[int] | None = None
 ) -> None:
     """Check what can be known before training of the shards replica, replica + replicas, ...: all but the payload.
 
-    `among`: of these shards; None: of all. DataError naming file, dataset and index of the first thing that is wrong.
-    Replica 0 also looks for shards that the manifest doesn't name; files under temporary names are what a killed
-    `dpnn pack` left, and are ignored.
+    `among`: of these shards; None: of all. Beyond `MOST_WHOLE` shards only size and digest are compared: these say that
+    a shard is what `dpnn pack` has verified, and its first reader checks the rest. DataError naming file, dataset and
+    index of the first thing that is wrong. Replica 0 also looks for shards that the manifest doesn't name; files under
+    temporary names are what a killed `dpnn pack` left, and are ignored.
     """
     if replica == 0:
         named = {shard.name for shard in manifest.shards}
@@ -42,8 +46,11 @@ def check_shards(
             )
     reader = ShardReader(folder, manifest)
     try:
-        for number in (range(len(manifest.shards)) if among is None else among)[replica::replicas]:
+        mine = (range(len(manifest.shards)) if among is None else among)[replica::replicas]
+        for number in mine[:MOST_WHOLE]:
             reader.check(number)
+        for number in mine[MOST_WHOLE:]:
+            reader.compare(number)
     finally:
         reader.close()
 
@@ -66,6 +73,13 @@ class ShardReader:
     def check(self, number: int) -> None:
         """Check a shard: its size, digest, structure, labels, ids."""
         self._read_index(number)
+
+    def compare(self, number: int) -> Outside:
+        """Compare a shard's size and digest with the manifest's; all of it but the payload."""
+        path, shard = self._paths[number], self._manifest.shards[number]
+        outside = shards.read_outside(self._file(number), path, shard)
+        shards.check_digest(outside, path, shard)
+        return outside
 
     def index(self, number: int) -> Index:
         """A shard's labels, ids and checksums."""
@@ -153,12 +167,10 @@ class ShardReader:
         return None if self._manifest.kind == "raw" else self.index(number).offsets
 
     def _read_index(self, number: int) -> Index:
-        manifest, path = self._manifest, self._paths[number]
-        shard = manifest.shards[number]
-        outside = shards.read_outside(self._file(number), path, shard)
-        shards.check_digest(outside, path, shard)
+        manifest, path, outside = self._manifest, self._paths[number], self.compare(number)
         if number in self._layouts:  # the digest says that all is as it was when it was checked
             return shards.index_of(outside, self._layouts[number], manifest)
+        shard = manifest.shards[number]
         layout = shards.read_layout(path, manifest, shard)
         index = shards.read_index(outside, layout, path, manifest, shard)
         self._layouts[number] = layout

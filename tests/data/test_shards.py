@@ -347,6 +347,21 @@ def test_a_shard_that_breaks_the_format_is_refused(data, doctored, what):
     assert str(raised.value).startswith(str(data.folder / data.manifest.shards[0].name))
 
 
+def test_of_very_many_shards_the_digests_are_compared_and_the_rest_is_checked_when_they_are_read(data, monkeypatch):
+    monkeypatch.setattr(reader_module, "MOST_WHOLE", 1)
+    path = data.folder / data.manifest.shards[1].name
+    with h5py.File(path, "r+") as file:
+        file["y"][2] = 7
+    with pytest.raises(DataError, match="the labels, ids or metadata are damaged"):
+        check_shards(data.folder, data.manifest)
+    wrong = entry_of(data, path, 1)
+    check_shards(data.folder, wrong)
+    reader = ShardReader(data.folder, wrong)
+    with pytest.raises(DataError, match=r"y\[2\] = 7: the label of sample 2 is not in 0\.\.6"):
+        reader.index(1)
+    reader.close()
+
+
 def test_a_list_of_labels_that_breaks_the_format_is_refused(write_folder):
     data = write_folder(multi=True)
     path = data.folder / data.manifest.shards[0].name
