@@ -232,13 +232,12 @@ def block_range(content: Content, shard: Shard, index: Index, block: int) -> tup
 
 def check_block(data: memoryview, path: Path, content: Content, index: Index, block: int) -> None:
     """DataError where a block's bytes are not those that were packed."""
-    if found := damage(data, content, index, block):
+    if found := damage(crc32(data), content, index, block):
         raise DataError(f"{path}, {payload_name(content)}: {found}; {REPAIR}")
 
 
-def damage(data: memoryview, content: Content, index: Index, block: int) -> str | None:
-    """What is wrong with a block, where its bytes are not those that were packed."""
-    crc = crc32(data)
+def damage(crc: int, content: Content, index: Index, block: int) -> str | None:
+    """What is wrong with a block whose bytes have this CRC; None where they are those that were packed."""
     if crc == index.crcs[block]:
         return None
     lo, hi = block * content.block, min((block + 1) * content.block, len(index.ids))

@@ -10,6 +10,8 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
+from isal.isal_zlib import crc32
+
 from dpnn.data import shards
 from dpnn.data.durable import replacing
 from dpnn.data.manifest import NAME, Manifest, Shard
@@ -104,7 +106,7 @@ def _copy(source: Path, target: Path, manifest: Manifest, shard: Shard) -> None:
                 data = memoryview(bytearray(cuts[-1] - cuts[0]))
                 shards.read_exactly(file, data, shard.payload_offset + cuts[0], source)
                 for block, (lo, hi) in enumerate(pairwise(cut - cuts[0] for cut in cuts), first):
-                    if found := shards.damage(data[lo:hi], manifest, index, block):
+                    if found := shards.damage(crc32(data[lo:hi]), manifest, index, block):
                         raise shards.refusal(source, manifest, found)
                 out.write(data)
             out.write(outside.tail)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -112,20 +113,20 @@ class WindowReader:
             slots = at_once * lanes * sampler.share
         self._sample_nbytes = nbytes
         self._pools = [Pool(manifest, math.ceil(slots * nbytes)) for _ in range(POOLS)]
-        self._load = self._whole if self.pooled else self._few
         self._reader = ShardReader(folder, manifest)
         self.closing = False
 
     def read(self, runs: Iterable[Run], take: Take) -> Iterator[Loaded]:
         """What the runs take, each into a pool whose number `take` gives; None: it is closing."""
         width = self._sampler.steps_per_window
+        load = self._whole if self.pooled else self._few
         epoch = lru_cache(maxsize=2)(self._sampler.epoch)  # leased runs of two epochs alternate where one ends
         for run in runs:
             if len(run.lanes) != self._lanes:
                 raise ValueError(f"{run} for a loader of {self._lanes} lanes at a time; give it as many")
             for number in range(run.first // width, run.last // width + 1):
                 steps = range(max(run.first, number * width), min(run.last + 1, (number + 1) * width))
-                for loaded in self._load(epoch(run.epoch).window(number, run.lanes), run, steps, take):
+                for loaded in load(epoch(run.epoch).window(number, run.lanes), run, steps, take):
                     if not self.closing:
                         yield loaded
                 if self.closing:
@@ -141,9 +142,12 @@ class WindowReader:
         if number is None:
             return
         pool, damaged = self._pools[number], dict[int, str]()
+        coming = zip(window.shards[1:], window.firsts[1:], np.diff(window.slots)[1:], strict=True)
         starts = np.zeros(int(window.slots[-1]) + 1, np.int64)
 
         def read(shard: int, first: int, lo: int, hi: int) -> None:
+            for following in islice(coming, 1):
+                self._ahead(*map(int, following))
             end, at = first + hi - lo, starts[lo]
             starts[lo : hi + 1] = self._reader.starts(shard, first, end) + at
             for sample, reason in self._read_blocks(shard, first, end, pool, int(at)).items():
@@ -156,6 +160,10 @@ class WindowReader:
             number, pool.samples(starts), labels, ids, self._view.draw(ids, run.epoch), damaged, run, steps,
             window.order[first : first + len(steps)], window.locate,
         )  # fmt: skip
+
+    def _ahead(self, shard: int, first: int, n: int) -> None:
+        """Let the system read a run of blocks, or its beginning, while another is read."""
+        self._reader.ahead(shard, first, first + min(n, max(int(_READ_NBYTES / self._sample_nbytes), 1)))
 
     def _few(self, window: Window, run: Run, steps: range, take: Take) -> Iterator[Loaded]:
         """The samples of a window that doesn't fit into memory, one by one, for a few steps at a time."""
