@@ -34,8 +34,8 @@ _BUFFERS = 3
 _AT_ONCE_NBYTES = 1 << 20
 """Small batches are made several at a time, up to this size: threads that take turns for each cost more than it. Of raw
 samples a piece is of about this size, too."""
-_PIECES = 4
-"""For each thread, of a batch of encoded samples: some take longer than others."""
+_PIECES = {"raw": 2, "encoded": 4}
+"""For each thread, of a batch: of encoded samples some take longer than others."""
 _PATIENCE_S = 10.0
 
 
@@ -82,8 +82,8 @@ class Loader:
         sample_nbytes = math.prod(view.shape) * np.dtype(dtype).itemsize
         self._at_once = min(max(_AT_ONCE_NBYTES // (rows * sample_nbytes), 1), sampler.steps_per_window)
         rows *= self._at_once
-        encoded = manifest.kind == "encoded"
-        self._piece = max(rows // (_PIECES * threads) if encoded else _AT_ONCE_NBYTES // sample_nbytes, 1)
+        pieces = _PIECES[manifest.kind] * threads
+        self._piece = max(rows // pieces, 1 if manifest.kind == "encoded" else _AT_ONCE_NBYTES // sample_nbytes, 1)
         label_shape = (manifest.num_classes,) if manifest.labels == "multi" else ()
         self._rooms = [Room(rows, view.shape, dtype, label_shape, empty) for _ in range(_BUFFERS)]
         self._reader = WindowReader(folder, manifest, sampler, view, len(lanes), window_mb, self._at_once, skips)

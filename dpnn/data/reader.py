@@ -4,12 +4,11 @@ import errno
 import itertools
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from dpnn.data import shards
@@ -18,12 +17,12 @@ from dpnn.data.shards import Index, Layout, Outside
 from dpnn.errors import DataError
 
 Array = NDArray[Any]
+T = TypeVar("T")
+Read = Callable[[int, memoryview, int, Path], T]
 
 OPEN_FILES = 64
 _ASKED_NBYTES = 1 << 19
 """Linux reads no more than a device's longest request ahead at a time."""
-_CHECKED_NBYTES = 1 << 18
-"""Read, and checked while they are in the cache: a CRC takes a third of the time there."""
 INDEX_NBYTES = 32 << 20
 """Indexes take 12 bytes a sample and more: beyond this, the one that wasn't used longest is given up, and read again
 when it is needed. The system keeps what was read as long as it has room."""
@@ -117,7 +116,7 @@ class ShardReader:
             # For single samples of very many shards, whose indexes can't all be kept.
             found = np.empty(hi - lo + 1, np.int64)
             place = self._layouts[number]["offsets"].offset
-            self._read(number, place + lo * found.itemsize, found.data.cast("B"))
+            self._read(number, place + lo * found.itemsize, found.data.cast("B"), shards.read_exactly)
             if 0 <= found[0] < found[-1] <= self._manifest.shards[number].payload_bytes:
                 return int(found[0]), int(found[-1])
         offsets = self.index(number).offsets
@@ -134,11 +133,7 @@ class ShardReader:
         base, place, damaged = self.span(number, lo, hi)[0], manifest.shards[number].payload_offset, {}
         for first in range(lo, hi, manifest.block):
             begin, end = self.span(number, first, min(first + manifest.block, hi))
-            crc = 0
-            for at in range(begin, end, _CHECKED_NBYTES):
-                piece = out[at - base : min(at + _CHECKED_NBYTES, end) - base]
-                self._read(number, place + at, piece)
-                crc = crc32(piece, crc)
+            crc = self._read(number, place + begin, out[begin - base : end - base], shards.read_checked)
             found = shards.damage(crc, manifest, index, first // manifest.block)
             if found:
                 damaged[first] = found
@@ -167,7 +162,12 @@ class ShardReader:
 
     def read_samples(self, number: int, lo: int, hi: int, out: memoryview) -> None:
         """Read the samples [lo, hi) as they are stored, unchecked: there is a CRC for a whole block only."""
-        self._read(number, self._manifest.shards[number].payload_offset + self.span(number, lo, hi)[0], out)
+        self._read(
+            number,
+            self._manifest.shards[number].payload_offset + self.span(number, lo, hi)[0],
+            out,
+            shards.read_exactly,
+        )
 
     def path(self, number: int) -> Path:
         """Of a shard."""
@@ -192,17 +192,17 @@ class ShardReader:
         self._layouts[number] = layout
         return index
 
-    def _read(self, number: int, offset: int, out: memoryview) -> None:
-        """Read bytes of a shard's file."""
+    def _read(self, number: int, offset: int, out: memoryview, read: Read[T]) -> T:
+        """Read bytes of a shard's file; what `read` makes of them."""
         path = self._paths[number]
         try:
-            shards.read_exactly(self._file(number), out, offset, path)
+            return read(self._file(number), out, offset, path)
         except DataError as error:
             # A network file system gives up a handle when its server restarts: opening again mends that.
             if not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.ESTALE:
                 raise
             os.close(self._files.pop(number))
-            shards.read_exactly(self._file(number), out, offset, path)
+            return read(self._file(number), out, offset, path)
 
     def _file(self, number: int) -> int:
         """A descriptor of the shard's file; at most OPEN_FILES are open."""
