@@ -86,13 +86,16 @@ class Benches:
         feed.close()
 
     def decoding(self) -> None:
-        """JPEGs that are decoded, resized, cut, normalised."""
+        """JPEGs that are decoded; and that are resized, cut and normalised as well."""
         n = len(self._records)
         for threads in (1, 2):
             feed = Feed(self._encoded / "train", BATCH, threads, size=SIZE)
             feed.open()
-            ours, peer = self._alternate(feed.epoch, Decoding(self._records, threads).epoch)
-            self._rate(f"JPEG, none, {_threads(threads)}", n / ours, n / peer, f"simplejpeg, {_threads(threads)}", 0.9)
+            simple = Decoding(self._records, threads)
+            ours, peer = self._alternate(Decoding(self._records, threads, ours=True).epoch, simple.epoch)
+            self._rate(f"JPEG, decoded, {_threads(threads)}", n / ours, n / peer, "simplejpeg", 0.9)
+            ours, peer = self._alternate(feed.epoch, simple.epoch)
+            self._rate(f"JPEG, to float32, {_threads(threads)}", n / ours, n / peer, "simplejpeg", 0.9)
             feed.close()
 
     def augmentations(self) -> None:
