@@ -130,10 +130,12 @@ class ShardReader:
         The result has what to say of each damaged block, by its first sample. `out` has the bytes of `span`.
         """
         manifest, index = self._manifest, self.index(number)
-        base, place, damaged = self.span(number, lo, hi)[0], manifest.shards[number].payload_offset, {}
+        place, damaged = manifest.shards[number].payload_offset, {}
+        base = begin = self.span(number, lo, lo + 1)[0]
         for first in range(lo, hi, manifest.block):
-            begin, end = self.span(number, first, min(first + manifest.block, hi))
+            end = self.span(number, lo, min(first + manifest.block, hi))[1]
             crc = self._read(number, place + begin, out[begin - base : end - base], shards.read_checked)
+            begin = end
             found = shards.damage(crc, manifest, index, first // manifest.block)
             if found:
                 damaged[first] = found

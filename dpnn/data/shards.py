@@ -123,10 +123,11 @@ def read_exactly(file: int, out: memoryview, offset: int, path: Path) -> None:
 def read_checked(file: int, out: memoryview, offset: int, path: Path) -> int:
     """Fill `out` likewise; the CRC of what was read, taken piece by piece while it is in the cache."""
     done = crc = 0
-    while done < len(out):
+    nbytes = len(out)
+    while done < nbytes:
         piece = out[done : done + _CHECKED_NBYTES]
         n = _read_some(file, piece, offset + done, path)
-        crc = crc32(piece[:n], crc)
+        crc = crc32(piece if n == len(piece) else piece[:n], crc)
         done += n
     return crc
 
