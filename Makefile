@@ -77,7 +77,7 @@ bench: $(ENV)/.has-$(BASE),data,bench
 		$(BIN)/python $$program --json benchmarks/results/$$(basename $$program .py).json || exit 1; \
 	done
 
-lint: $(ENV)/.has-$(BASE),lint
+lint: $(ENV)/.has-$(BASE),data,lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
