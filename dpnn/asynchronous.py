@@ -251,7 +251,7 @@ class Replica:
         """All replicas are done: look at what came out, end the servers and the run. Collective over the workers."""
         worker, course = self.worker, self.course
         known, stopped = worker.known, worker.known.steps < course.total
-        self.skipped.check(known.bad)
+        self.skipped.check(known.bad, max(-(-known.steps // course.epoch) - self.start.epoch, 1))
         if known.steps != self.seen.steps:
             self._tell_step(Took(seconds, 0.0, seconds, 0.0))
         if self.together is not None and not stopped:
@@ -293,7 +293,7 @@ class Replica:
                 loader.release(batch)
             self.journal.bad_samples(batch.bad)
             self.skipped.note(batch.bad)
-            self.skipped.check(worker.known.bad)
+            self.skipped.check(worker.known.bad, run.epoch - self.start.epoch + 1)
             step += 1
             if step > run.last:
                 held.popleft()

@@ -261,7 +261,7 @@ class Training:
             if loader is not None:
                 loader.close()
         self.strategy.close()
-        self.skipped.check(self.strategy.bad_samples)
+        self.skipped.check(self.strategy.bad_samples, max(self.epoch - self.start.epoch + (self.step > 0), 1))
         code = 0 if self.at >= self.end else Stopped.exit_code
         self.journal.end(self.steps, samples, self.strategy.bad_samples, perf_counter() - begin, code)
         return code
@@ -290,7 +290,7 @@ class Training:
         )
         self.journal.bad_samples(batch.bad)
         self.skipped.note(batch.bad)
-        self.skipped.check(strategy.bad_samples)
+        self.skipped.check(strategy.bad_samples, self.epoch - self.start.epoch + 1)
         self.at += 1
         self.epoch, self.step = divmod(self.at, sampler.steps)
         return total

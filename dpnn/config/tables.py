@@ -58,7 +58,7 @@ class Data(Table, frozen=True, kw_only=True):
     on_bad: Literal["stop", "skip"] = "stop"
     """What to do where a sample can't be used; `skip`: another one takes its place."""
     bad_limit: Count = 100
-    """The most samples that may be skipped on all ranks together."""
+    """The most samples that may be skipped in an epoch, on all ranks together."""
     location: Literal["shared", "local"] = "shared"
     """`local`: each node has only some of the shards, on a disk of its own."""
     stage: Text = ""

@@ -55,12 +55,16 @@ class Skipped:
         """This rank has met some more."""
         self._last = bad[-1] if bad else self._last
 
-    def check(self, total: int) -> None:
-        """DataError, on each rank that has met one, where all ranks together have skipped more than the limit."""
-        if total > self._limit and self._last is not None:
+    def check(self, total: int, epochs: int = 1) -> None:
+        """DataError, on each rank that has met one, where all ranks together have skipped more than the limit.
+
+        `epochs`: that were begun since `total` was 0; a bad sample is met again in each.
+        """
+        if total > self._limit * epochs and self._last is not None:
+            during = f" in {epochs} epochs" if epochs > 1 else ""
             raise DataError(
-                f"{total} bad samples were skipped, and data.bad_limit = {self._limit}; the last one: {self._last}; "
-                "look for all of them with `dpnn data check`, and pack the data again, or set the limit higher"
+                f"{total} bad samples were skipped{during}, and data.bad_limit = {self._limit}; the last one: "
+                f"{self._last}; look for all of them with `dpnn data check`, and pack the data again, or set the limit higher"
             )
 
 

@@ -181,3 +181,6 @@ def test_too_many_skipped_samples_are_an_error_on_ranks_that_met_one():
     idle.check(4)
     with pytest.raises(DataError, match=r"4 bad samples .*bad_limit = 3; .* b\.h5, sample 2 \(id 22\): it is torn"):
         skipped.check(4)
+    skipped.check(6, epochs=2)
+    with pytest.raises(DataError, match=r"7 bad samples were skipped in 2 epochs, and .*bad_limit = 3"):
+        skipped.check(7, epochs=2)
