@@ -64,7 +64,7 @@ class Skipped:
             during = f" in {epochs} epochs" if epochs > 1 else ""
             raise DataError(
                 f"{total} bad samples were skipped{during}, and data.bad_limit = {self._limit}; the last one: "
-                f"{self._last}; look for all of them with `dpnn data check`, and pack the data again, or set the limit higher"
+                f"{self._last}; look for all with `dpnn data check`, and pack the data again, or set the limit higher"
             )
 
 
