@@ -148,13 +148,21 @@ def node_of(mesh_of):
     return make
 
 
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+
+
 @pytest.fixture(autouse=True)
 def _handlers_come_back() -> Iterator[None]:
-    """A command that a test calls in its own process handles signals to the end; what it starts inherits that."""
-    handled = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in handled}
+    """A command that a test, or a fixture, calls in its own process handles signals to the end; what is started
+    inherits that.
+    """
+    _restore_handlers()
     yield
-    for number, handler in before.items():
+    _restore_handlers()
+
+
+def _restore_handlers() -> None:
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from msgspec.structs import replace
 
 from dpnn import cli
 from dpnn.data import Manifest, ShardReader
@@ -151,8 +152,9 @@ def test_a_shard_that_no_node_has_ends_the_job_before_training(disks, on_nodes, 
 
 def test_manifests_that_differ_are_refused(disks, on_nodes, messages):
     run = disks(2, by_turns)
-    path = run.path / "node-1" / "train" / "manifest.json"
-    path.write_text(path.read_text().replace('"mean": [\n  1', '"mean": [\n  2'))
+    folder = run.path / "node-1" / "train"
+    found = Manifest.read(folder)
+    replace(found, mean=tuple(2 * mean for mean in found.mean)).write(folder)
     ended = on_nodes(run, "0 1")
     assert ended.returncode == 3
     (said,) = messages(ended.stderr)
