@@ -27,6 +27,9 @@ class Files:
         self.nbytes = float(np.mean([path.stat().st_size for path in paths if path.is_file()] or [1]))
 
     def read(self, number: int) -> bytes:
+        if os.environ.get("FULL", "") == os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")):
+            # Only now: MPI has written its own files.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         try:
             return self._paths[number].read_bytes()
         except IsADirectoryError as error:
@@ -53,6 +56,4 @@ def read_files(folder: Path, options: Options) -> Source:
 FORMATS["files"] = Format(read_files, lambda path: False)
 
 if __name__ == "__main__":
-    if os.environ.get("FULL", "") == os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     sys.exit(cli.main())
