@@ -136,6 +136,8 @@ class Training:
         self.total_steps = start.steps + max(0, self.end - self.at)
 
         # The network, and its parameters, drawn or those of the checkpoint: the first replica's, on all.
+        self.decoders = job.data.threads or world.threads()
+        """Threads that make batches."""
         self.model = model = Model(job, placed, mesh.part, world.threads(), world.node.rank)
         if mesh.parts > 1:
             check_alike(world, model)
@@ -186,16 +188,12 @@ class Training:
         if held_out and start.test:
             mean, std = start.train.mean, start.train.std
             evaluation = model.executor(held_out, mesh=mesh)
-            decoders = self._decoders()
-            self.evaluator = Evaluator(mesh.crew.comm, evaluation, job, start.test_at, start.test, mean, std, decoders)
+            place = (start.test_at, start.test, mean, std, self.decoders)
+            self.evaluator = Evaluator(mesh.crew.comm, evaluation, job, *place)
 
         # What the run tells.
         self.skipped = Skipped(job.data.bad_limit)
         self.journal = Journal(self.folder, self.total_steps, first=world.rank == 0)
-
-    def _decoders(self) -> int:
-        """Threads that make batches."""
-        return self.job.data.threads or self.world.threads()
 
     def _bucket_nbytes(self) -> int:
         """The size of a bucket: what the job says, else what the run began with, else measured where most lies."""
@@ -231,7 +229,7 @@ class Training:
             loader = Loader(
                 self.start.train_at.folder, self.start.train, sampler, mesh.replica, mesh.replicas,
                 view=self.start.view(self.model.dtype), dtype=self.model.dtype, window_mb=job.data.window_mb,
-                threads=self._decoders(), skips=job.data.on_bad == "skip",
+                threads=self.decoders, skips=job.data.on_bad == "skip",
                 start=(self.epoch, self.step), last=divmod(self.end - 1, sampler.steps), limit_s=job.parallel.timeout_s,
                 empty=self.model.memory.host,
             )  # fmt: skip

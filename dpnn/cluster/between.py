@@ -13,7 +13,7 @@ from statistics import median
 import numpy as np
 
 from dpnn import __version__
-from dpnn.cluster.doctor import Finding
+from dpnn.cluster.doctor import INFINIBAND, Finding, has_infiniband
 from dpnn.comm import library
 from dpnn.comm.faults import wait
 from dpnn.comm.world import World
@@ -24,7 +24,6 @@ _SLEEP_S = 0.2
 _MOST_APART_S = 1.0
 """Clocks that differ by more make the times in logs of several nodes hard to compare."""
 _INTERFACES = Path("/sys/class/net")
-_INFINIBAND = Path("/sys/class/infiniband")
 
 
 def compare(world: World) -> list[Finding]:
@@ -87,7 +86,7 @@ def _network(world: World) -> Iterator[Finding]:
         ways = ", ".join(dict.fromkeys(row[2] for row in rows))
         text = f"{median(row[0] for row in rows) * 1e6:.0f} us, {slowest[1] / 1e9:.2f} GB/s at least, by {ways}"
         by_tcp = any(row[2].startswith("network") for row in rows)
-        if by_tcp and world.comm.allreduce(_INFINIBAND.is_dir() and any(_INFINIBAND.iterdir())):
+        if by_tcp and world.comm.allreduce(has_infiniband()):
             remedy = "use the cluster's own MPI, built with UCX or libfabric: that of the wheels has TCP only"
             yield Finding(what, "attention", f"{text}, beside InfiniBand", remedy)
         else:
@@ -155,7 +154,7 @@ def _counters() -> dict[str, int]:
     found = {}
     for interface in _listed(_INTERFACES):
         found[f"network {interface.name}"] = _number(interface / "statistics" / "tx_bytes")
-    for port in (port for device in _listed(_INFINIBAND) for port in _listed(device / "ports")):
+    for port in (port for device in _listed(INFINIBAND) for port in _listed(device / "ports")):
         found[f"InfiniBand {port.parents[1].name}"] = 4 * _number(port / "counters" / "port_xmit_data")  # in words of 4
     return found
 

@@ -30,7 +30,7 @@ LEAST_FILES = 256
 """Files that a rank keeps open: 2 x 64 shards (data/reader.py), logs, libraries, and some for MPI."""
 LEAST_SHARED = 1 << 30
 """Bytes in the shared-memory file system below which a network of a few 10 M parameters has no room there."""
-_INFINIBAND = Path("/sys/class/infiniband")
+INFINIBAND = Path("/sys/class/infiniband")
 _CGROUP = Path("/sys/fs/cgroup")
 _FAMILIES = {"Open MPI": ("Open MPI", "OpenRTE", "PRTE"), "MPICH": ("HYDRA", "MPICH"), "Intel": ("Intel",)}
 """What the launchers of an MPI call themselves."""
@@ -167,7 +167,7 @@ def _limits() -> Iterator[Finding]:
     else:
         yield Finding("open files", "ok", f"a process may open {files}")
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if _INFINIBAND.is_dir() and any(_INFINIBAND.iterdir()):
+    if has_infiniband():
         fine = locked == resource.RLIM_INFINITY
         text = f"InfiniBand is there; locked memory {'has no limit' if fine else f'is limited to {locked >> 10} KiB'}"
         remedy = "ulimit -l unlimited, by the administrator: MPI falls back to TCP otherwise"
@@ -191,6 +191,11 @@ def memory_limit() -> int:
             if level == _CGROUP:
                 break
     return min(limits)
+
+
+def has_infiniband() -> bool:
+    """Whether this machine has such a device."""
+    return INFINIBAND.is_dir() and any(INFINIBAND.iterdir())
 
 
 def table(findings: Sequence[Finding]) -> str:

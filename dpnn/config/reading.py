@@ -25,10 +25,11 @@ def load(path: str, overrides: Sequence[str] = ()) -> Job:
 
 def read_table(table: type[Table], path: str, what: str) -> Any:
     """The struct `table` of another file in TOML; `what` is what people call it. JobError where anything is wrong."""
+    values = _values(_text(path, what), path)
     try:
-        return _read(table, _values(_text(path, what), path), "")
+        return _read(table, values, "")
     except JobError as error:
-        raise JobError(f"{path}: {error}" if path not in str(error) else str(error)) from error
+        raise JobError(f"{path}: {error}") from error
 
 
 def _text(path: str, what: str) -> str:

@@ -249,12 +249,6 @@ def block_range(content: Content, shard: Shard, index: Index, block: int) -> tup
     return lo * content.sample_nbytes, hi * content.sample_nbytes
 
 
-def check_block(data: memoryview, path: Path, content: Content, index: Index, block: int) -> None:
-    """DataError where a block's bytes are not those that were packed."""
-    if found := damage(crc32(data), content, index, block):
-        raise DataError(f"{path}, {payload_name(content)}: {found}; {REPAIR}")
-
-
 def damage(crc: int, content: Content, index: Index, block: int) -> str | None:
     """What is wrong with a block whose bytes have this CRC; None where they are those that were packed."""
     if crc == index.crcs[block]:

@@ -10,8 +10,6 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
-from isal.isal_zlib import crc32
-
 from dpnn.data import shards
 from dpnn.data.durable import replacing
 from dpnn.data.manifest import NAME, Manifest, Shard
@@ -104,9 +102,10 @@ def _copy(source: Path, target: Path, manifest: Manifest, shard: Shard) -> None:
             out.write(outside.head)
             for first, cuts in _pieces(manifest, shard, index):
                 data = memoryview(bytearray(cuts[-1] - cuts[0]))
-                shards.read_exactly(file, data, shard.payload_offset + cuts[0], source)
-                for block, (lo, hi) in enumerate(pairwise(cut - cuts[0] for cut in cuts), first):
-                    if found := shards.damage(crc32(data[lo:hi]), manifest, index, block):
+                for block, (lo, hi) in enumerate(pairwise(cuts), first):
+                    piece = data[lo - cuts[0] : hi - cuts[0]]
+                    crc = shards.read_checked(file, piece, shard.payload_offset + lo, source)
+                    if found := shards.damage(crc, manifest, index, block):
                         raise shards.refusal(source, manifest, found)
                 out.write(data)
             out.write(outside.tail)

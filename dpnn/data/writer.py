@@ -85,8 +85,9 @@ def verify(path: Path, content: Content, shard: Shard) -> Shard:
         for block in range(len(index.crcs)):
             lo, hi = shards.block_range(content, shard, index, block)
             data = memoryview(bytearray(hi - lo))
-            shards.read_exactly(file, data, shard.payload_offset + lo, path)
-            shards.check_block(data, path, content, index, block)
+            crc = shards.read_checked(file, data, shard.payload_offset + lo, path)
+            if found := shards.damage(crc, content, index, block):
+                raise shards.refusal(path, content, found)
     finally:
         os.close(file)
     return shard

@@ -122,13 +122,11 @@ class ShardCheck:
                 raise Interrupted
             lo, hi = shards.block_range(content, shard, index, block)
             data = memoryview(bytearray(hi - lo))
-            shards.read_exactly(file, data, shard.payload_offset + lo, path)
+            crc = shards.read_checked(file, data, shard.payload_offset + lo, path)
             checked.nbytes += len(data)
             first = block * content.block
-            try:
-                shards.check_block(data, path, content, index, block)
-            except DataError as error:
-                damaged[first] = str(error)
+            if found := shards.damage(crc, content, index, block):
+                damaged[first] = str(shards.refusal(path, content, found))
                 continue
             if index.offsets is None:
                 values = np.frombuffer(data, content.dtype).reshape(-1, self._pixels, self._channels)

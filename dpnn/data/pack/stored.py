@@ -90,23 +90,33 @@ class Arrays:
         return sample, moments_of(sample)
 
 
-class Pictures:
+class _OneByOne:
+    """Records, each read for itself, by any number of threads."""
+
+    threads = True
+    _records: Records
+
+    def part(self, numbers: Array) -> Part:
+        """Some samples."""
+        return _one_by_one(self._records, numbers, self._read)
+
+    def _read(self, number: int) -> tuple[Any, Moments]:
+        """One, as it is stored."""
+        raise NotImplementedError
+
+
+class Pictures(_OneByOne):
     """Picture files as they are; or as smaller JPEGs, where their shorter side is longer than `shorter_side`."""
 
     kind: Literal["raw", "encoded"] = "encoded"
     codec: Literal["", "image", "frames"] = "image"
     shape: tuple[int, ...] = ()
     dtype = "uint8"
-    threads = True
 
     def __init__(self, records: Records, shorter_side: int) -> None:
         self._records, self._side = records, shorter_side
         self._room = Room()
         self.nbytes = max(records.nbytes, 1.0)
-
-    def part(self, numbers: Array) -> Part:
-        """Some pictures."""
-        return _one_by_one(self._records, numbers, self._read)
 
     def _read(self, number: int) -> tuple[bytes, Moments]:
         record = self._records.read(number)
@@ -117,13 +127,12 @@ class Pictures:
         return record, moments_of(image)
 
 
-class RawPictures:
+class RawPictures(_OneByOne):
     """Pictures, decoded, with their shorter side made `size` long, and the square in the middle cut out."""
 
     kind: Literal["raw", "encoded"] = "raw"
     codec: Literal["", "image", "frames"] = ""
     dtype = "uint8"
-    threads = True
 
     def __init__(self, records: Records, size: int) -> None:
         self._records, self._size = records, size
@@ -131,31 +140,22 @@ class RawPictures:
         self.shape: tuple[int, ...] = (size, size, 3)
         self.nbytes = float(math.prod(self.shape))
 
-    def part(self, numbers: Array) -> Part:
-        """Some pictures."""
-        return _one_by_one(self._records, numbers, self._read)
-
     def _read(self, number: int) -> tuple[Array, Moments]:
         image = decode(self._records.read(number), room=self._room)
         square = centre_crop(resize_shorter(image, self._size), self._size).copy()
         return square, moments_of(square)
 
 
-class Frames:
+class Frames(_OneByOne):
     """Frames, as they are."""
 
     kind: Literal["raw", "encoded"] = "encoded"
     codec: Literal["", "image", "frames"] = "frames"
     dtype = "uint8"
-    threads = True
 
     def __init__(self, records: Records) -> None:
         self._records = records
         self.shape, self.nbytes = records.shape, max(records.nbytes, 1.0)
-
-    def part(self, numbers: Array) -> Part:
-        """Some samples."""
-        return _one_by_one(self._records, numbers, self._read)
 
     def _read(self, number: int) -> tuple[bytes, Moments]:
         record, nbytes = self._records.read(number), math.prod(self.shape)
