@@ -1,6 +1,7 @@
 """Folders of shards with contents that tell where they come from."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import msgspec
@@ -12,6 +13,37 @@ from dpnn.data.labels import Lists, histogram
 from dpnn.data.manifest import Content, Manifest
 from dpnn.data.view import base
 from dpnn.data.writer import write_shard
+
+
+def take(loader, n):
+    """Copies of the next batches."""
+    batches = []
+    for _ in range(n):
+        batch = loader.next()
+        batches.append(batch._replace(x=batch.x.copy(), labels=batch.labels.copy(), ids=batch.ids.copy()))
+        loader.release(batch)
+    return batches
+
+
+def flip(path, at):
+    """Change a bit of the byte at a place in a file."""
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 4]))
+
+
+def by_threads(view, source, slots, choices, cuts):
+    """What a view makes of the samples, each piece between two cuts by a thread."""
+    out = np.empty((len(slots), *view.shape), np.float32)
+
+    def piece(lo, hi):
+        view.put(source, slots[lo:hi], choices[slots[lo:hi]], out[lo:hi])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(piece, cuts[:-1], cuts[1:]))
+    return out
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from dpnn.data import Bad, Loader, Sampler, Skipped, view_of
 from dpnn.errors import DataError
 from tests.pictures import jpegs, write_encoded
 
+from .conftest import take
+
 pytestmark = pytest.mark.timeout(60)
 
 COUNTS, BLOCK = (29, 12, 40), 8
@@ -45,15 +47,6 @@ def write_pictures(tmp_path):
 
 def view_in(manifest, **options):
     return view_of(manifest, mean=manifest.mean, std=manifest.std, **options)
-
-
-def take(loader, n):
-    batches = []
-    for _ in range(n):
-        batch = loader.next()
-        batches.append(batch._replace(x=batch.x.copy(), labels=batch.labels.copy(), ids=batch.ids.copy()))
-        loader.release(batch)
-    return batches
 
 
 def epoch_of(folder, manifest, threads=2, replicas=1, view=None, **options):

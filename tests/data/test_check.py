@@ -21,6 +21,8 @@ from dpnn.data.shards import open_shard, read_outside
 from dpnn.data.writer import write_shard
 from dpnn.errors import DataError
 
+from .conftest import flip
+
 replace = msgspec.structs.replace
 
 
@@ -68,14 +70,6 @@ def write_encoded(folder, codec, records, labels=None, shape=(), block=2):
         mean=(9.0,) * channels, std=(1.0,) * channels, shards=(shard,),
     ).write(folder)  # fmt: skip
     return folder
-
-
-def flip(path, at):
-    with open(path, "r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 4]))
 
 
 def test_good_data_have_no_problems(write_folder, tmp_path):

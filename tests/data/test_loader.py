@@ -12,6 +12,8 @@ from dpnn.data import loader as loader_module
 from dpnn.data.sampler import Epoch
 from dpnn.errors import DataError
 
+from .conftest import take
+
 pytestmark = pytest.mark.timeout(60)
 
 
@@ -38,16 +40,6 @@ def expected(data, sampler, epoch, step, replica=0, replicas=1):
     shards, samples = sampler.epoch(epoch).samples(step, sampler.owned(replica, replicas))
     numbers = data.cuts[shards] + samples
     return data.x[numbers], data.labels[numbers], data.ids[numbers]
-
-
-def take(loader, n):
-    """Copies of the next batches."""
-    batches = []
-    for _ in range(n):
-        batch = loader.next()
-        batches.append(batch._replace(x=batch.x.copy(), labels=batch.labels.copy(), ids=batch.ids.copy()))
-        loader.release(batch)
-    return batches
 
 
 @pytest.mark.parametrize("window_mb", [2048, 0], ids=["windows", "single samples"])

@@ -11,6 +11,8 @@ from dpnn.data import Loader, Sampler, view_of
 from dpnn.data.window import Records
 from tests.pictures import jpegs, write_encoded
 
+from .conftest import take
+
 pytestmark = pytest.mark.timeout(60)
 
 COUNTS = (29, 5, 40)
@@ -39,16 +41,6 @@ def sampler_of(data, **options):
 
 def view_in(data, **options):
     return view_of(data.manifest, seed=3, mean=data.manifest.mean, std=data.manifest.std, **options)
-
-
-def take(loader, n):
-    """Copies of the next batches."""
-    batches = []
-    for _ in range(n):
-        batch = loader.next()
-        batches.append(batch._replace(x=batch.x.copy(), labels=batch.labels.copy(), ids=batch.ids.copy()))
-        loader.release(batch)
-    return batches
 
 
 def check(data, view, sampler, batches, replica=0, replicas=1):

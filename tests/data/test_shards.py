@@ -18,6 +18,8 @@ from dpnn.data.shards import open_shard, read_outside
 from dpnn.data.writer import write_shard
 from dpnn.errors import DataError
 
+from .conftest import flip
+
 
 @pytest.fixture
 def data(write_folder):
@@ -74,14 +76,6 @@ def read_all(folder, manifest):
     finally:
         reader.close()
     return np.concatenate(parts)
-
-
-def flip(path, at):
-    with open(path, "r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 4]))
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float16", "float32"])

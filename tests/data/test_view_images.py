@@ -2,7 +2,6 @@
 
 import io
 import math
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,8 @@ from dpnn.data.manifest import Content
 from dpnn.data.view import AUGMENTATIONS, BadSample, view_of
 from dpnn.data.view.colour import EIGENVALUES, EIGENVECTORS, Colour
 from dpnn.data.view.images import ResizedBox
+
+from .conftest import by_threads
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("simplejpeg")
@@ -170,14 +171,7 @@ def test_a_picture_is_made_alike_in_any_piece_on_any_thread_and_otherwise_in_ano
     whole = put(view, records, slots, choices[slots])
     assert np.array_equal(view.draw(ids[7:11], 1), choices[7:11])
     cuts = [0, 1, 2, 9, 25, 26, 40, n]
-    out = np.empty_like(whole)
-
-    def piece(lo, hi):
-        view.put(records, slots[lo:hi], choices[slots[lo:hi]], out[lo:hi])
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(piece, cuts[:-1], cuts[1:]))
-    assert np.array_equal(out, whole)
+    assert np.array_equal(by_threads(view, records, slots, choices, cuts), whole)
     assert np.array_equal(put(view, records, slots, view.draw(ids, 2)[slots]), whole) == (augment == "none")
 
 

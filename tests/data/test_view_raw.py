@@ -1,6 +1,5 @@
 """Raw samples and frames as the network sees them, against float64; by each kernel that runs here, and by NumPy."""
 
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import numpy as np
@@ -10,6 +9,8 @@ from dpnn import native, philox
 from dpnn.data.manifest import Content
 from dpnn.data.view import AUGMENTATIONS, BadSample, base, network_shape, view_of
 from dpnn.errors import DataError, JobError
+
+from .conftest import by_threads
 
 SHAPES = [(6, 5, 3), (9, 2, 1), (28, 28, 1), (19, 19, 12), (3, 40, 300), (8,), (7, 5)]
 DTYPES = ["uint8", "float16", "float32"]
@@ -139,14 +140,7 @@ def test_a_sample_is_made_alike_in_any_piece_on_any_thread_and_otherwise_in_anot
     whole = put(view, x, slots, choices[slots])
     assert np.array_equal(view.draw(ids[7:11], 1), choices[7:11])
     cuts = [0, 1, 30, 77, 200, 201, 350, 500]
-    out = np.empty_like(whole)
-
-    def piece(lo, hi):
-        view.put(x, slots[lo:hi], choices[slots[lo:hi]], out[lo:hi])
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(piece, cuts[:-1], cuts[1:]))
-    assert np.array_equal(out, whole)
+    assert np.array_equal(by_threads(view, x, slots, choices, cuts), whole)
     assert np.array_equal(put(view, x, slots, view.draw(ids, 2)[slots]), whole) == (augment == "none")
 
 
