@@ -92,7 +92,7 @@ class Parts:
         placed = spread(graph, setting.placement)
         model = Model(job, placed, mesh.part, 1)
         store, states = model.store, STATES[job.optimizer.name]
-        node = Node(mesh, store.size, model.dtype, states, model.kernels, job.parallel.timeout_s)
+        node = Node(mesh, store.size, model.dtype, states, model.kernels, job.parallel.stall_abort_s)
         flats = Flats.of(model.memory, node)
         store.place(flats.params, flats.grads)
         fill(store)

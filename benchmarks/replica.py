@@ -37,7 +37,7 @@ class Replica:
         model = Model(job, Placed.whole(models.graph(job, network, shape)), mesh.part, threads)
         store = model.store
         segments = segments_of(store.pieces)
-        states, limit_s = STATES[job.optimizer.name], job.parallel.timeout_s
+        states, limit_s = STATES[job.optimizer.name], job.parallel.stall_abort_s
         places = stack_places(grains, mesh.replicas)
         self.node = node = Node(mesh, store.size, model.dtype, states, model.kernels, limit_s, partials=places)
         flats = Flats.of(model.memory, node)

@@ -47,7 +47,7 @@ steps = 1
 name = "sgd"
 lr = {rate:f}
 [parallel]
-timeout_s = {limit:f}
+stall_abort_s = {limit:f}
 {parallel}
 [backend]
 threads = 1

@@ -95,7 +95,7 @@ class Course:
 def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Start) -> int:
     """Be a server until the run is over; the exit code."""
     job, number = start.job, mesh.server or 0
-    course, folder, limit_s = Course(start), RunFolder(start.folder), job.parallel.timeout_s
+    course, folder, limit_s = Course(start), RunFolder(start.folder), job.parallel.stall_abort_s
     part, lo, hi = course.shards[number]
     whole = course.pieces[part]
     pieces, segments = clip(whole, lo, hi), cut(segments_of(whole), lo, hi)
@@ -164,7 +164,7 @@ class Replica:
     ) -> None:
         """Collective over the workers."""
         job, crew = start.job, mesh.crew
-        limit_s = job.parallel.timeout_s
+        limit_s = job.parallel.stall_abort_s
         self.job, self.start, self.mesh, self.request = job, start, mesh, request
         self.course = course = Course(start)
         self.reads = mesh.part == course.placed.reader
@@ -228,7 +228,7 @@ class Replica:
                 self.start.train_at.folder, self.start.train, course.sampler, 0, course.sampler.lanes,
                 view=self.start.view(self.model.dtype), dtype=self.model.dtype, window_mb=self.job.data.window_mb,
                 threads=self.decoders, skips=self.job.data.on_bad == "skip", runs=leases,
-                limit_s=self.job.parallel.timeout_s, empty=self.model.memory.host,
+                limit_s=self.job.parallel.stall_abort_s, empty=self.model.memory.host,
             )  # fmt: skip
         held: deque[Run] = deque()
         try:
@@ -312,7 +312,7 @@ class Replica:
 
     def _explain(self, error: NotFiniteError) -> None:
         """Raise, on all parts of the replica, which layer is the first that isn't finite."""
-        mine, ranks = self.executor.not_finite(), Ranks(self.mesh.model, self.job.parallel.timeout_s)
+        mine, ranks = self.executor.not_finite(), Ranks(self.mesh.model, self.job.parallel.stall_abort_s)
         layers = [ranks.first(lambda: mine, part) for part in range(self.mesh.parts)]
         layer = next(filter(None, layers), "no layer")
         raise NotFiniteError(

@@ -120,7 +120,7 @@ class Model:
         edges = None
         if mesh is not None and self.placed.parts > 1:
             crews = dict.fromkeys(message.crew for message in layout.plan.messages if message.crew)
-            edges = Edges(mesh, list(crews), self._job.parallel.timeout_s)
+            edges = Edges(mesh, list(crews), self._job.parallel.stall_abort_s)
         return Executor(layout, self.store, self.arena, self._job.seed, sum_over, strategy, eager, edges)
 
     def _layout(self, plan: Plan) -> Layout:
@@ -141,7 +141,7 @@ def choose_backends(job: config.Job, team: Team, local_rank: int | None = None) 
     if options.may_use_gpu and local_rank is not None:
         whom = "this rank's device, and others that it sums with"
         try:
-            until = partial(wait, whom=whom, limit_s=job.parallel.timeout_s)
+            until = partial(wait, whom=whom, limit_s=job.parallel.stall_abort_s)
             return [Cuda(device_of_rank(local_rank), cpu_kernels(team), until)], ""
         except Unavailable as error:
             if options.name == "cuda":
@@ -207,7 +207,7 @@ class Evaluator:
         Its ranks are those of whole replicas, part by part. `mean` and `std`, a number for each channel, are those of
         the data that the network was trained on. `threads`: that make batches.
         """
-        options, limit_s = job.data, job.parallel.timeout_s
+        options, limit_s = job.data, job.parallel.stall_abort_s
         plan = executor.plan
         rows, parts = plan.rows, plan.placed.parts
         replica, replicas = ranks.rank // parts, ranks.size // parts
@@ -289,7 +289,7 @@ def evaluate(world: World, path: str, overrides: Sequence[str]) -> int:
         return read_source(found, overrides)
 
     source = world.first(first)
-    job, limit_s = source.job, source.job.parallel.timeout_s
+    job, limit_s = source.job, source.job.parallel.stall_abort_s
     mesh = Mesh(world)
     placed = Placed.whole(models.graph(job, source.network, source.shape))
     model = Model(job, placed, mesh.part, world.threads(), world.node.rank)

@@ -69,7 +69,7 @@ def train(
 
     start = world.first(first)
     world.claim = RunFolder(start.folder).claim
-    world.timeout_s = start.job.parallel.timeout_s
+    world.timeout_s = start.job.parallel.stall_abort_s
     start = located(world, placed(world, start), found)
     if start.job.parallel.strategy == "downpour":
         return asynchronous.run(world, request, start, found)
@@ -113,7 +113,7 @@ class Training:
 
     def __init__(self, world: World, start: Start, found: Checkpoint | None) -> None:
         """Collective. `found`: on rank 0, the checkpoint to go on from."""
-        job, limit_s = start.job, start.job.parallel.timeout_s
+        job, limit_s = start.job, start.job.parallel.stall_abort_s
         self.world, self.start, self.job = world, start, job
         self.mesh = mesh = Mesh(world, job.parallel.parts)
 
@@ -202,7 +202,7 @@ class Training:
         question = f"bucket_nbytes {self.mesh.replicas}x{self.mesh.parts}, {self.node.comm.size} a node"
         choices = self.model.choices
         if question not in choices:
-            measured = measured_bucket(self.node, self.job.parallel.timeout_s)
+            measured = measured_bucket(self.node, self.job.parallel.stall_abort_s)
             sizes = [sum(map(n_params, self.placed.nodes(part))) for part in range(self.mesh.parts)]
             choices[question] = self.world.first(lambda: str(measured), sizes.index(max(sizes)))
         return int(choices[question])
@@ -214,7 +214,7 @@ class Training:
         if question not in choices:
             rows = self.sampler.max_micro_rows(mesh.replicas, job.parallel.microbatches)
             trial = Model(job, self.placed, mesh.part, self.world.threads(), self.world.node.rank)
-            cuts = deal(speeds(mesh, trial, rows, job.parallel.timeout_s), self.sampler.lanes)
+            cuts = deal(speeds(mesh, trial, rows, job.parallel.stall_abort_s), self.sampler.lanes)
             choices[question] = self.world.first(lambda: " ".join(map(str, cuts)))
         self.sampler.deal([range(lo, hi) for lo, hi in pairwise(map(int, choices[question].split()))])
 
@@ -229,9 +229,8 @@ class Training:
             loader = Loader(
                 self.start.train_at.folder, self.start.train, sampler, mesh.replica, mesh.replicas,
                 view=self.start.view(self.model.dtype), dtype=self.model.dtype, window_mb=job.data.window_mb,
-                threads=self.decoders, skips=job.data.on_bad == "skip",
-                start=(self.epoch, self.step), last=divmod(self.end - 1, sampler.steps), limit_s=job.parallel.timeout_s,
-                empty=self.model.memory.host,
+                threads=self.decoders, skips=job.data.on_bad == "skip", empty=self.model.memory.host,
+                start=(self.epoch, self.step), last=divmod(self.end - 1, sampler.steps), limit_s=job.parallel.stall_abort_s,
             )  # fmt: skip
         if loader is not None and not loader.pooled:
             self.journal.event(
@@ -315,7 +314,7 @@ class Training:
         job, place = self.job, (self.epoch, self.step, self.steps)
         path = save(
             self.folder.checkpoints, self.mesh, self.model.store, self.node.state, place, self.start.info(),
-            job.output.keep, job.parallel.timeout_s,
+            job.output.keep, job.parallel.stall_abort_s,
         )  # fmt: skip
         if self.world.rank == 0:
             self.journal.event("checkpoint", step=self.steps, path=str(path))

@@ -128,7 +128,7 @@ WRONG = {
     "parallel.parts=0": "parallel.parts = 0: a whole number of 1 or more",
     'parallel.placement={"conv*" = "a"}': "or a table of parts by patterns of names",
     "parallel.memory_gb=-1": "parallel.memory_gb = -1: a number of 0 or more",
-    "parallel.timeout_s=0": "parallel.timeout_s = 0: a number above 0",
+    "parallel.stall_abort_s=0": "parallel.stall_abort_s = 0: a number above 0",
     "output.keep=0": "output.keep = 0: a whole number of 1 or more",
     "schedule.warmup_epochs=-1": "schedule.warmup_epochs = -1: a number of 0 or more",
     # choices

@@ -46,7 +46,7 @@ BESIDE = {
 ONLY = {
     "mpi4py": ("comm/", "strategies/"),
     "cupy": ("backends/cuda/",),
-    "h5py": ("data/", "checkpoint.py"),
+    "h5py": ("data/", "checkpoint/"),
 }
 """Packages that only these places import."""
 
@@ -150,7 +150,7 @@ def write(house: Path, place: str, text: str) -> None:
         ("evaluate.py", "import dpnn.train", "train isn't below evaluate"),
         ("strategies/base.py", "import dpnn.observe", "observe isn't below strategies"),
         ("attic.py", "", "attic.py: the room attic has no floor"),
-        ("plan/store.py", "import h5py", "plan/store.py imports h5py: only data/ and checkpoint.py may"),
+        ("plan/store.py", "import h5py", "plan/store.py imports h5py: only data/ and checkpoint/ may"),
         ("plan/store.py", "from mpi4py import MPI", "plan/store.py imports mpi4py.MPI: only comm/ and strategies/ may"),
         ("backends/base.py", "import cupy.cuda", "backends/base.py imports cupy.cuda: only backends/cuda/ may"),
     ],

@@ -42,7 +42,7 @@ def wait(test: Callable[[], object], whom: str, limit_s: float) -> None:
         if waited > limit_s:
             raise RankError(
                 f"waited {limit_s:g} s for {whom}: a rank has stopped, or is that much slower than this one; "
-                "if all ranks are well, raise parallel.timeout_s"
+                "if all ranks are well, raise parallel.stall_abort_s"
             )
         if waited < _EAGER_S:
             os.sched_yield()

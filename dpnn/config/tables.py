@@ -161,7 +161,7 @@ class Parallel(Table, frozen=True, kw_only=True):
     """Least size of a bucket of gradients; 0: measured."""
     wire: Literal["float32", "bfloat16"] = "float32"
     """What gradients cross between nodes as."""
-    timeout_s: Positive = 300.0
+    stall_abort_s: Positive = 300.0
     """How long a rank waits for another."""
 
 

@@ -161,7 +161,7 @@ class Loader:
         except Empty:
             raise DataError(
                 f"no batch came from {self._folder} for {self._limit_s:g} s: its file system doesn't answer, or is "
-                "much too slow; try again, or raise parallel.timeout_s"
+                "much too slow; try again, or raise parallel.stall_abort_s"
             ) from None
         if job.failure is not None:
             raise job.failure

@@ -30,7 +30,7 @@ class Allreduce:
     together = True
 
     def __init__(self, mesh: Mesh, node: Node, flats: Flats, optimizer: Optimizer, job: config.Job) -> None:
-        limit_s = job.parallel.timeout_s
+        limit_s = job.parallel.stall_abort_s
         self.rate, self.stop, self.loss, self.samples = 0.0, False, 0.0, 0
         self.skipped = self.bad_samples = 0
         self.wait_s = self.update_s = 0.0

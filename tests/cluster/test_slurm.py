@@ -141,7 +141,7 @@ def submit(slurm, asked, capsys, monkeypatch):
 
     def start(epochs: int, *arguments: str, launcher: str = "mpirun") -> list[str]:
         assert main(["pack", "digits", "data/digits"]) == 0
-        sets = [f"train.epochs={epochs}", "train.eval_every=0", "parallel.timeout_s=60"]
+        sets = [f"train.epochs={epochs}", "train.eval_every=0", "parallel.stall_abort_s=60"]
         options = [word for text in sets for word in ("--set", text)]
         assert asked(*options, *arguments, site=f'[cluster]\nlauncher = "{launcher}"') == 0
         return [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("submitted")]

@@ -15,7 +15,7 @@ def test_a_wait_ends_with_its_answer():
 
 
 def test_a_wait_ends_at_its_limit_and_names_whom_it_waited_for():
-    with pytest.raises(RankError, match=r"waited 0\.02 s for ranks 1 and 2.*raise parallel\.timeout_s"):
+    with pytest.raises(RankError, match=r"waited 0\.02 s for ranks 1 and 2.*raise parallel\.stall_abort_s"):
         wait(lambda: False, "ranks 1 and 2", 0.02)
 
 

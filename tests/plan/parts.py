@@ -71,7 +71,7 @@ class Course:
             model=config.Model(name="resnet20"),
             train=config.Train(steps=self.steps, global_batch=self.rows),
             optimizer=config.Optimizer(name="momentum", lr=self.rate, clip=self.clip, weight_decay=1e-3),
-            parallel=config.Parallel(timeout_s=30, pipeline=self.pipeline),
+            parallel=config.Parallel(stall_abort_s=30, pipeline=self.pipeline),
             backend=config.Backend(**self.backend),
         )
 
@@ -100,7 +100,7 @@ def train(world: World, course: Course, placement: Placement | None = None) -> T
     job, mesh = course.job(), Mesh(world, placement.parts)
     placed = spread(course.graph, placement)
     model = Model(job, placed, mesh.part, 1, 0)
-    store, limit_s = model.store, job.parallel.timeout_s
+    store, limit_s = model.store, job.parallel.stall_abort_s
     node = Node(mesh, store.size, model.dtype, STATES["momentum"], model.kernels, limit_s)
     flats = Flats.of(model.memory, node)
     store.place(flats.params, flats.grads)

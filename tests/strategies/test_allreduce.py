@@ -48,7 +48,9 @@ def serial(options: config.Optimizer, size: int, steps: int) -> Optimizer:
 def job(options: config.Optimizer) -> config.Job:
     data, model = config.Data(train="data"), config.Model(name="resnet20")
     train = config.Train(steps=1, global_batch=1)
-    return config.Job(data=data, model=model, train=train, optimizer=options, parallel=config.Parallel(timeout_s=60))
+    return config.Job(
+        data=data, model=model, train=train, optimizer=options, parallel=config.Parallel(stall_abort_s=60)
+    )
 
 
 class Replica:

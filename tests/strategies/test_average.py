@@ -18,7 +18,7 @@ data.train = "none"
 model.name = "none"
 train = {{steps = 1, global_batch = 8}}
 optimizer = {{lr = 0.1, momentum = 0.9}}
-parallel = {{strategy = "average", every = {every}, state = "{state}", timeout_s = 30}}
+parallel = {{strategy = "average", every = {every}, state = "{state}", stall_abort_s = 30}}
 """
 
 

@@ -137,7 +137,7 @@ def test_replicas_on_a_gpu_and_on_a_cpu_are_averaged(run):
 def test_a_device_that_never_ends_is_waited_for_no_longer_than_a_rank(run):
     """It may wait for devices of ranks that have stopped."""
     told = "waited 1 s for this rank's device, and others that it sums with: a rank has stopped"
-    run("stuck", 1, "stuck", *SHORT, "parallel.timeout_s=1", wanted=4, told=told)
+    run("stuck", 1, "stuck", *SHORT, "parallel.stall_abort_s=1", wanted=4, told=told)
 
 
 @pytest.mark.mpi

@@ -21,7 +21,7 @@ SAMPLES = 231
 NETWORKS = Path(__file__).parent / "networks.py"
 DOWNPOUR = (
     f"model.name={NETWORKS}:plain", "optimizer.name=sgd",
-    "train.global_batch=0", "train.replica_batch=7", "parallel.strategy=downpour", "parallel.timeout_s=20",
+    "train.global_batch=0", "train.replica_batch=7", "parallel.strategy=downpour", "parallel.stall_abort_s=20",
 )  # fmt: skip
 LONG = ("train.epochs=2000", "train.eval_every=0")
 ALONE = (

@@ -14,7 +14,7 @@ from .test_downpour import LONG, NETWORKS, SAMPLES, every_sample, read, seen_ids
 LIMIT_S = 10
 DOWNPOUR = (
     "train.global_batch=0", "parallel.strategy=downpour", "parallel.parts=2", "parallel.servers=2",
-    "parallel.timeout_s=20",
+    "parallel.stall_abort_s=20",
 )  # fmt: skip
 PLAIN = (
     f"model.name={NETWORKS}:plain", "parallel.placement=depth", "optimizer.name=sgd", "optimizer.lr=0.01",

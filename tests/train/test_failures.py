@@ -93,10 +93,10 @@ def test_a_rank_that_is_killed(fails):
 
 def test_a_rank_that_is_silent(fails):
     """Stopped by SIGSTOP: nothing tells the others but the time that they wait."""
-    code, (message,), folder, _ = fails(3, "1 4 SIGSTOP", "parallel.timeout_s=2", limit_s=2 + LIMIT_S)
+    code, (message,), folder, _ = fails(3, "1 4 SIGSTOP", "parallel.stall_abort_s=2", limit_s=2 + LIMIT_S)
     assert code == 4
     assert message.startswith(("dpnn: rank 0: waited 2 s for", "dpnn: rank 2: waited 2 s for"))
-    assert "raise parallel.timeout_s" in message
+    assert "raise parallel.stall_abort_s" in message
     check_record(folder, message, code)
 
 
@@ -164,20 +164,20 @@ def test_downpour_ends_when_a_rank_is_killed(signalled, rank):
 
 @pytest.mark.mpi
 def test_downpour_ends_when_a_server_is_silent(signalled):
-    code, (message,), folder, _ = signalled(3, "SIGSTOP", "parallel.timeout_s=2", limit_s=2 + LIMIT_S)
+    code, (message,), folder, _ = signalled(3, "SIGSTOP", "parallel.stall_abort_s=2", limit_s=2 + LIMIT_S)
     assert code == 4
     assert message.startswith(("dpnn: rank 0: waited 2 s for", "dpnn: rank 1: waited 2 s", "dpnn: rank 2: waited 2 s"))
-    assert "raise parallel.timeout_s" in message
+    assert "raise parallel.stall_abort_s" in message
     check_record(folder, message, code)
 
 
 def test_downpour_ends_when_nobody_is_left_but_a_silent_worker(fails):
     """It holds up nobody, but at the end its part of the data is missing."""
-    settings = (*DOWNPOUR, "parallel.timeout_s=2", "train.epochs=100")  # so many that each worker gets some
+    settings = (*DOWNPOUR, "parallel.stall_abort_s=2", "train.epochs=100")  # so many that each worker gets some
     code, (message,), folder, _ = fails(4, "1 2 SIGSTOP", *settings, limit_s=30)
     assert code == 4
     assert "no replica has pushed anything for 2 s" in message
-    assert "raise parallel.timeout_s" in message
+    assert "raise parallel.stall_abort_s" in message
     check_record(folder, message, code)
 
 

@@ -31,7 +31,7 @@ global_batch = 16
 [optimizer]
 lr = 0.01
 [parallel]
-timeout_s = 20
+stall_abort_s = 20
 [output]
 dir = "{{out}}"
 """

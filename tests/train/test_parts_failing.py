@@ -123,12 +123,12 @@ def test_a_part_that_is_killed(signalled, rank):
 def test_a_part_that_is_silent_is_named(signalled, rank):
     """Stopped by SIGSTOP: nothing tells the other part but the time that it waits."""
     code, (message,), folder, _ = signalled(
-        2, rank, "SIGSTOP", DEPTH, "parallel.timeout_s=2", "parallel.microbatches=2", limit_s=2 + LIMIT_S
+        2, rank, "SIGSTOP", DEPTH, "parallel.stall_abort_s=2", "parallel.microbatches=2", limit_s=2 + LIMIT_S
     )
     assert code == 4
     assert message.startswith(f"dpnn: rank {1 - rank}: waited 2 s for ")
     assert f"part {rank}" in message or "losses" in message
-    assert "raise parallel.timeout_s" in message
+    assert "raise parallel.stall_abort_s" in message
     check_record(folder, message, code)
 
 

@@ -144,7 +144,7 @@ class Server:
             if idle > limit_s:
                 raise RankError(
                     f"a server has heard of no worker for {limit_s:g} s: they have stopped, or a step takes longer; "
-                    "if all ranks are well, raise parallel.timeout_s"
+                    "if all ranks are well, raise parallel.stall_abort_s"
                 )
             if idle < _EAGER_S:
                 os.sched_yield()

@@ -65,7 +65,7 @@ class Worker:
     ) -> None:
         from mpi4py import MPI
 
-        self._mpi, self._comm, self._options, self._limit_s = MPI, comm, job.parallel, job.parallel.timeout_s
+        self._mpi, self._comm, self._options, self._limit_s = MPI, comm, job.parallel, job.parallel.stall_abort_s
         self._params, self._grads, self._local, self._n_trained = params, grads, local, n_trained
         self._clips = job.optimizer.clip > 0
         self._parts = parts or Alone()
@@ -244,7 +244,7 @@ class Worker:
             elif monotonic() - since > self._limit_s:
                 raise RankError(
                     f"no replica has pushed anything for {self._limit_s:g} s, and this one waits for them: a rank has "
-                    "stopped, or a step takes longer; if all ranks are well, raise parallel.timeout_s"
+                    "stopped, or a step takes longer; if all ranks are well, raise parallel.stall_abort_s"
                 )
             sleep(_ASK_AGAIN_S)
 

@@ -29,7 +29,7 @@ data.train = "none"
 model.name = "none"
 train = {steps = 1, replica_batch = 1}
 optimizer = {name = "sgd", lr = 1}
-parallel = {strategy = "downpour", timeout_s = 30}
+parallel = {strategy = "downpour", stall_abort_s = 30}
 """
 
 
@@ -97,7 +97,7 @@ def serve(job, mesh, link, n, ledger, start, every, order, asked) -> SimpleNames
         link, mesh.replicas, params, state,
         lambda params, grads, state: Optimizer(job.optimizer, segments, params, grads, Team(1), None, state),
         lambda step: job.optimizer.lr, job.parallel, order, ledger if mesh.server == 0 else None, asked,
-        partings.append, job.parallel.timeout_s,
+        partings.append, job.parallel.stall_abort_s,
     )  # fmt: skip
 
     def write(steps: int, params: np.ndarray, state: dict[str, np.ndarray]) -> None:
