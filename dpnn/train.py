@@ -230,7 +230,8 @@ class Training:
                 self.start.train_at.folder, self.start.train, sampler, mesh.replica, mesh.replicas,
                 view=self.start.view(self.model.dtype), dtype=self.model.dtype, window_mb=job.data.window_mb,
                 threads=self.decoders, skips=job.data.on_bad == "skip", empty=self.model.memory.host,
-                start=(self.epoch, self.step), last=divmod(self.end - 1, sampler.steps), limit_s=job.parallel.stall_abort_s,
+                start=(self.epoch, self.step), last=divmod(self.end - 1, sampler.steps),
+                limit_s=job.parallel.stall_abort_s,
             )  # fmt: skip
         if loader is not None and not loader.pooled:
             self.journal.event(
