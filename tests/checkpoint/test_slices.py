@@ -18,7 +18,7 @@ from dpnn.checkpoint import Checkpoint, Slice, complete, newest, read, write, wr
 from dpnn.errors import DataError, NotFiniteError
 from dpnn.evaluate import read_checkpoint
 
-from .test_checkpoint import ROOT, assert_equal, flip, names
+from .test_whole import ROOT, assert_equal, flip, names
 
 PARAMS = {"conv1.weight": (5, 3, 2), "scale": (), "none": (0, 2), "fc.weight": (4, 10), "fc.bias": (10,)}
 

@@ -18,7 +18,7 @@ from dpnn import checkpoint
 from dpnn.checkpoint import Checkpoint, newest, read, write
 from dpnn.errors import DataError, NotFiniteError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def make(steps: int, n: int = 1000) -> Checkpoint:
