@@ -239,7 +239,7 @@ def test_a_part_that_may_not_grow_leaves_the_older_checkpoints(tmp_path: Path):
 WRITER = """
 import importlib, sys
 from pathlib import Path
-tests = importlib.import_module("tests.test_checkpoint_parts")
+tests = importlib.import_module("tests.checkpoint.test_slices")
 for steps in range(int(sys.argv[2]), int(sys.argv[3])):
     tests.save(Path(sys.argv[1]), tests.make(steps), 2, keep=2)
     print(steps, flush=True)

@@ -189,8 +189,7 @@ import json, sys
 from pathlib import Path
 from dpnn.checkpoint import newest, write
 from dpnn.errors import DataError
-sys.path.insert(0, "tests")
-from test_checkpoint import make, names
+from tests.checkpoint.test_whole import make, names
 folder = Path(sys.argv[1])
 write(folder, make(1), keep=3)
 limit = int(sys.argv[2])
@@ -239,8 +238,7 @@ ENDLESS = """
 import itertools, sys
 from pathlib import Path
 from dpnn.checkpoint import write
-sys.path.insert(0, "tests")
-from test_checkpoint import make
+from tests.checkpoint.test_whole import make
 for steps in itertools.count(int(sys.argv[2])):
     write(Path(sys.argv[1]), make(steps, 50_000), keep=2)
     print(steps, flush=True)
