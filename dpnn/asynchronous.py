@@ -6,11 +6,14 @@ fetches and pushes when it likes; a part does so with servers of its own. Replic
 and when the last one is done.
 """
 
+import os
+import signal
 from collections import deque
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import pairwise
 from time import perf_counter
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from msgspec.structs import replace
@@ -19,12 +22,13 @@ from dpnn import checkpoint, models
 from dpnn.checkpoint import Checkpoint
 from dpnn.cluster.signals import StopRequest
 from dpnn.comm import library
-from dpnn.comm.faults import deadline, wait
+from dpnn.comm.faults import deadline, message, tell, wait
+from dpnn.comm.losses import Losses, survives
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.ranks import Ranks
 from dpnn.comm.world import World
 from dpnn.data import Leases, Loader, Location, Run, Sampler, Skipped, no_samples
-from dpnn.errors import NotFiniteError, Stopped
+from dpnn.errors import DpnnError, NotFiniteError, RankError, Stopped
 from dpnn.evaluate import Array, Evaluator, Model, check_alike, choose_backends, segments_of
 from dpnn.native import denormals_flushed
 from dpnn.nn.init import draw
@@ -37,6 +41,7 @@ from dpnn.prepare import Start
 from dpnn.state import sliced
 from dpnn.strategies.downpour.cut import Cut
 from dpnn.strategies.downpour.ledger import Ledger
+from dpnn.strategies.downpour.lines import Client
 from dpnn.strategies.downpour.order import Order, Replay
 from dpnn.strategies.downpour.parts import Parts
 from dpnn.strategies.downpour.protocol import Tag, deal
@@ -55,9 +60,31 @@ def run(world: World, request: StopRequest, start: Start, found: Checkpoint | No
         return serve(world, mesh, link, request, start)
     replica = Replica(world, mesh, link, request, start, found)
     try:
-        return replica.run()
+        code = replica.run()
+        world.lost = replica.worker.lost > 0
+        return code
+    except Exception as error:
+        servers_live = all(rank < mesh.crew.size for rank in Losses(link).new())
+        if survives() and servers_live and (isinstance(error, RankError) or not isinstance(error, DpnnError)):
+            die_alone(error, world.rank, replica)
+        raise
     finally:
         replica.journal.close()
+
+
+def die_alone(error: Exception, rank: int, replica: "Replica") -> NoReturn:
+    """An error that has nothing to do with the job or its data ends this rank alone; the others go on without it.
+
+    It kills itself: an exit code other than 0 would take the others along.
+    """
+    text = message(error, rank)
+    with suppress(DpnnError):
+        metrics = Metrics(replica.folder.metrics)
+        metrics.write("event", event="worker_failed", rank=rank, replica=replica.mesh.replica, error=text)
+        metrics.close()
+    tell(f"{text}\ndpnn: rank {rank} ends, the others go on")
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("killed")
 
 
 class Course:
@@ -142,6 +169,18 @@ def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Star
         own = slices.pop("")
         checkpoint.write_part(folder.checkpoints, course.shift + steps, number, mesh.servers, own, slices)
 
+    def lost(client: Client) -> None:
+        text = f"rank {client.rank} was lost, and replica {client.replica} with it; the others go on"
+        metrics.write("event", event="worker_lost", rank=client.rank, replica=client.replica, reason=client.why)
+        tell(f"dpnn: {text}")
+        world.lost = True
+
+    def settled(replica: int, missing: int, gone: int) -> None:
+        values = {"replica": replica, "server": number, "missing_steps": missing, "steps_out_of_reach": gone}
+        if number == 0 or missing:
+            metrics.write("event", event="loss_settled", **values)
+        world.lost = True
+
     def complete(steps: int, leases: dict[str, Any]) -> None:
         info = {**start.info(), "leases": leases}
         epoch, lane = leases["next"]
@@ -152,8 +191,8 @@ def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Star
 
     every = max(1, round(job.output.checkpoint_every * course.epoch))
     with denormals_flushed():  # as where replicas update their own
-        server.run(Cut(server, mesh.crew.comm, write, complete, every).turn)
-    return Stopped.exit_code if server.steps < course.total else 0
+        server.run(Cut(server, mesh.crew.comm, write, complete, every, lost, settled).turn)
+    return Stopped.exit_code if server.stop and server.steps < course.total else 0
 
 
 class Replica:
@@ -206,13 +245,15 @@ class Replica:
         if held_out and start.test:
             evaluation = model.executor(held_out, mesh=mesh)
             place = (start.test, start.train.mean, start.train.std, self.decoders)
-            # Between its steps the first replica looks by itself, where it can; at the end all look together.
-            if mesh.replica == 0 and start.test_at.whole:
+            # Between its steps the speaker looks by itself, where it can; at the end all look together, unless some may
+            # have died.
+            if start.test_at.whole:
                 self.alone = Evaluator(mesh.model, evaluation, job, Location(start.test_at.folder), *place)
-            self.together = Evaluator(crew.comm, evaluation, job, start.test_at, *place)
-        self.first = mesh.replica == 0 and self.reads
-        """Whether this rank tells of the run: the first server speaks to it."""
-        self.journal = Journal(folder, course.shift + course.total, self.first)
+            if not start.test_at.whole or not survives():
+                self.together = Evaluator(crew.comm, evaluation, job, start.test_at, *place)
+        self.tells = mesh.replica == 0 and self.reads
+        """Whether this rank tells of the run: that of the replica which speaks for it."""
+        self.journal = Journal(folder, course.shift + course.total, self.tells)
         self.folder, self.code = folder, 0
         self.skipped = Skipped(job.data.bad_limit)
         self.seen = self.worker.known._replace(steps=course.leases["steps"])
@@ -232,12 +273,12 @@ class Replica:
             )  # fmt: skip
         held: deque[Run] = deque()
         try:
-            more = self._lease(held, leases)
+            self._lease(held, leases)
             if held:
                 worker.join()
                 self.seen = worker.known
-                more = more and self._lease(held, leases)
-                self._train(loader, leases, held, more)
+                self._lease(held, leases)
+                self._train(loader, leases, held)
         finally:
             if loader is not None:
                 loader.close()
@@ -248,32 +289,48 @@ class Replica:
         return self.code
 
     def _last_words(self, seconds: float) -> None:
-        """All replicas are done: look at what came out, end the servers and the run. Collective over the workers."""
+        """All replicas are done. One of them tells what came out, and ends the run."""
         worker, course = self.worker, self.course
-        known, stopped = worker.known, worker.known.steps < course.total
-        self.skipped.check(known.bad, max(-(-known.steps // course.epoch) - self.start.epoch, 1))
-        if known.steps != self.seen.steps:
-            self._tell_step(Took(seconds, 0.0, seconds, 0.0))
-        if self.together is not None and not stopped:
-            self.model.store.params_wire.push()
-            scores = self.together.run(worker.tick)
-            self.journal.scores(str(scores), -(-known.steps // course.epoch), self._steps(), **asdict(scores))
-        self.mesh.crew.meet()  # nobody asks a server any more
-        if self.mesh.replica == 0:
-            worker.close()
-        worker.see_off()
+        known = worker.known
+        stopped = bool(known.stop) and known.steps < course.total
         self.code = Stopped.exit_code if stopped else 0
-        self.journal.end(self._steps(), known.samples, known.bad, seconds, self.code)
+        self.skipped.check(known.bad, max(-(-known.steps // course.epoch) - self.start.epoch, 1))
+        if self.together is not None and not stopped and not worker.lost:
+            self._look(self.together)
+        if not worker.await_end(self.mesh.replica).over:
+            self._speak()
+            if known.steps != self.seen.steps:
+                self._tell_step(Took(seconds, 0.0, seconds, 0.0))
+            if self.together is None and self.alone is not None and not stopped:
+                self._look(self.alone)
+            worker.await_checkpoint()
+            self.journal.end(self._steps(), known.samples, known.bad, seconds, self.code)
+            worker.end()
+        worker.part()
 
-    def _lease(self, held: deque[Run], leases: Leases) -> bool:
-        """One more run of steps to do; whether there was one."""
-        run = self.worker.lease()
+    def _look(self, evaluator: Evaluator) -> None:
+        """Look at what came out. Collective over the replicas that the evaluator is of."""
+        self.model.store.params_wire.push()
+        scores = evaluator.run(self.worker.tick)
+        epoch = -(-self.worker.known.steps // self.course.epoch)
+        self.journal.scores(str(scores), epoch, self._steps(), **asdict(scores))
+
+    def _speak(self) -> None:
+        """This replica speaks for the run, if it hasn't done so: those before it have died."""
+        if self.reads and not self.tells:
+            self.tells = True
+            self.journal = Journal(self.folder, self.course.shift + self.course.total, first=True)
+
+    def _lease(self, held: deque[Run], leases: Leases) -> None:
+        """One more run of steps to do, if there is one."""
+        run = self.worker.lease(busy=bool(held))
+        if self.worker.speaker == self.mesh.replica:
+            self._speak()
         if run is not None:
             held.append(run)
             leases.add(run)
-        return run is not None
 
-    def _train(self, loader: Loader | None, leases: Leases, held: deque[Run], more: bool) -> None:
+    def _train(self, loader: Loader | None, leases: Leases, held: deque[Run]) -> None:
         """Go through the leased steps, leasing more in time."""
         worker, course, micro = self.worker, self.course, self.job.parallel.microbatches
         took, step = Took(0.0, 0.0, 0.0, 0.0), held[0].first
@@ -297,7 +354,8 @@ class Replica:
             step += 1
             if step > run.last:
                 held.popleft()
-                more = more and not worker.stop and self._lease(held, leases)
+                if not worker.stop:
+                    self._lease(held, leases)
                 step = held[0].first if held else 0
             end = perf_counter()
             took = Took(
@@ -307,7 +365,7 @@ class Replica:
             if worker.known.steps != self.seen.steps:
                 self._tell_step(took)
                 took = Took(0.0, 0.0, 0.0, 0.0)
-            if self.alone is not None:
+            if self.alone is not None and worker.speaker == self.mesh.replica:
                 self._evaluate(self.alone)
 
     def _explain(self, error: NotFiniteError) -> None:
@@ -380,7 +438,7 @@ class Replica:
                 "evaluated_at_the_end",
                 f"the network is evaluated at the end only: the first replica's node hasn't all of {job.data.test}",
             )
-        if self.first:
+        if self.tells:
             self.folder.write_choices(self.model.choices)
         for name in start.damaged:
             self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {name}", path=name)

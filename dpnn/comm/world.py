@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, NoReturn, Self
 
 from dpnn.comm import library
 from dpnn.comm.faults import deadline, exit_code, message, tell
+from dpnn.comm.losses import survives
 from dpnn.comm.ranks import Ranks
-from dpnn.errors import DpnnError
+from dpnn.errors import DpnnError, RankError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -64,6 +65,8 @@ class World(Ranks):
 
         super().__init__(comm, timeout_s)
         self.claim: Callable[[str, int], bool] = self._first_of_node
+        self.lost = False
+        """Whether a rank has died that the others do without."""
         self._claims = -1
         self._failing = threading.Lock()
         self._closed = False
@@ -113,14 +116,32 @@ class World(Ranks):
         atexit.register(self._leave)
 
     def close(self) -> None:
-        """Wait until every rank is here, so that none leaves while another still counts on it. Twice is harmless."""
+        """Wait until every rank is here, so that none leaves while another still counts on it. Twice is harmless.
+
+        Where a rank has died that the others do without, this ends the process: MPI can't be left in good order.
+        """
         if not self._closed:
-            self.meet()
+            if self.lost or not self._meets():
+                for stream in (sys.stdout, sys.stderr):
+                    with suppress(Exception):
+                        stream.flush()
+                os._exit(0)  # any other code would make the launcher end those who aren't here yet
             self._closed = True
             sys.excepthook, threading.excepthook = self._hooks
             atexit.unregister(self._leave)
             if self._claims >= 0:
                 os.close(self._claims)
+
+    def _meets(self) -> bool:
+        """Whether all have come here; False where one has died that the others do without."""
+        try:
+            self.meet()
+        except RankError:
+            if not survives():
+                raise
+            self.comm.Revoke()  # so that nobody waits for those who know
+            return False
+        return True
 
     def __enter__(self) -> Self:
         return self

@@ -1,9 +1,13 @@
-"""A checkpoint while the run goes on: all servers write their shard as it is after the same pushes.
+"""What the servers do together: checkpoints while the run goes on, and the settling of losses.
 
-The first server says when. Then all stop applying for the moment that it takes to agree on a number of pushes of each
-replica: the most that any server has applied. From there on each keeps a second copy of its shard, which gets the
-pushes up to that number only, while the shard itself gets all: nobody waits. When the copy has them all, a thread
-writes it.
+A checkpoint: all servers write their shard as it is after the same pushes. The first server says when. Then all stop
+applying for the moment that it takes to agree on a number of pushes of each replica: the most that any server has
+applied. From there on each keeps a second copy of its shard, which gets the pushes up to that number only, while the
+shard itself gets all: nobody waits. When the copy has them all, a thread writes it.
+
+A loss: a replica has died. The first server tells the others at once, and all take no more of it. Between two
+checkpoints they agree on how much of it has arrived: the most that any server got. What it had leased beyond that goes
+to other replicas. A push that only some servers got is neither undone nor done again.
 """
 
 import threading
@@ -16,18 +20,19 @@ import numpy as np
 from dpnn.comm.faults import wait
 from dpnn.optim import Optimizer
 from dpnn.strategies.downpour.ledger import Ledger
-from dpnn.strategies.downpour.protocol import Array
-from dpnn.strategies.downpour.server import Client, Server
+from dpnn.strategies.downpour.lines import Client
+from dpnn.strategies.downpour.protocol import Array, Tag
+from dpnn.strategies.downpour.server import Server
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_CUT, _LAST, _END = 1, 2, 3
-"""What the first server says: a checkpoint; the last one; that the last one was the last."""
+_CUT, _LAST, _END, _LOSS = 1, 2, 3, 4
+"""What the first server says: a checkpoint; the last one; that the last one was the last; to settle a loss."""
 
 
 class _State(Enum):
-    IDLE, AGREEING, CATCHING_UP, WRITING, MEETING, DONE = (auto() for _ in range(6))
+    IDLE, SETTLING, AGREEING, CATCHING_UP, COUNTING, WRITING, MEETING, DONE = (auto() for _ in range(8))
 
 
 class Cut:
@@ -35,7 +40,8 @@ class Cut:
 
     `write(steps, params, state)` writes the shard after so many steps of all replicas, in a thread;
     `complete(steps, ledger)` is called on the first server once all have written. `due`: steps from one checkpoint to
-    the next.
+    the next. `lost(client)` is called on the first server when a worker has died; `settled(replica, missing, gone)` on
+    all, later: so many of its steps are missing on this shard, and so many can't be taken by anybody.
     """
 
     def __init__(
@@ -45,16 +51,28 @@ class Cut:
         write: Callable[[int, Array, dict[str, Array]], None],
         complete: Callable[[int, dict[str, Any]], None],
         due: int,
+        lost: Callable[[Client], None] = lambda client: None,
+        settled: Callable[[int, int, int], None] = lambda replica, missing, gone: None,
     ) -> None:
         from mpi4py import MPI
 
         self._mpi, self._server, self._crew = MPI, server, crew
         self._write, self._complete, self._every = write, complete, due
+        self._tell_lost, self._settled = lost, settled
         self._due, self._written = server.steps + due, -1
         self._state, self._last = _State.IDLE, False
-        self._said = np.zeros(1, np.int64)
+        self._said = np.zeros(2, np.int64)
+        """What, and of a loss the replica."""
         self._pushes = np.zeros(len(server.clients), np.int64)
         self._target = np.zeros_like(self._pushes)
+        self._taken = np.zeros_like(self._pushes)
+        """Steps of each replica in the copy."""
+        self._agreed = np.zeros_like(self._pushes)
+        self._pushed = np.zeros(4)
+        self._told_of = np.zeros(1, np.int64)
+        self._tellings: list[MPI.Request] = []
+        self._word = MPI.REQUEST_NULL if crew.rank == 0 else crew.Irecv(self._told_of, 0, Tag.LOST)
+        """The next word of a loss."""
         self._request = self._listen()
         self._params: Array | None = None
         self._kept: dict[str, Array] = {}
@@ -63,21 +81,36 @@ class Cut:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         server.watch = self._applied
+        server.lost = self._lost
 
     def turn(self) -> bool:
         """Go on with what there is to do; whether anything has happened. An error of the writing is raised here."""
+        if self._word != self._mpi.REQUEST_NULL and self._word.Test():
+            self._server.lose(int(self._told_of[0]))
+            self._word = self._crew.Irecv(self._told_of, 0, Tag.LOST)
         match self._state:
             case _State.IDLE:
                 if not self._told():
                     return False
                 self._begin()
+            case _State.SETTLING:
+                if not self._request.Test():
+                    return False
+                self._settle()
             case _State.AGREEING:
                 if not self._request.Test():
                     return False
                 self._fork()
             case _State.CATCHING_UP:
-                if (self._pushes < self._target).any():
+                clients = self._server.clients
+                if any(self._pushes[c.replica] < self._target[c.replica] and not c.lost for c in clients):
                     return False
+                self._request = self._crew.Iallreduce(self._taken, self._agreed, self._mpi.MAX)
+                self._state = _State.COUNTING
+            case _State.COUNTING:
+                if not self._request.Test():
+                    return False
+                self._count()
                 self._thread = threading.Thread(target=self._save, name="dpnn-checkpoint", daemon=True)
                 self._thread.start()
                 self._state = _State.WRITING
@@ -93,9 +126,9 @@ class Cut:
                     return False
                 self._end()
             case _State.DONE:
-                if not self._server.closing:
+                if not self._server.may_close:
                     return False
-                self._server.close()
+                self._close()
         return True
 
     def _listen(self) -> "MPI.Request":
@@ -107,7 +140,9 @@ class Cut:
         if self._crew.rank:
             return bool(self._request.Test())
         server = self._server
-        if server.left == 0:
+        if server.losses:
+            self._said[:] = _LOSS, server.losses.popleft().replica
+        elif server.left == 0:
             self._said[0] = _END if self._written == server.steps else _LAST
         elif server.steps >= self._due:
             self._said[0] = _CUT
@@ -117,14 +152,33 @@ class Cut:
         return True
 
     def _begin(self) -> None:
-        self._last = self._said[0] != _CUT
-        if self._said[0] == _END:
-            self._state = _State.DONE
+        server, (what, replica) = self._server, self._said.tolist()
+        if what == _LOSS:
+            client = server.clients[replica]
+            server.lose(client.rank)
+            self._request = self._crew.Iallreduce(client.pushed, self._pushed, self._mpi.MAX)
+            self._state = _State.SETTLING
             return
-        self._server.frozen = True
-        self._pushes[:] = [client.pushes for client in self._server.clients]
+        self._last = what != _CUT
+        if what == _END:
+            self._be_done()
+            return
+        server.frozen = True
+        self._pushes[:] = [client.pushes for client in server.clients]
         self._request = self._crew.Iallreduce(self._pushes, self._target, self._mpi.MAX)
         self._state = _State.AGREEING
+
+    def _lost(self, client: Client) -> None:
+        """A worker has died: the other servers have to know, also in the middle of a checkpoint."""
+        if self._crew.rank == 0:
+            self._tell_lost(client)
+            letter = np.array([client.rank])
+            self._tellings += [self._crew.Isend(letter, server, Tag.LOST) for server in range(1, self._crew.size)]
+
+    def _settle(self) -> None:
+        replica = int(self._said[1])
+        self._settled(replica, *self._server.settle(self._server.clients[replica], self._pushed))
+        self._go_on()
 
     def _fork(self) -> None:
         """The copy, as the shard is now."""
@@ -136,6 +190,7 @@ class Cut:
         for name, array in server.state.items():
             np.copyto(self._kept[name], array)
         self._steps = server.steps
+        self._taken[:] = [client.pushed[0] for client in server.clients]
         self._ledger = server.ledger and server.ledger.copy()
         self._due = server.steps + self._every
         self._state = _State.CATCHING_UP
@@ -150,11 +205,21 @@ class Cut:
                 gradients = self._server.gradients(client)
                 self._optimizers[client.staged] = self._server.make(self._params, gradients, self._kept)
             self._optimizers[client.staged].apply(0, self._params.size, rate, scale)
-        steps = client.request.steps
         self._pushes[client.replica] = client.pushes
+        self._take(client.replica, client.request.steps)
+
+    def _take(self, replica: int, steps: int) -> None:
+        """So many steps more of a replica count as being in the copies."""
         self._steps += steps
+        self._taken[replica] += steps
         if self._ledger is not None:
-            self._ledger.arrived(client.replica, steps)
+            self._ledger.arrived(replica, steps)
+
+    def _count(self) -> None:
+        """The copies are alike, but for the last pushes of who has died meanwhile: what one has of it counts."""
+        for replica, steps in enumerate((self._agreed - self._taken).tolist()):
+            if steps:
+                self._take(replica, steps)
 
     def _save(self) -> None:
         try:
@@ -167,6 +232,20 @@ class Cut:
         self._written = self._steps
         if isinstance(self._ledger, Ledger):
             self._complete(self._steps, self._ledger.state())
-        self._state = _State.DONE if self._last else _State.IDLE
-        if not self._last:
-            self._request = self._listen()
+        if self._last:
+            self._be_done()
+        else:
+            self._go_on()
+
+    def _be_done(self) -> None:
+        self._state, self._server.written = _State.DONE, True
+
+    def _go_on(self) -> None:
+        self._state = _State.IDLE
+        self._request = self._listen()
+
+    def _close(self) -> None:
+        self._server.close()
+        if self._word != self._mpi.REQUEST_NULL:
+            self._word.Cancel()
+            self._word.Wait()

@@ -2,7 +2,8 @@
 
 Lanes are leased one by one, epoch after epoch, to who asks: a faster replica takes more. A replica goes through its
 leases in their order, and its pushes say how many steps they hold: so the ledger knows for each lease how many of its
-steps have arrived, without asking. What has not arrived when a checkpoint is cut is leased again when the run goes on.
+steps have arrived, without asking. What has not arrived when a checkpoint is cut is leased again when the run goes on;
+what a replica held that has died is leased to others.
 
 Where shards lie on the nodes' own disks, a replica is leased lanes of its own node only, each so often as the run has
 epochs: a node that has done with its lanes doesn't wait for others, and doesn't go through them once more.
@@ -40,6 +41,8 @@ class Ledger:
         """What each replica has leased and not yet pushed."""
         self.steps = 0
         """That have arrived."""
+        self._living = [self._owner.count(owner) for owner in range(len(self._owned))]
+        """Replicas of each owner."""
 
     def lease(self, replica: int) -> Run | None:
         """The next steps for a replica; None where all are taken."""
@@ -47,7 +50,7 @@ class Ledger:
         left = self._left[owner]
         while self._to_lease > 0 and (left or self._next[owner][0] < self._epochs):
             run = left.popleft() if left else self._new(owner)
-            n = min(run.last - run.first + 1, self._to_lease)
+            n = min(_steps(run), self._to_lease)
             if n > 0:
                 if run.first + n <= run.last:
                     left.appendleft(run._replace(first=run.first + n))
@@ -63,10 +66,34 @@ class Ledger:
         held = self.held[replica]
         while steps:
             run = held.popleft()
-            n = min(run.last - run.first + 1, steps)
+            n = min(_steps(run), steps)
             steps -= n
             if run.first + n <= run.last:
                 held.appendleft(run._replace(first=run.first + n))
+
+    def held_by_others(self, replica: int) -> bool:
+        """Whether any other replica has leased what hasn't arrived."""
+        return any(runs for other, runs in enumerate(self.held) if other != replica)
+
+    def lose(self, replica: int, steps: int) -> int:
+        """A replica has died, of which so many steps more than are known of here have arrived elsewhere.
+
+        What it held is leased to others. Returned: the steps that nobody can take, since their owner has no replica
+        left; the run does without them.
+        """
+        self.arrived(replica, steps)
+        held, owner = self.held[replica], self._owner[replica]
+        self._to_lease += sum(map(_steps, held))
+        self._left[owner].extendleft(reversed(held))
+        held.clear()
+        self._living[owner] -= 1
+        if self._living[owner]:
+            return 0
+        gone = sum(map(_steps, (*self._left[owner], *self._before(self._epochs, owner))))
+        self._left[owner].clear()
+        self._next[owner] = (self._epochs, self._owned[owner].start)
+        self._to_lease -= gone
+        return gone
 
     def copy(self) -> "Ledger":
         """A ledger of its own, as this one is now."""
@@ -111,3 +138,7 @@ class Ledger:
 
 def _run(epoch: int, lane: int, first: int, last: int) -> Run:
     return Run(epoch, range(lane, lane + 1), first, last)
+
+
+def _steps(run: Run) -> int:
+    return run.last - run.first + 1

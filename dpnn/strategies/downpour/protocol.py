@@ -30,16 +30,18 @@ class Kind(IntEnum):
     """Something to do, please. To the first server only."""
     LEAVE = 3
     """I have pushed all that I will push."""
-    CLOSE = 4
-    """The run is over: from the first worker, when all others have left."""
+    OVER = 4
+    """The run is over: from the replica that speaks for it, to the first server."""
     ALIVE = 5
     """I am busy with something else."""
+    PART = 6
+    """I will ask you for nothing any more."""
 
 
 class Tag(IntEnum):
     """Of a message."""
 
-    REQUEST, GRADIENTS, ANSWER, PARAMS, LEASED, CUT = range(1, 7)
+    REQUEST, GRADIENTS, ANSWER, PARAMS, LEASED, LOST = range(1, 7)
 
 
 class Lease(IntEnum):
@@ -98,10 +100,17 @@ class Answer(NamedTuple):
     bad: int = 0
     lease: int = Lease.NONE
     epoch: int = 0
-    """Of the lease; so are `lane`, `first` and `last`."""
+    """Of the lease; so are `lane`, `first` and `last`, its steps."""
     lane: int = 0
     first: int = 0
     last: int = 0
+    speaker: int = 0
+    """The replica that speaks for the run: the first that hasn't died."""
+    lost: int = 0
+    """Replicas that have died."""
+    written: int = 0
+    """Whether the last checkpoint is written; `over`: whether the speaker has said that the run is over."""
+    over: int = 0
 
 
 Record = TypeVar("Record", bound=Request | Answer)

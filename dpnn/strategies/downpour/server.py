@@ -1,8 +1,11 @@
 """A server: one shard of the parameters, and what the optimizer keeps of it.
 
-One loop, which never blocks: hear requests, receive announced gradients into a few buffers, serve who is ready, one
-after the other, each worker's requests in its order. Workers whose messages take long hold up nobody but themselves.
-Where a worker fetches with its push, it gets the new version piece by piece, while the next piece is updated.
+One loop, which never blocks: hear requests, receive announced gradients, serve who is ready, one after the other, each
+worker's requests in its order. Workers whose messages take long hold up nobody but themselves. Where a worker fetches
+with its push, it gets the new version piece by piece, while the next piece is updated.
+
+A worker that dies is taken off at once. What it had leased goes to others when all servers have said how much of it has
+arrived (cut.py): so nothing is applied twice, and of the pushes that were on their way some shards may have none.
 """
 
 import os
@@ -19,41 +22,24 @@ from dpnn.errors import RankError
 from dpnn.optim import Optimizer
 from dpnn.strategies.downpour.copies import Copies, Copy
 from dpnn.strategies.downpour.ledger import Ledger
+from dpnn.strategies.downpour.lines import Client, Lines
 from dpnn.strategies.downpour.order import Order
-from dpnn.strategies.downpour.protocol import Answer, Array, Kind, Lease, Letter, Request, Tag
+from dpnn.strategies.downpour.protocol import Answer, Array, Kind, Lease, Request, Tag
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_STAGED = 4
-"""Buffers for gradients that are on their way."""
 _EAGER_S, _NAP_SHARE, _LONGEST_NAP_S = 1e-3, 0.1, 5e-4
 """How long an idle server only gives way to other processes; then it sleeps between two looks, for a share of the time
 that it has been idle."""
+_LOOK_S = 1.0
+"""How often the first server looks for workers that are silent."""
 _BINS = 128
 """Of the histogram of staleness; the last one has all that is more."""
 
 
-class Client:
-    """What a server knows of a worker."""
-
-    def __init__(self, replica: int, rank: int) -> None:
-        self.replica, self.rank = replica, rank
-        self.letter = Letter(Request)
-        self.request = Request(Kind.ALIVE)
-        """What it wants now."""
-        self.answers = {tag: Letter(Answer) for tag in (Tag.ANSWER, Tag.LEASED)}
-        self.staged = -1
-        """The buffer that its gradients are in."""
-        self.announced = self.arrived = False
-        """Whether it has said so; whether they are."""
-        self.pushes = self.staleness = self.lead = 0
-        """Pushes that were applied; the staleness of the last one; steps, as far as `parallel.lead` counts them."""
-        self.joined = self.left = False
-
-
 class Server:
-    """Serves `workers` replicas, until the first of them says that the run is over.
+    """Serves `workers` replicas, until none of them will ask for anything any more.
 
     They are the ranks of `comm` from 0 on; where each is spread over several `parts`, those with the same `part`.
     """
@@ -80,67 +66,63 @@ class Server:
         `rate`: the learning rate by the number of steps of all replicas. `ledger`: on the first server. `asked`:
         whether this rank was asked to stop. `parting` is called when the run is over.
         """
-        from mpi4py import MPI
-
-        self._mpi, self._comm, self._options, self._order = MPI, comm, options, order
+        self._options, self._order = options, order
         self.ledger, self._asked, self._rate, self.make = ledger, asked, rate, make
-        self._parting, self.limit_s = parting, limit_s
+        self._parting, self.limit_s, self._parts = parting, limit_s, parts
         self._policy, self._bound = options.staleness.policy, options.staleness.bound
         self.state = state
         self._copies = Copies(params)
-        n = workers if order.replays else min(workers, _STAGED)
-        self._staged = [np.empty_like(params) for _ in range(n)]
-        self._free = list(range(n))
         self.clients = [Client(replica, replica * parts + part) for replica in range(workers)]
         self.left = workers
         """Workers that may still push."""
-        self._listens = [comm.Recv_init(client.letter.bytes, client.rank, Tag.REQUEST) for client in self.clients]
-        self._requests: list[MPI.Request] = [*self._listens, *[MPI.REQUEST_NULL] * n]
-        """The next request of every worker, then the gradients for every buffer."""
-        self._holders = [-1] * n
-        """Whose gradients a buffer is for."""
-        self._keeps = n == workers
-        """Whether there is a buffer for every worker: then gradients are received before they are announced."""
-        self._announced: deque[int] = deque()
-        """Who has gradients for which there is no buffer yet."""
+        self._lines = Lines(comm, self.clients, params, order.replays)
+        self.gradients = self._lines.gradients
         self._ready: deque[int] = deque()
         self._too_far: list[int] = []
         """Who is too far ahead of the slowest to be answered."""
-        self._sends: list[tuple[list[MPI.Request], Copy | None]] = []
-        """What is being sent, and of which copy."""
+        self.losses: deque[Client] = deque()
+        """On the first server: who has died and whose leases are still to be settled."""
         self.version = self.steps = self.samples = self.bad = self.discarded = self.alive = 0
         self.loss = 0.0
-        self.stop = self.closing = self.closed = self.frozen = False
-        """`frozen`: nothing is served for a moment. `closing`: the first worker wants to close."""
+        self.stop = self.over = self.written = self.closed = self.frozen = False
+        """`frozen`: nothing is served for a moment. `written`: the last checkpoint. `over`: as the speaker says."""
         self.histogram = np.zeros(_BINS, np.int64)
         """Pushes by staleness: updates of this shard since the parameters that they were computed from."""
         self.watch: Callable[[Client, float, float], None] = lambda client, rate, scale: None
         """Told of every push, with the rate and the scale that it was applied at (0: not at all)."""
-        for client, listen in zip(self.clients, self._listens, strict=True):
-            listen.Start()
-            if self._keeps:
-                self._grant(client)
+        self.lost: Callable[[Client], None] = lambda client: None
+        """Told of every worker that has died, as soon as this server knows."""
 
     @property
     def params(self) -> Array:
         """The newest."""
         return self._copies.newest.params
 
+    @property
+    def speaker(self) -> Client | None:
+        """The first worker that hasn't died: it speaks for the run."""
+        return next((client for client in self.clients if not client.lost), None)
+
     def run(self, also: Callable[[], bool]) -> None:
         """Serve until `closed`. `also` is done in every turn too; it returns whether it has moved anything.
 
-        RankError where no worker is heard of for `limit_s` seconds, or MPI reports an error.
+        RankError where no worker is heard of for `limit_s` seconds, or all have died, or MPI reports an error.
         """
         with reported("serving the workers"):
             self._run(also)
 
     def _run(self, also: Callable[[], bool]) -> None:
-        busy, limit_s = time.monotonic(), self.limit_s
+        busy = looked = time.monotonic()
+        limit_s = self.limit_s
         while not self.closed:
-            if self._hear() | self._sent() | self._serve() | also():
+            if self._hear() | self._lines.sent() | self._serve() | also():
                 busy = time.monotonic()
                 continue
-            idle = time.monotonic() - busy
+            now = time.monotonic()
+            idle = now - busy
+            if self.ledger is not None and now > looked + _LOOK_S:
+                looked = now
+                self._lose_silent(now)
             if idle > limit_s:
                 raise RankError(
                     f"a server has heard of no worker for {limit_s:g} s: they have stopped, or a step takes longer; "
@@ -151,82 +133,113 @@ class Server:
             else:
                 time.sleep(min(_NAP_SHARE * idle, _LONGEST_NAP_S))
 
-    def gradients(self, client: Client) -> Array:
-        """What the client has pushed and is being applied."""
-        return self._staged[client.staged]
+    @property
+    def may_close(self) -> bool:
+        """Whether nobody will ask for anything any more."""
+        return all(client.parted or client.lost for client in self.clients)
 
     def close(self) -> None:
-        """The run is over, and all is written: say so, see off what is being sent, and hear no more."""
+        """The run is over, and all is written: see off what is being sent, and hear no more."""
         self._order.flush()
         self._parting(self)
-        self._answer(self.clients[0], Tag.LEASED)
         self.closed = True
 
         def sent() -> bool:
-            self._sent()
-            return not self._sends
+            for rank in self._lines.lost():
+                self.lose(rank)
+            self._lines.sent()
+            return self._lines.silent
 
         wait(sent, "the workers to take their last parameters", self.limit_s)
-        for request in self._requests:
-            if request != self._mpi.REQUEST_NULL:
-                request.Cancel()
-                request.Wait()
-        for listen in self._listens:
-            listen.Free()
+        self._lines.close()
+
+    def lose(self, rank: int, why: str = "its process has ended") -> None:
+        """A rank has died, and with it its whole replica: serve it no more. RankError where it was a server."""
+        replica = rank // self._parts
+        if replica >= len(self.clients):
+            raise RankError(f"rank {rank}, a server, has died, and its parameters with it")
+        client = self.clients[replica]
+        if client.lost:
+            return
+        client.why = why
+        self._lines.hang_up(client)
+        if replica in self._ready:
+            self._ready.remove(replica)
+        self._too_far = [other for other in self._too_far if other != replica]
+        if self.ledger is not None:
+            self.losses.append(client)
+        self.lost(client)
+        if self.speaker is None:
+            raise RankError("all workers have died; go on from the last checkpoint with --resume")
+
+    def _lose_silent(self, now: float) -> None:
+        """Whoever should speak and doesn't, counts as dead."""
+        waiting = {*self._ready, *self._too_far}
+        for client in self.clients:
+            if client.lost or client.parted or client.announced or client.replica in waiting:
+                continue
+            if now - client.heard > self.limit_s:
+                self.lose(client.rank, f"it said nothing for {self.limit_s:g} s")
+
+    def settle(self, client: Client, pushed: Array) -> tuple[int, int]:
+        """A worker has died, and `pushed` is what has arrived of it on the servers that got the most.
+
+        What it had leased is leased to others. Returned: its steps that this shard hasn't got, and those that nobody
+        can take.
+        """
+        missing = pushed - client.pushed
+        steps, samples, loss, bad = missing.tolist()
+        client.pushed = pushed.copy()
+        self.steps += int(steps)
+        self.samples += int(samples)
+        self.loss += loss
+        self.bad += int(bad)
+        out_of_reach = self.ledger.lose(client.replica, int(steps)) if self.ledger is not None else 0
+        if not client.left:
+            client.left = True
+            self.left -= 1
+        self._let_go()
+        return int(steps), out_of_reach
 
     def _hear(self) -> bool:
-        """Take what has arrived; give buffers to gradients that were announced."""
+        """Take what has arrived, and see who has died."""
         if self._order.stops(not self.stop and self._asked()):
             self.stop = True
-        self._comm.Iprobe()  # MPI moves; a Testsome that finds something doesn't look for more
-        arrived = self._mpi.Request.Testsome(self._requests) or ()
-        for place in arrived:
-            if place >= len(self.clients):
-                client = self.clients[self._holders[place - len(self.clients)]]
-                client.arrived = True
-                if client.announced:
-                    self._ready.append(client.replica)
-                continue
-            client = self.clients[place]
-            client.request = client.letter.read()
+        lost = self._lines.lost()
+        for rank in lost:
+            self.lose(rank)
+        asking, pushing = self._lines.arrived()
+        self._ready.extend(client.replica for client in pushing if client.announced)
+        for client in asking:
             if client.request.stop and not self.stop and self._order.stops(True):
                 self.stop = True
             self._look_at(client)
-        while self._announced and self._free:
-            self._grant(self.clients[self._announced.popleft()])
-        return bool(arrived)
-
-    def _grant(self, client: Client) -> None:
-        """Receive its next gradients."""
-        client.staged = buffer = self._free.pop()
-        self._holders[buffer] = client.replica
-        arrival = self._comm.Irecv(self._staged[buffer], client.rank, Tag.GRADIENTS)
-        self._requests[len(self.clients) + buffer] = arrival
+        return bool(lost or asking or pushing)
 
     def _look_at(self, client: Client) -> None:
         """See what a client wants: it is ready to be served, has to wait, or needs no place in the order."""
         kind, replica = client.request.kind, client.replica
         if kind == Kind.PUSH:
-            client.announced = True
+            self._lines.announce(client)
             if client.arrived:
                 self._ready.append(replica)
-            elif client.staged < 0:
-                self._announced.append(replica)
         elif kind == Kind.FETCH and self._is_too_far(client):
             self._too_far.append(replica)
         elif kind == Kind.FETCH or (kind == Kind.LEASE and not client.left):
             self._ready.append(replica)
         else:
             self._note(client, kind)
-            self._listens[replica].Start()
+            self._lines.listen(client)
 
     def _note(self, client: Client, kind: int) -> None:
         if kind == Kind.ALIVE:
             self.alive += 1
         elif kind == Kind.LEASE:  # it asks whether the others have left
             self._answer(client, Tag.LEASED)
-        elif kind == Kind.CLOSE:
-            self.closing = True
+        elif kind == Kind.PART:
+            client.parted = True
+        elif kind == Kind.OVER:
+            self.over = True
         else:
             client.left = True
             self.left -= 1
@@ -254,9 +267,10 @@ class Server:
         if kind == Kind.FETCH:
             self._send(self._copies.newest, client)
             self._fetched(client)
-        elif self._lease(client):
+        else:
+            self._lease(client)
             self._order.served(replica, kind)
-        self._listens[replica].Start()
+        self._lines.listen(client)
         return True
 
     def _kind(self, replica: int) -> int:
@@ -281,6 +295,7 @@ class Server:
         else:
             self._update(client, copy, rate, scale, to)
         self.histogram[min(client.staleness, _BINS - 1)] += 1
+        client.pushed += (push.steps, push.samples, push.loss, push.bad)
         self.steps += push.steps
         self.samples += push.samples
         self.loss += push.loss
@@ -288,10 +303,7 @@ class Server:
         if self.ledger is not None:
             self.ledger.arrived(client.replica, push.steps)
         self.watch(client, rate, scale)
-        self._free.append(client.staged)
-        client.staged, client.announced, client.arrived = -1, False, False
-        if self._keeps:
-            self._grant(client)
+        self._lines.done(client)
         self._let_go()
         self._order.served(client.replica, Kind.PUSH)
         if to:
@@ -300,7 +312,7 @@ class Server:
             client.request = Request(Kind.FETCH)
             self._look_at(client)
             return
-        self._listens[client.replica].Start()
+        self._lines.listen(client)
 
     def _update(self, client: Client, copy: Copy, rate: float, scale: float, to: Client | None) -> None:
         """Write the next version into a copy, and send it piece by piece."""
@@ -321,57 +333,48 @@ class Server:
         sends = []
         for lo, hi, piece in copy.pieces:
             before(lo, hi)
-            sends.append(self._comm.Isend(piece, to.rank, Tag.PARAMS))
-        copy.readers += 1
-        self._sends.append((sends, copy))
+            sends.append(self._lines.send_piece(piece, to))
+        self._lines.sending(sends, to, copy)
 
     def _fetched(self, client: Client) -> None:
         """Say what the numbers are that a client was sent."""
         self._answer(client, Tag.ANSWER)
         self._order.served(client.replica, Kind.FETCH)
 
-    def _sent(self) -> bool:
-        """Forget what has been sent."""
-        sends, self._sends = self._sends, []
-        for requests, copy in sends:
-            if not self._mpi.Request.Testall(requests):
-                self._sends.append((requests, copy))
-            elif copy:
-                copy.readers -= 1
-        return len(self._sends) < len(sends)
-
-    def _lease(self, client: Client) -> bool:
-        """Answer who asks for work; whether the answer stands: it may have to ask again."""
-        others_wait = self.steps < self._options.warmup_steps and not self.clients[0].left
-        if self.ledger is None or self.stop:
+    def _lease(self, client: Client) -> None:
+        """Answer who asks for work."""
+        speaker, ledger = self.speaker, self.ledger
+        warms_up = self.steps < self._options.warmup_steps and speaker is not None and not speaker.left
+        if ledger is None or self.stop:
             self._answer(client, Tag.LEASED)
-            return True
-        if client.replica and others_wait and not self._order.replays:
+        elif warms_up and client is not speaker:
             self._answer(client, Tag.LEASED, Lease.WAIT)
-            return False
-        run = self.ledger.lease(client.replica)
-        if run is None:
+        elif run := ledger.lease(client.replica):
+            if not client.joined:
+                client.joined = True
+                client.lead = self._slowest(client)
+            self._answer(client, Tag.LEASED, Lease.LANE, (run.epoch, run.lanes.start, run.first, run.last))
+        elif ledger.held_by_others(client.replica):  # one of them may die
+            if client.joined and not ledger.held[client.replica]:
+                client.joined = False
+                self._let_go()
+            self._answer(client, Tag.LEASED, Lease.WAIT)
+        else:
             self._answer(client, Tag.LEASED)
-            return True
-        if not client.joined:
-            client.joined = True
-            client.lead = self._slowest(client)
-        self._answer(client, Tag.LEASED, Lease.LANE, (run.epoch, run.lanes.start, run.first, run.last))
-        return True
 
     def _answer(
         self, client: Client, tag: Tag, lease: Lease = Lease.NONE, lane: tuple[int, int, int, int] = (0, 0, 0, 0)
     ) -> None:
-        letter = client.answers[tag]
         known = (self.version, self.steps, self.samples, self.loss, self._rate(self.steps))
         run = (self.stop, self.left, self.alive, client.staleness, self.discarded, self.bad)
-        letter.write(Answer(*known, *run, lease, *lane))
-        self._sends.append(([self._comm.Isend(letter.bytes, client.rank, tag)], None))
+        speaker, lost = self.speaker, sum(client.lost for client in self.clients)
+        last = (speaker.replica if speaker else -1, lost, self.written, self.over)
+        self._lines.answer(client, tag, Answer(*known, *run, lease, *lane, *last))
 
     def _slowest(self, but: Client) -> int:
         """The least that any other replica has done, of those that have joined and not left."""
-        steps = [client.lead for client in self.clients if client.joined and not client.left and client is not but]
-        return min(steps, default=but.lead)
+        others = (client for client in self.clients if client is not but and not client.lost)
+        return min((client.lead for client in others if client.joined and not client.left), default=but.lead)
 
     def _is_too_far(self, client: Client) -> bool:
         lead = self._options.lead

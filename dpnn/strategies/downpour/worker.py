@@ -24,8 +24,8 @@ from dpnn.strategies.downpour.protocol import Answer, Array, Kind, Lease, Letter
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_ASK_AGAIN_S = 0.01
-"""How long who has to wait for work waits before it asks again."""
+_ASK_AGAIN_S, _ASK_AGAIN_SHARE, _ASK_AGAIN_MOST_S = 0.01, 0.1, 0.5
+"""How long who has to wait waits before it asks again: a share of the time that it has waited."""
 _TICK_S = 1.0
 
 
@@ -77,6 +77,8 @@ class Worker:
         """Whether they say so to this part."""
         self.known = Answer()
         """The last answer of the first server to a fetch: what is known of the run as a whole."""
+        self.speaker = self.lost = 0
+        """The replica that speaks for the run; replicas that have died: as all parts knew when one last asked."""
         self.steps = 0
         """Of all replicas, as far as the part that asks for work knew them in the last step."""
         held = held or dict(enumerate(shards(params.size, comm.size - workers), workers))
@@ -132,8 +134,9 @@ class Worker:
         """They are used in `finish`."""
 
     def poke(self) -> None:
-        """Let MPI move."""
+        """Let MPI move, and the servers know that this replica is alive."""
         self._comm.Iprobe()
+        self.tick()
 
     def tell(self, loss: float) -> None:
         """Tell the other parts the loss, this one's share of the mean over the samples, and what it has heard."""
@@ -182,14 +185,19 @@ class Worker:
         self._asked = -1  # the next step asks for newer ones
         self._waited = 0.0  # that was no part of a step
 
-    def lease(self) -> Run | None:
-        """More to do, or None: there is no more. Collective.
+    def lease(self, busy: bool = False) -> Run | None:
+        """More to do, or None: there is no more, or, where this replica is `busy` with other leases, not yet.
 
-        RankError where others don't go on that this one has to wait for.
+        What others have leased may come back, where they die. So who isn't busy then pushes what it has, and waits
+        until they are done. RankError where they don't go on. Collective.
         """
-        answer = self._ask_until(lambda answer: answer.lease != Lease.WAIT)
+        answer = self._ask_until(lambda answer: True)
+        if answer.lease == Lease.WAIT and not busy:
+            if self._steps:
+                self._push()
+            answer = self._ask_until(lambda answer: answer.lease != Lease.WAIT)
         self.stop = self._heard = self.stop or bool(answer.stop)
-        if answer.lease == Lease.NONE:
+        if answer.lease != Lease.LANE:
             return None
         return Run(answer.epoch, range(answer.lane, answer.lane + 1), answer.first, answer.last)
 
@@ -204,21 +212,28 @@ class Worker:
         """Return when all replicas have left. RankError where the others don't go on. Collective."""
         self._ask_until(lambda answer: answer.left == 0)
 
+    def await_end(self, replica: int) -> Answer:
+        """Return when the run is over, or this replica, which is `replica`, is to speak for it. Collective."""
+        return self._ask_until(lambda answer: bool(answer.over) or answer.speaker == replica)
+
+    def await_checkpoint(self) -> None:
+        """Return when the last checkpoint is written. Collective."""
+        self._ask_until(lambda answer: bool(answer.written))
+
     def tick(self) -> None:
         """This replica is alive, though it asks for nothing: to be called now and then while it is."""
         if monotonic() - self._ticked > _TICK_S:
             self._ticked = monotonic()
             self._send(Kind.ALIVE, self._shards)
 
-    def close(self) -> None:
-        """End the servers, once all have left and the last checkpoint is written. On all parts of the first replica."""
-        self._send(Kind.CLOSE, self._shards)
-        for server, _, _ in self._shards:
-            answer = self._comm.Irecv(self._leased.bytes, server, Tag.LEASED)
-            wait(answer.Test, "a server to write its part of the last checkpoint", self._limit_s)
+    def end(self) -> None:
+        """The run is over, says this replica, which speaks for it."""
+        if self._parts.asks:
+            self._send(Kind.OVER, self._shards[:1])
 
-    def see_off(self) -> None:
-        """Return when all that was sent has been received."""
+    def part(self) -> None:
+        """Ask the servers for nothing any more, and return when all that was sent has been received."""
+        self._send(Kind.PART, self._shards)
         for push in self._sets:
             self._see_off(push)
         for request in self._sent.values():
@@ -229,7 +244,8 @@ class Worker:
 
         One part asks, all hear the answers: so all find the same.
         """
-        steps, since = -1, monotonic()
+        begin = since = monotonic()
+        steps = -1
         while True:
             if self._parts.asks:
                 coming = self._comm.Irecv(self._leased.bytes, self._shards[0][0], Tag.LEASED)
@@ -237,6 +253,7 @@ class Worker:
                 wait(coming.Test, "the first server to answer", self._limit_s)
             self._parts.share(self._leased.bytes)
             answer = self._leased.read()
+            self.speaker, self.lost = answer.speaker, answer.lost
             if enough(answer):
                 return answer
             if answer.steps + answer.alive != steps:
@@ -246,7 +263,7 @@ class Worker:
                     f"no replica has pushed anything for {self._limit_s:g} s, and this one waits for them: a rank has "
                     "stopped, or a step takes longer; if all ranks are well, raise parallel.stall_abort_s"
                 )
-            sleep(_ASK_AGAIN_S)
+            sleep(min(_ASK_AGAIN_S + _ASK_AGAIN_SHARE * (monotonic() - begin), _ASK_AGAIN_MOST_S))
 
     def _hear(self) -> None:
         """What the parts have told one another: the loss of the replica, and whether it stops."""

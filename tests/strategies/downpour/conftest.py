@@ -132,10 +132,10 @@ def work(job, mesh, link, n, gradient, lingers_s) -> SimpleNamespace:
     worker.leave()
     worker.await_others()
     worker.join()
-    mesh.crew.comm.barrier()  # nobody asks any more
-    if mesh.replica == 0:
-        worker.close()
-    worker.see_off()
+    if not worker.await_end(mesh.replica).over:
+        worker.await_checkpoint()
+        worker.end()
+    worker.part()
     return SimpleNamespace(params=params, log=me.log, taken=taken, stop=worker.stop)
 
 

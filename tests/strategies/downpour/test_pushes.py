@@ -7,7 +7,7 @@ from itertools import count, pairwise
 import numpy as np
 import pytest
 
-from dpnn.strategies.downpour import server
+from dpnn.strategies.downpour import lines
 
 N = 100
 
@@ -42,7 +42,7 @@ def test_nothing_is_lost_or_applied_twice(world, downpour, monkeypatch, servers,
     """
     if world.size <= servers:
         pytest.skip("needs a worker")
-    monkeypatch.setattr(server, "_STAGED", buffers)
+    monkeypatch.setattr(lines, "_STAGED", buffers)
     lanes, rng = (4, 7, 1, 5, 6) * 2, np.random.default_rng([world.rank, n_push])
 
     def gradient(me):
