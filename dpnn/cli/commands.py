@@ -215,4 +215,14 @@ def launch(arguments: argparse.Namespace) -> int:
     inner = parser().parse_args(arguments.command)  # so that a wrong command is told once, and before anything starts
     if inner.run not in (pack, train, evaluate, doctor):
         raise JobError(f"{arguments.command[0]} runs in one process: leave out launch")
-    return launch(arguments.n, arguments.command, settle=settle)
+    return launch(arguments.n, arguments.command, settle=settle, survives=inner.run is train and _survives(inner))
+
+
+def _survives(arguments: argparse.Namespace) -> bool:
+    """Whether the training that is asked for goes on where one of its ranks dies. JobError where the job is wrong."""
+    from dpnn import config
+
+    path = arguments.job
+    if path is None:
+        path = os.path.join(arguments.resume or arguments.replay, "job.toml")
+    return config.load(path, arguments.overrides).parallel.strategy == "downpour"

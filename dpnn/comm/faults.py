@@ -78,6 +78,11 @@ def duplicate(comm: "MPI.Comm", whom: str, limit_s: float) -> "MPI.Comm":
     return copy
 
 
+def poke(comm: "MPI.Comm") -> None:
+    """Let MPI move what is under way."""
+    comm.Iprobe(comm.rank)  # from any rank it would be an error where one has died
+
+
 def tested(test: Callable[[], object], whom: str) -> bool:
     """One call of `test`; an error that MPI reports in it becomes a RankError."""
     try:

@@ -35,15 +35,15 @@ RUN = "DPNN_RUN"
 """The environment variable that names a file of the launcher, for the job to tell in which folder it runs."""
 
 
-def command(n: int, args: Sequence[str], program: Sequence[str] = _DPNN) -> list[str]:
+def command(n: int, args: Sequence[str], program: Sequence[str] = _DPNN, survives: bool = False) -> list[str]:
     """The line that runs `dpnn args` (or another Python `program`) on `n` ranks.
 
-    JobError where there is no mpirun.
+    `survives`: the ranks go on where one of them dies, if this MPI can do that. JobError where there is no mpirun.
     """
     if n < 1:
         raise JobError(f"-n {n}: a job has at least 1 rank")
     mpirun = mpirun_of()
-    return [mpirun, *_options(mpirun), "-n", str(n), sys.executable, *program, *args]
+    return [mpirun, *_options(mpirun, survives), "-n", str(n), sys.executable, *program, *args]
 
 
 def mpirun_of() -> str:
@@ -63,6 +63,7 @@ def launch(
     args: Sequence[str],
     program: Sequence[str] = _DPNN,
     settle: Callable[[bytes, int], int] = lambda told, code: code,
+    survives: bool = False,
 ) -> int:
     """Print the line of `command`, run it, and return its exit code. Main thread only, since it handles signals.
 
@@ -72,7 +73,7 @@ def launch(
     mpirun's code isn't always the job's: fault tolerant, it is 0 after a kill. Where the job has told something in the
     file that DPNN_RUN names, the exit code is what `settle` makes of that and of mpirun's code.
     """
-    line = command(n, args, program)
+    line = command(n, args, program, survives)
     print(shlex.join(line), flush=True)
     with tempfile.TemporaryDirectory(prefix="dpnn-", ignore_cleanup_errors=True) as folder:
         return _run(line, folder, settle)
@@ -154,7 +155,7 @@ def _environ(pid: int) -> bytes:
         return b""
 
 
-def _options(mpirun: str) -> list[str]:
+def _options(mpirun: str, survives: bool) -> list[str]:
     """What this mpirun needs to start ranks on one's own machine as MPICH's does without being told."""
     version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
     if "Open MPI" not in version:
@@ -164,6 +165,9 @@ def _options(mpirun: str) -> list[str]:
     if sys.stdout.isatty():
         # Open MPI 5 holds lines back until they end, and a live line never does. Open MPI 4 doesn't, nor knows this.
         options += ["--output", ":raw"] if "Open MPI) 5" in version else []
+    if survives and "Open MPI) 5" in version:
+        # Without `han`: over several nodes its collectives don't end where a rank has died.
+        options += ["--with-ft", "ulfm", "--mca", "coll", "^han"]
     if os.geteuid() == 0:
         options.append("--allow-run-as-root")
     if not any(name in os.environ for name in _SCHEDULERS):

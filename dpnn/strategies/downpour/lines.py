@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dpnn.comm.faults import poke
 from dpnn.comm.losses import Losses
 from dpnn.strategies.downpour.copies import Copy
 from dpnn.strategies.downpour.protocol import Answer, Array, Kind, Letter, Request, Tag
@@ -85,7 +86,7 @@ class Lines:
 
     def arrived(self) -> tuple[list[Client], list[Client]]:
         """Whose request has arrived, and whose gradients. A request is to be followed by `listen`."""
-        self._comm.Iprobe()  # MPI moves; a Testsome that finds something doesn't look for more
+        poke(self._comm)  # MPI moves; a Testsome that finds something doesn't look for more
         asking, pushing = list[Client](), list[Client]()
         for place in self._tested():
             if place < len(self._clients):

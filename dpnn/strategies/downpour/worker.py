@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dpnn import config
-from dpnn.comm.faults import wait
+from dpnn.comm.faults import poke, wait
 from dpnn.data import Run
 from dpnn.errors import NotFiniteError, RankError
 from dpnn.optim import Optimizer
@@ -135,7 +135,7 @@ class Worker:
 
     def poke(self) -> None:
         """Let MPI move, and the servers know that this replica is alive."""
-        self._comm.Iprobe()
+        poke(self._comm)
         self.tick()
 
     def tell(self, loss: float) -> None:
