@@ -58,8 +58,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    from mpi4py import MPI
+    from dpnn.comm import library
 
+    MPI = library.load()
     if MPI.COMM_WORLD.size > 1:
         os.environ["PYTEST_DEBUG_TEMPROOT"] = CACHE  # else ranks would clear up one folder at the same time
         config.pluginmanager.register(OneOfSeveral(config, MPI.COMM_WORLD.rank))
