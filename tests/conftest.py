@@ -38,6 +38,10 @@ os.environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": 
 CACHE = tempfile.mkdtemp(prefix="dpnn-cache-")
 os.environ["XDG_CACHE_HOME"] = CACHE
 
+# What Python compiles is kept, whatever the environment says: tests start dpnn a thousand times.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     what = "note in this folder which CUDA kernels passed tests compiled and ran"
@@ -67,9 +71,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class OneOfSeveral:
-    """What a rank of several prints: the first its report, each a failure at once.
+    """What a rank of several reads: only files that have a test for it; the whole takes longer than those tests.
 
-    A rank with a failed test may be ended, waiting for another, before it can report at the end.
+    And what it prints: the first its report, each a failure at once. A rank with a failed test may be ended, waiting
+    for another, before it can report at the end.
     """
 
     def __init__(self, config: pytest.Config, rank: int) -> None:
@@ -77,6 +82,9 @@ class OneOfSeveral:
         self._out, self._rank = terminal._file, rank
         if rank > 0:
             terminal._file = StringIO()
+
+    def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
+        return True if collection_path.is_file() and "mark.parallel" not in collection_path.read_text() else None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
