@@ -16,7 +16,7 @@ from time import perf_counter
 
 from msgspec.structs import replace
 
-from dpnn import asynchronous, models
+from dpnn import models
 from dpnn.balance import deal, speeds
 from dpnn.checkpoint import Checkpoint
 from dpnn.cluster.signals import StopRequest
@@ -72,6 +72,8 @@ def train(
     world.timeout_s = start.job.parallel.stall_abort_s
     start = located(world, placed(world, start), found)
     if start.job.parallel.strategy == "downpour":
+        from dpnn import asynchronous
+
         return asynchronous.run(world, request, start, found)
     training = Training(world, start, found)
     found = None  # its memory isn't needed any more

@@ -13,7 +13,7 @@ FLOORS = {
     room: floor
     for floor, rooms in enumerate(
         [
-            ("errors", "config", "philox", "team", "native", "memory"),
+            ("errors", "config", "philox", "team", "native", "memory", "machine"),
             ("nn", "backends", "comm", "data"),
             ("models", "plan", "optim"),
             ("strategies", "checkpoint", "observe", "state", "locations"),
