@@ -5,7 +5,7 @@ The map of the house (a room imports only from the floors below it):
     cli  preview                       the commands; what `dpnn plan` shows
     train  asynchronous  prepare       the training loop (read train.py first), that of workers and servers; what rank 0
     planning  balance  evaluate        reads for all; where layers go; lanes by speed; held-out data;
-    cluster                            batch systems, and whether all is there
+    needs  cluster                     memory that ranks need; batch systems, and whether all is there
     strategies  checkpoint  state      what becomes of gradients; what a run writes, and how its parts bring it
     observe  locations                 together; what it tells; where the data lie
     models  plan  optim                networks by name; who computes what, and when; updates of the parameters
