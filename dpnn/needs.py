@@ -63,7 +63,8 @@ def check_room(world: World, start: Start) -> str:
 
     JobError where the network alone needs more. Nothing is known of GPUs: they say themselves when they are full.
     """
-    needs = world.first(lambda: needs_of(world, start))
+    most = -int(world.least(-world.node.size))
+    needs = world.first(lambda: needs_of(world, start, most))
     if not needs:
         return ""
     parts, servers = start.job.parallel.parts, start.job.parallel.servers
@@ -92,15 +93,18 @@ def compare(needs: Sequence[Need], limits: Sequence[Limits], rank: int) -> str:
     return tight
 
 
-def needs_of(world: World, start: Start) -> list[Need]:
-    """What a rank of each part needs, and last what a server does; nothing where it computes on a GPU."""
+def needs_of(world: World, start: Start, most: int) -> list[Need]:
+    """What a rank of each part needs, and last what a server does; nothing where it computes on a GPU.
+
+    `most`: ranks that a node has at most.
+    """
     job, parts = start.job, start.job.parallel.parts
     backends, _ = choose_backends(job, Team(job.backend.threads or world.threads()), world.node.rank)
     if backends[0].memory.name:
         return []
     replicas = replicas_of(world.size, parts, job.parallel.servers)
     together = job.parallel.strategy == "allreduce"
-    sharing = -(-world.node.size // parts) if together else 1
+    sharing = -(-most // parts) if together else 1
     forecaster = forecaster_of(
         job, models.graph(job, start.network, start.shape), start.rows, backends, Costs(), sharing
     )
