@@ -17,7 +17,6 @@ from threadpoolctl import threadpool_limits
 
 from dpnn import checkpoint, config, models
 from dpnn.backends.base import Backend
-from dpnn.backends.cuda import Cuda, device_of_rank
 from dpnn.backends.onednn import OneDNN, Unavailable
 from dpnn.backends.reference import Reference
 from dpnn.checkpoint import Checkpoint
@@ -31,6 +30,7 @@ from dpnn.comm.world import World
 from dpnn.data import Loader, Location, Manifest, Sampler, Skipped, network_shape, no_samples, view_of
 from dpnn.errors import DataError, JobError
 from dpnn.locations import locate, readers
+from dpnn.machine import has_gpu_driver
 from dpnn.native import Kernels
 from dpnn.nn import Network
 from dpnn.optim import Segment, merge
@@ -138,7 +138,9 @@ def choose_backends(job: config.Job, team: Team, local_rank: int | None = None) 
     """
     options = job.backend
     threadpool_limits(team.size)
-    if options.may_use_gpu and local_rank is not None:
+    if options.may_use_gpu and local_rank is not None and (options.name == "cuda" or has_gpu_driver()):
+        from dpnn.backends.cuda import Cuda, device_of_rank
+
         whom = "this rank's device, and others that it sums with"
         try:
             until = partial(wait, whom=whom, limit_s=job.parallel.stall_abort_s)

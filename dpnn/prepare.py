@@ -27,7 +27,6 @@ from dpnn.data import (
     network_shape,
     view_of,
 )
-from dpnn.data.pack import pack
 from dpnn.errors import DataError, JobError
 from dpnn.evaluate import check_held_out, choose_backends
 from dpnn.nn import Network
@@ -73,6 +72,8 @@ class Start:
     """The run whose order of arrival is repeated."""
     chosen: dict[str, str] = field(default_factory=dict)
     """What measured costs decided, to be kept with the run's other choices."""
+    tight: str = ""
+    """What is to be told of the nodes' memory, where it may be too little (needs.py)."""
     damaged: tuple[str, ...] = field(default=())
     """Newer checkpoints that could not be used, and why."""
     train_at: Location = field(default=Location(""))
@@ -230,6 +231,8 @@ def with_built_in(job: config.Job) -> config.Job:
     """The job with "digits" replaced by the folders that it is packed into, on first use."""
     paths = {part: f"{BUILT_IN_FOLDER}/{part}" for part in ("train", "test") if getattr(job.data, part) == BUILT_IN}
     if paths and not (Path(BUILT_IN_FOLDER) / "train" / "manifest.json").exists():
+        from dpnn.data.pack import pack
+
         pack(BUILT_IN, BUILT_IN_FOLDER)
     return replace(job, data=replace(job.data, **paths))
 

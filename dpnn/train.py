@@ -16,7 +16,7 @@ from time import perf_counter
 
 from msgspec.structs import replace
 
-from dpnn import asynchronous, models
+from dpnn import models
 from dpnn.balance import deal, speeds
 from dpnn.checkpoint import Checkpoint
 from dpnn.cluster.signals import StopRequest
@@ -31,6 +31,7 @@ from dpnn.data import Loader, Sampler, Skipped, no_samples
 from dpnn.errors import NotFiniteError, Stopped
 from dpnn.evaluate import Evaluator, Model, check_alike, check_devices, segments_of
 from dpnn.locations import locate, readers
+from dpnn.needs import check_room, room_of
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
 from dpnn.optim import STATES, schedule
@@ -72,6 +73,8 @@ def train(
     world.timeout_s = start.job.parallel.stall_abort_s
     start = located(world, placed(world, start), found)
     if start.job.parallel.strategy == "downpour":
+        from dpnn import asynchronous
+
         return asynchronous.run(world, request, start, found)
     training = Training(world, start, found)
     found = None  # its memory isn't needed any more
@@ -82,15 +85,19 @@ def train(
 
 
 def placed(world: World, start: Start) -> Start:
-    """The start with its layers placed, where measured costs are to decide that. Collective."""
-    if not is_open(start.job):
-        return start
-    graph = models.graph(start.job, start.network, start.shape)
-    folder = RunFolder(start.replay or start.folder)
-    setting, chosen = settle(world, folder, start.job, graph, start.rows)
-    parallel = replace(start.job.parallel, microbatches=setting.microbatches)
-    job = replace(start.job, parallel=parallel)
-    return changed(start, job=job, placement=setting.placement, chosen=chosen)
+    """The start with its layers placed, where measured costs are to decide that; JobError where they can't fit.
+
+    Collective.
+    """
+    if is_open(start.job):
+        graph = models.graph(start.job, start.network, start.shape)
+        folder = RunFolder(start.replay or start.folder)
+        room = partial(room_of, world, start)
+        setting, chosen = settle(world, folder, start.job, graph, start.rows, room)
+        parallel = replace(start.job.parallel, microbatches=setting.microbatches)
+        job = replace(start.job, parallel=parallel)
+        start = changed(start, job=job, placement=setting.placement, chosen=chosen)
+    return changed(start, tight=check_room(world, start))
 
 
 def located(world: World, start: Start, found: Checkpoint | None) -> Start:
@@ -340,8 +347,9 @@ class Training:
         if COSTS in start.chosen:
             found = Costs.load(start.chosen[COSTS])
             self.journal.event("costs", f"costs measured: {found}; `dpnn plan` of a job file assumes {Costs()}")
-        if self.model.note:
-            self.journal.event("slow_backend", self.model.note)
+        for event, text in (("slow_backend", self.model.note), ("little_memory", start.tight)):
+            if text:
+                self.journal.event(event, text)
         for device, ranks in Counter(filter(None, self.devices)).most_common(1):
             if ranks > 1:
                 self.journal.event("shared_device", f"{ranks} ranks share {device}: they compute in turn")

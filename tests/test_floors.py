@@ -13,11 +13,11 @@ FLOORS = {
     room: floor
     for floor, rooms in enumerate(
         [
-            ("errors", "config", "philox", "team", "native", "memory"),
+            ("errors", "config", "philox", "team", "native", "memory", "machine"),
             ("nn", "backends", "comm", "data"),
             ("models", "plan", "optim"),
             ("strategies", "checkpoint", "observe", "state", "locations"),
-            ("train", "asynchronous", "prepare", "balance", "evaluate", "planning", "onnx", "cluster"),
+            ("train", "asynchronous", "prepare", "balance", "evaluate", "planning", "needs", "onnx", "cluster"),
             ("preview",),
             ("cli",),
             ("__init__", "__main__"),
@@ -34,6 +34,10 @@ BESIDE = {
     ("prepare", "evaluate"),
     ("state", "checkpoint"),
     ("planning", "evaluate"),
+    ("needs", "evaluate"),
+    ("needs", "planning"),
+    ("needs", "prepare"),
+    ("train", "needs"),
     ("prepare", "planning"),
     ("train", "planning"),
     ("train", "asynchronous"),

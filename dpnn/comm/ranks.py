@@ -72,6 +72,19 @@ class Ranks:
         self._wait(self.comm.Iallreduce(MPI.IN_PLACE, found, MPI.LOR))
         return bool(found[0])
 
+    def least(self, mine: float) -> float:
+        """The smallest of all ranks' numbers. Collective."""
+        from mpi4py import MPI
+
+        found = np.array([mine])
+        self._wait(self.comm.Iallreduce(MPI.IN_PLACE, found, MPI.MIN))
+        return float(found[0])
+
+    def lowest(self, text: str) -> str:
+        """The text of the lowest rank that has one, on all; empty where none has. Collective."""
+        rank = int(self.least(self.rank if text else self.size))
+        return self.first(lambda: text, rank) if rank < self.size else ""
+
     def meet(self) -> None:
         """Return when all have come here. Collective."""
         self._wait(self.comm.Ibarrier())

@@ -17,6 +17,7 @@ from dpnn.comm import library
 from dpnn.comm.faults import deadline, exit_code, message, tell
 from dpnn.comm.ranks import Ranks
 from dpnn.errors import DpnnError
+from dpnn.machine import Limits, Share, core_limits, memory_limits, share
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -51,9 +52,9 @@ class World(Ranks):
     """A communicator of all ranks, and the ways of ending on all of them.
 
     `comm` is a duplicate of the one it is made of, `rank` and `size` are its; `node` joins the ranks that share this
-    one's memory. `claim(message, code)` decides which rank may say why the job ends, where ranks fail on their own, and
-    may keep a record of it: to begin with, one of each node; a job with a folder that all nodes see replaces it by one
-    that is exact over nodes.
+    one's memory, `limits` are what its ranks may take of it, `room` is this rank's share, in bytes. `claim(message,
+    code)` decides which rank may say why the job ends, where ranks fail on their own, and may keep a record of it: to
+    begin with, one of each node; a job with a folder that all nodes see replaces it by one that is exact over nodes.
 
     As a context manager it ends the job on all ranks when the block raises, and else waits until all have left it.
     """
@@ -73,14 +74,22 @@ class World(Ranks):
                 self.comm = comm.Dup()
                 self.node: MPI.Comm = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
                 self._claims = self._open_claims()
-                self._threads = share_of_cores(self.node.allgather(os.sched_getaffinity(0)), self.node.rank)
+                mine = os.sched_getaffinity(0), core_limits(), memory_limits()
+                cores, at_once, memory = zip(*self.node.allgather(mine), strict=True)
+                self.limits: tuple[Limits, ...] = memory
+                self.room: Share = share(memory, self.node.rank)
+                own, busy = share_of_cores(cores, self.node.rank), share(at_once, self.node.rank).amount
+                self._threads = max(1, int(min(own, busy)))
         except Exception as error:
             if self.size == 1:
                 raise
             self.fail(error)  # the others wait for this rank
 
     def threads(self) -> int:
-        """This rank's share of its node's cores, at least 1: a core that k ranks may run on counts as 1/k."""
+        """This rank's share of its node's cores, at least 1: a core that k ranks may run on counts as 1/k.
+
+        Where a control group may keep fewer cores busy (a container's --cpus), its share of these.
+        """
         return self._threads
 
     def fail(self, error: BaseException) -> NoReturn:
