@@ -31,6 +31,7 @@ from dpnn.errors import DataError, JobError
 from dpnn.evaluate import check_held_out, choose_backends
 from dpnn.nn import Network
 from dpnn.observe.folder import RunFolder
+from dpnn.observe.metrics import last_evaluated
 from dpnn.observe.metrics import read as read_metrics
 from dpnn.optim import STATES
 from dpnn.plan import Placement
@@ -66,6 +67,8 @@ class Start:
     """The next step of the epoch."""
     steps: int = 0
     """Steps taken since the start of the run."""
+    evaluated: int = 0
+    """After how many steps the run was last evaluated."""
     leases: dict[str, Any] = field(default_factory=dict)
     """What was leased and has not arrived when the checkpoint was cut (strategies/downpour/ledger.py)."""
     replay: Path | None = None
@@ -144,6 +147,7 @@ def prepare(
     _, found, damaged = newest
     leases = found.info.get("leases", {}) if found.step else {}  # at the end of an epoch there are none
     start = changed(start, epoch=found.epoch, step=found.step, steps=found.steps, leases=leases)
+    start = changed(start, evaluated=last_evaluated(folder.metrics))
     return changed(start, damaged=tuple(damaged)), found
 
 

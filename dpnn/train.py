@@ -229,6 +229,8 @@ class Training:
         """Take the steps that are left; the exit code. Collective, as is all below."""
         job, mesh, sampler = self.job, self.mesh, self.sampler
         self._tell_start()
+        if self.evaluator is not None and self.steps > self.start.evaluated and self._is_due():
+            self._evaluate()  # the run was killed between its last checkpoint and this
         begin, samples = perf_counter(), 0
         every = max(1, round(job.output.checkpoint_every * sampler.steps))
         loader = None
@@ -251,7 +253,7 @@ class Training:
                 samples += self._take_step(loader, request)
                 last = self.at == self.end or self.strategy.stop
                 saves = last or self.steps % every == 0
-                evaluates = self.evaluator is not None and (self.at == self.end or self._ends_period())
+                evaluates = self.evaluator is not None and self._is_due()
                 if saves or evaluates:
                     self.strategy.gather()
                     if saves:
@@ -305,9 +307,9 @@ class Training:
             scores = self.evaluator.run()
             self.journal.scores(str(scores), self.epoch + (self.step > 0), self.steps, **asdict(scores))
 
-    def _ends_period(self) -> bool:
-        """Whether the last step ended an epoch after which the network is evaluated."""
-        return self.step == 0 and self.epoch % self.job.train.eval_every == 0
+    def _is_due(self) -> bool:
+        """Whether the network is evaluated after the last step: it ended the run, or so many epochs."""
+        return self.at == self.end or (self.step == 0 and self.epoch % self.job.train.eval_every == 0)
 
     def _explain(self, error: NotFiniteError) -> None:
         """Raise, on every rank, which layer of which rank is the first that isn't finite."""
@@ -319,6 +321,7 @@ class Training:
 
     def _save(self) -> None:
         """Write a checkpoint, on the first replica."""
+        self.journal.flush()
         job, place = self.job, (self.epoch, self.step, self.steps)
         path = save(
             self.folder.checkpoints, self.mesh, self.model.store, self.node.state, place, self.start.info(),
