@@ -38,7 +38,8 @@ from dpnn.optim import STATES, schedule
 from dpnn.plan import Costs, n_params, spread
 from dpnn.planning import COSTS, is_open, settle
 from dpnn.prepare import Start, check_same_owners, prepare
-from dpnn.state import hand_out, save
+from dpnn.saving import Saver
+from dpnn.state import hand_out
 from dpnn.strategies.allreduce import Allreduce
 from dpnn.strategies.average import Average
 from dpnn.strategies.base import Strategy
@@ -198,9 +199,13 @@ class Training:
             place = (start.test_at, start.test, mean, std, self.decoders)
             self.evaluator = Evaluator(mesh.crew.comm, evaluation, job, *place)
 
-        # What the run tells.
+        # What the run tells, and keeps.
         self.skipped = Skipped(job.data.bad_limit)
         self.journal = Journal(self.folder, self.total_steps, first=world.rank == 0)
+        self.saver = Saver(
+            self.folder.checkpoints, mesh, store, node.state, model.team, job.output.keep, limit_s,
+            lambda steps, path: self.journal.event("checkpoint", step=steps, path=str(path)),
+        )  # fmt: skip
 
     def _bucket_nbytes(self) -> int:
         """The size of a bucket: what the job says, else what the run began with, else measured where most lies."""
@@ -251,13 +256,15 @@ class Training:
         try:
             while self.at < self.end:
                 samples += self._take_step(loader, request)
+                self.saver.look()
                 last = self.at == self.end or self.strategy.stop
                 saves = last or self.steps % every == 0
                 evaluates = self.evaluator is not None and self._is_due()
                 if saves or evaluates:
                     self.strategy.gather()
                     if saves:
-                        self._save()
+                        self.journal.flush()
+                        self.saver.save((self.epoch, self.step, self.steps), self.start.info())
                     if evaluates:
                         self._evaluate()
                 if last:
@@ -269,6 +276,7 @@ class Training:
                 loader.close()
         self.strategy.close()
         self.skipped.check(self.strategy.bad_samples, max(self.epoch - self.start.epoch + (self.step > 0), 1))
+        self.saver.finish()
         code = 0 if self.at >= self.end else Stopped.exit_code
         self.journal.end(self.steps, samples, self.strategy.bad_samples, perf_counter() - begin, code)
         return code
@@ -313,22 +321,12 @@ class Training:
 
     def _explain(self, error: NotFiniteError) -> None:
         """Raise, on every rank, which layer of which rank is the first that isn't finite."""
+        self.saver.finish()  # a good one may be on its way
         layer = self.executor.not_finite()
         where = f"epoch {self.epoch + 1}, step {self.steps + 1}: {error}"
         way_out = "lower optimizer.lr, or set optimizer.clip; go on from the last checkpoint with --resume"
         self.world.agree(NotFiniteError(f"{layer}: its output is not finite ({where}); {way_out}") if layer else None)
         self.world.agree(NotFiniteError(f"{where}, though all layers' outputs are finite; {way_out}"))
-
-    def _save(self) -> None:
-        """Write a checkpoint, on the first replica."""
-        self.journal.flush()
-        job, place = self.job, (self.epoch, self.step, self.steps)
-        path = save(
-            self.folder.checkpoints, self.mesh, self.model.store, self.node.state, place, self.start.info(),
-            job.output.keep, job.parallel.stall_abort_s,
-        )  # fmt: skip
-        if self.world.rank == 0:
-            self.journal.event("checkpoint", step=self.steps, path=str(path))
 
     def _spread(self) -> str:
         """How a replica is spread, where it is."""
