@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dpnn.comm.faults import wait
 from dpnn.errors import DpnnError
@@ -71,6 +72,12 @@ class Ranks:
         found = np.array([mine])
         self._wait(self.comm.Iallreduce(MPI.IN_PLACE, found, MPI.LOR))
         return bool(found[0])
+
+    def xor(self, numbers: NDArray[np.uint32]) -> None:
+        """Replace each number by the exclusive or of those of all ranks. Collective."""
+        from mpi4py import MPI
+
+        self._wait(self.comm.Iallreduce(MPI.IN_PLACE, numbers, MPI.BXOR))
 
     def meet(self) -> None:
         """Return when all have come here. Collective."""
