@@ -7,7 +7,7 @@ be wrong is found while building.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from dataclasses import replace as changed
 from functools import partial
@@ -18,7 +18,6 @@ from msgspec.structs import replace
 
 from dpnn import models
 from dpnn.balance import deal, speeds
-from dpnn.checkpoint import Checkpoint
 from dpnn.cluster.signals import StopRequest
 from dpnn.comm import library
 from dpnn.comm.grains import stack_places
@@ -39,7 +38,7 @@ from dpnn.plan import Costs, n_params, spread
 from dpnn.planning import COSTS, is_open, settle
 from dpnn.prepare import Start, check_same_owners, prepare
 from dpnn.saving import Saver
-from dpnn.state import hand_out
+from dpnn.state import load, passing_over_damaged, sliced
 from dpnn.strategies.allreduce import Allreduce
 from dpnn.strategies.average import Average
 from dpnn.strategies.base import Strategy
@@ -61,24 +60,27 @@ def train(
     `request`: of this rank, to stop. `resume`: None starts a new run; a run folder goes on from its newest checkpoint,
     "" the job's newest run. `replay`: the folder of a recorded run, to be repeated.
     """
-    found: Checkpoint | None = None
+    ready = partial(prepare, job_path, overrides, resume, replay, world.size)
+    return passing_over_damaged(lambda damaged: attempt(world, request, partial(ready, damaged)))
+
+
+def attempt(world: World, request: StopRequest, prepared: Callable[[], Start]) -> int:
+    """Train from a start that the first rank prepares; the exit code. DamagedError, before a step is taken."""
 
     def first() -> Start:
-        nonlocal found
-        start, found = prepare(job_path, overrides, resume, replay, world.size)
+        start = prepared()
         RunFolder(start.folder).tell_launcher()
         return start
 
     start = world.first(first)
     world.claim = RunFolder(start.folder).claim
     world.timeout_s = start.job.parallel.stall_abort_s
-    start = located(world, placed(world, start), found)
+    start = located(world, placed(world, start))
     if start.job.parallel.strategy == "downpour":
         from dpnn import asynchronous
 
-        return asynchronous.run(world, request, start, found)
-    training = Training(world, start, found)
-    found = None  # its memory isn't needed any more
+        return asynchronous.run(world, request, start)
+    training = Training(world, start)
     try:
         return training.run(request)
     finally:
@@ -101,7 +103,7 @@ def placed(world: World, start: Start) -> Start:
     return changed(start, tight=check_room(world, start))
 
 
-def located(world: World, start: Start, found: Checkpoint | None) -> Start:
+def located(world: World, start: Start) -> Start:
     """The start with its data where they are read, and checked. Collective."""
     job, train, test = start.job, start.train, start.test
     parts, servers = job.parallel.parts, job.parallel.servers
@@ -110,7 +112,7 @@ def located(world: World, start: Start, found: Checkpoint | None) -> Start:
     reader = spread(models.graph(job, start.network, start.shape), start.placement).reader
     who = readers(world, replica if part == reader and replica < replicas else None, replicas)
     start = changed(start, train_at=locate(world, who, job.data, job.data.train, train, start.lanes))
-    world.check(lambda: check_same_owners(found, start))
+    world.check(lambda: check_same_owners(start))
     if test is None:
         return start
     return changed(start, test_at=locate(world, who, job.data, job.data.test, test))
@@ -119,8 +121,8 @@ def located(world: World, start: Start, found: Checkpoint | None) -> Start:
 class Training:
     """One run on this rank. The constructor builds everything; `run` takes the steps."""
 
-    def __init__(self, world: World, start: Start, found: Checkpoint | None) -> None:
-        """Collective. `found`: on rank 0, the checkpoint to go on from."""
+    def __init__(self, world: World, start: Start) -> None:
+        """Collective. DamagedError, on all ranks, where the checkpoint to go on from is."""
         job, limit_s = start.job, start.job.parallel.stall_abort_s
         self.world, self.start, self.job = world, start, job
         self.mesh = mesh = Mesh(world, job.parallel.parts)
@@ -166,11 +168,13 @@ class Training:
         sums = node.sums if strategy.together else node.grads
         optimizer = flats.optimizer(job.optimizer, segments, sums, model.team, model.arithmetic)
         self.rate = schedule(job.schedule, job.optimizer.lr, sampler.steps, self.end)
-        if start.steps:
-            hand_out(mesh, store.pieces, {"": node.params, **node.state}, found, limit_s)
+        if start.found is not None:
+            pieces = store.pieces if mesh.replica == 0 else ()
+            flat_arrays = {"": node.params, **node.state}
+            load(world, start.found, {name: sliced(pieces, flat) for name, flat in flat_arrays.items()})
         elif mesh.replica == 0:
             store.draw(job.seed)
-        for flat in (node.params, *(node.state.values() if start.steps else ())):
+        for flat in (node.params, *(node.state.values() if start.found else ())):
             node.share(flat)
         flats.push()
 
