@@ -67,13 +67,11 @@ class Saver:
     def save(self, place: tuple[int, int, int], info: dict[str, Any]) -> None:
         """Copy the run's state, and start to write that, once the checkpoint before is written.
 
-        `place`: epoch, step, steps of the run; `info`: what JSON can hold. Errors as `look`.
+        `place`: epoch, step, steps of the run; `info`: what JSON can hold. Collective; errors as `look`.
         """
+        self.finish()
         if self._mesh.replica != 0:
             return
-        if self._writing is not None:
-            self._writing.result()
-            self.look()
         self._team.run(self._copying)
         self._steps = place[2]
         what = f"the checkpoint after step {self._steps} in {self._folder}"

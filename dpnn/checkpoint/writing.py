@@ -4,16 +4,17 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from dpnn.checkpoint.contents import Array, Checkpoint, Slice
 from dpnn.checkpoint.file import INFO, reason
 from dpnn.checkpoint.folder import delete, part_name, prune, stem
-from dpnn.checkpoint.output import PIECE, Dataset, Note, encoded, write_file
+from dpnn.checkpoint.output import PIECE, Dataset, Note, bytes_of, encoded, write_file
 from dpnn.data.durable import sync
 from dpnn.errors import DataError, NotFiniteError
 
@@ -27,11 +28,12 @@ def write(folder: Path, checkpoint: Checkpoint, keep: int, note: Note = lambda w
     NotFiniteError, and nothing is written, where a number isn't finite; DataError where the folder or the disk doesn't
     take it, and the older checkpoints stay.
     """
-    _check_finite(checkpoint.arrays(), checkpoint.steps)
-    path = folder / f"{stem(checkpoint.steps)}.h5"
-    datasets = [encoded(checkpoint.info), *(Dataset(name, array) for name, array in checkpoint.arrays())]
+    steps = checkpoint.steps
+    path = folder / f"{stem(steps)}.h5"
+    datasets = [encoded(checkpoint.info)]
+    datasets += [Dataset(name, array, _digest(name, array, steps)) for name, array in checkpoint.arrays()]
     with _explaining(path):
-        write_file(path, datasets, note, epoch=checkpoint.epoch, step=checkpoint.step, steps=checkpoint.steps)
+        write_file(path, datasets, note, epoch=checkpoint.epoch, step=checkpoint.step, steps=steps)
     prune(folder, path, keep)
     return path
 
@@ -56,9 +58,11 @@ class InParts:
         slices = [(f"params/{piece.name}", piece) for piece in params]
         for state, pieces in optimizer.items():
             slices += [(f"optimizer/{state}/{piece.name}", piece) for piece in pieces]
-        _check_finite(((name, piece.array) for name, piece in slices), steps)
         path = self._hidden(steps) / self._names[part]
-        datasets = [Dataset(f"{name}/{piece.lo}", piece.array, piece.shape) for name, piece in slices]
+        datasets = [
+            Dataset(f"{name}/{piece.lo}", piece.array, _digest(name, piece.array, steps), piece.shape)
+            for name, piece in slices
+        ]
         with _explaining(path):
             write_file(path, datasets, note, steps=steps, part=part, parts=len(self._names))
 
@@ -118,16 +122,18 @@ def _size(entry: "os.DirEntry[str]") -> int:
         return 0
 
 
-def _check_finite(arrays: Iterable[tuple[str, Array]], steps: int) -> None:
-    for name, array in arrays:
-        flat = array.reshape(-1)
-        n = PIECE // array.itemsize
-        for piece in (flat[lo : lo + n] for lo in range(0, flat.size, n)):
-            if not (np.isfinite(piece.min()) and np.isfinite(piece.max())):
-                raise NotFiniteError(
-                    f"{name} is no longer finite after step {steps}; no checkpoint is written: "
-                    "go on from an earlier one with a smaller optimizer.lr"
-                )
+def _digest(name: str, array: Array, steps: int) -> int:
+    """The crc32 of an array's bytes; NotFiniteError where one of its numbers isn't finite."""
+    data, crc = bytes_of(array), 0
+    for lo in range(0, len(data), PIECE):
+        piece = np.frombuffer(data[lo : lo + PIECE], array.dtype)
+        if not (np.isfinite(piece.min()) and np.isfinite(piece.max())):
+            raise NotFiniteError(
+                f"{name} is no longer finite after step {steps}; no checkpoint is written: "
+                "go on from an earlier one with a smaller optimizer.lr"
+            )
+        crc = crc32(data[lo : lo + PIECE], crc)
+    return crc
 
 
 @contextlib.contextmanager
