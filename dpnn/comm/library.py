@@ -55,8 +55,8 @@ def load() -> ModuleType:
         ) from error
     library = version()
     promised = promise(os.environ)
-    # MPICH doesn't start alone under Open MPI's mpirun, it aborts in MPI_Init: so look before.
-    foreign = promised is not None and promised.launcher.startswith("Open MPI") and "Open MPI" not in library
+    # MPICH doesn't start alone under Open MPI's mpirun or srun --mpi=pmix, it aborts in MPI_Init: so look before.
+    foreign = promised is not None and _aborts_under(promised.launcher, library)
     if not foreign and not MPI.Is_initialized():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a suspicious environment: what we say below is plainer
@@ -69,8 +69,16 @@ def load() -> ModuleType:
         raise JobError(
             f"{promised.launcher} started {promised.size} ranks, but the MPI library loaded here ({library}) doesn't "
             f"belong to it and sees {size}; use that library's own launcher: dpnn launch -n {promised.size} ..."
+            + ("; or srun --mpi=pmix for Open MPI, --mpi=pmi2 for MPICH" if "SLURM_JOB_ID" in os.environ else "")
         )
     return MPI
+
+
+def _aborts_under(launcher: str, library: str) -> bool:
+    if launcher == "srun":
+        configured = str(_imported().Get_library_version())  # MPICH tells how
+        return library.startswith("MPICH") and "pmix" not in configured and "PMIX_RANK" in os.environ
+    return launcher.startswith("Open MPI") and "Open MPI" not in library
 
 
 def _imported() -> ModuleType:
