@@ -7,7 +7,7 @@ such a copy waits for what was queued before it, and nothing queued later waits 
 import gc
 import os
 import weakref
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cache
 from types import TracebackType
 from typing import Any
@@ -18,6 +18,7 @@ from dpnn.backends.base import Array
 from dpnn.backends.cuda import nccl
 from dpnn.backends.cuda.device import Device, Grid, Kernel, check_alike, layout, order
 from dpnn.backends.cuda.source import OPTIONS, source
+from dpnn.caches import kernels_folder, one_by_one, trouble
 from dpnn.errors import JobError, RankError
 from dpnn.memory import Group, Test
 from dpnn.native import Unavailable
@@ -72,6 +73,7 @@ class Gpu(Device):
         if not 0 <= number < count:
             raise Unavailable(f"there is no GPU {number}: CUDA finds {count}, counted from 0{_hidden()}")
         cupy = _cupy()
+        self.unkept = _unkept()
         self._cuda = cuda = cupy.cuda
         about = cuda.runtime.getDeviceProperties(number)
         self.bus_id: str = cuda.runtime.deviceGetPCIBusId(number)
@@ -128,9 +130,14 @@ class Gpu(Device):
 
     def kernel(self, file: str, name: str) -> Kernel:
         self._current()
-        if file not in self._modules:
-            self._modules[file] = _cupy().RawModule(code=source(file), options=OPTIONS)
-        function = self._modules[file].get_function(name)
+        if file in self._modules:
+            function = self._modules[file].get_function(name)
+        else:
+            # Compiled here, by the first process of the node that comes; the others find it in the cache.
+            with nullcontext() if self.unkept else one_by_one(f"kernels-{file}"):
+                module = _cupy().RawModule(code=source(file), options=OPTIONS)
+                function = module.get_function(name)
+            self._modules[file] = module
         allowed = _SHARED
 
         def launch(grid: Grid, block: Grid, *arguments: object, shared: int = 0) -> None:
@@ -267,7 +274,15 @@ def _extra(cupy: Any) -> str:
 
 
 @cache
+def _unkept() -> str:
+    """Why CuPy can't keep what it compiles; empty where it can. Its own cache would fail in such a folder."""
+    return trouble(kernels_folder())
+
+
+@cache
 def _cupy() -> Any:
+    if _unkept():
+        os.environ["CUPY_CACHE_IN_MEMORY"] = "1"  # read when CuPy is imported
     try:
         import cupy
     except ImportError as error:
