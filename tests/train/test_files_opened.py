@@ -16,6 +16,10 @@ Open MPI 5 from its wheel.
 """
 UNUSED = ("dpnn/backends/cuda/", "dpnn/data/pack/", "dpnn/strategies/downpour/", "/rich/", "/cupy/", "/sklearn/")
 LOCAL = ("/proc/", "/sys/", "/dev/", "/etc/", "/tmp/ompi", "/lib/", "/usr/lib/", "/usr/share/")
+SETTINGS = (
+    "train.epochs=0", "train.steps=1", "train.eval_every=0", "backend.name=onednn", "model.name=lenet",
+    "model.kernel=3", "model.padding=1", "model.filters=[32, 64]", "train.global_batch=64",
+)  # fmt: skip
 _CALL = re.compile(r'^\d+\s+(\w+)\([^"]*"([^"]*)".* = (-?\d+)', re.MULTILINE)
 _OPENING = ("open", "openat", "execve")
 TRACER = """#!/bin/sh
@@ -44,11 +48,7 @@ def traced(calls, start_line, job):
         tracer.write_text(TRACER.format(strace=strace, folder=folder))
         tracer.chmod(0o755)
         it = job(out="run")
-        settings = (
-            "train.epochs=0", "train.steps=1", "train.eval_every=0", "backend.name=onednn", "model.name=lenet",
-            "model.kernel=3", "model.padding=1", "model.filters=[32, 64]", "train.global_batch=64",
-        )  # fmt: skip
-        line = command(2, ["train", str(it.path), *(word for s in settings for word in ("--set", s))], ("-m", "dpnn"))
+        line = command(2, ["train", str(it.path), *(word for s in SETTINGS for word in ("--set", s))], ("-m", "dpnn"))
         at = line.index(sys.executable)
         ended = start_line([*line[:at], str(tracer), *line[at:]], env={"XDG_CACHE_HOME": str(folder / "cache")})
         done = ended.finish(100)
@@ -87,3 +87,11 @@ def test_a_rank_imports_only_what_it_uses(traced):
     opened = {path for name, path, result in traced[1] if name in _OPENING and result >= 0}
     assert any("dpnn/backends/onednn/" in path for path in opened)
     assert [(unused, path) for path in opened for unused in UNUSED if unused in path] == []
+
+
+def test_a_cache_that_can_not_be_written_costs_time_only(python, job, tmp_path):
+    (tmp_path / "file").write_text("")
+    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    done = python("-m", "dpnn", "train", job().path, *settings, env={"XDG_CACHE_HOME": str(tmp_path / "file")})
+    assert done.returncode == 0, done.stderr
+    assert f"what was timed or compiled is lost for other runs: {tmp_path}/file/dpnn/onednn-" in done.stdout

@@ -4,11 +4,14 @@ All work of a `Gpu` is one queue: a stream of its own. Copies to the host have a
 such a copy waits for what was queued before it, and nothing queued later waits for it.
 """
 
+import ctypes
 import gc
 import os
 import weakref
 from contextlib import nullcontext, suppress
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -44,12 +47,30 @@ def visible() -> int:
 
 
 def about_driver() -> str:
-    """The GPUs, the driver's CUDA and cuDNN, in words. Unavailable as `visible`."""
+    """The GPUs and the driver's CUDA, in words. Unavailable as `visible`."""
     count, cupy = visible(), _cupy()
     runtime = cupy.cuda.runtime
     driver, own = (f"{n // 1000}.{n % 1000 // 10}" for n in (runtime.driverGetVersion(), runtime.runtimeGetVersion()))
     names = dict.fromkeys(runtime.getDeviceProperties(i)["name"].decode() for i in range(count))
     return f"{count} x {', '.join(names)}; driver for CUDA {driver}, CuPy {cupy.__version__} with CUDA {own}"
+
+
+def cudnn_version() -> str:
+    """Of the library that is installed, from NVIDIA's wheel or on the system; empty where there is none."""
+    found = find_spec("nvidia.cudnn") if find_spec("nvidia") else None
+    wheel = [
+        str(path)
+        for place in (found.submodule_search_locations if found else None) or ()
+        for path in sorted(Path(place, "lib").glob("libcudnn.so.*"))
+    ]
+    for path in (*wheel, "libcudnn.so.9", "libcudnn.so.8"):
+        with suppress(OSError, AttributeError):
+            function = ctypes.CDLL(path).cudnnGetVersion
+            function.restype = ctypes.c_size_t
+            version = int(function())
+            scale = 10_000 if version >= 90_000 else 1000
+            return f"{version // scale}.{version % scale // 100}.{version % 100}"
+    return ""
 
 
 class Failing:
