@@ -14,18 +14,18 @@ from .test_gpu import cupy  # noqa: F401
 @pytest.fixture
 def compiling(request, tmp_path, monkeypatch):
     """Whether each compilation had the node for itself; in a cache, and with locks, of the test's own."""
-    cupy, alone = request.getfixturevalue("cupy"), []
+    fake, alone = request.getfixturevalue("cupy"), []
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("CUPY_CACHE_IN_MEMORY", "")  # what is set by the code is taken back
-    made = cupy.RawModule
+    made = fake.RawModule
 
     def compile(code, options):
         with one_by_one("kernels-pointwise.cu", 0) as free:
             alone.append(not free)
         return made(code, options)
 
-    monkeypatch.setattr(cupy, "RawModule", compile, raising=False)
+    monkeypatch.setattr(fake, "RawModule", compile, raising=False)
     gpu._unkept.cache_clear()
     yield alone
     gpu._unkept.cache_clear()
