@@ -300,7 +300,7 @@ def score(world: World, source: Source) -> int:
     load(world, source.found, {"": sliced(store.pieces if mesh.replica == 0 else (), store.params)})
     share(mesh.data, store.params, limit_s)
     store.params_wire.push()
-    for note in (*(f"passed over a damaged checkpoint: {name}" for name in source.damaged), model.note):
+    for note in (*(f"passed over a damaged checkpoint: {reason}" for reason in source.damaged), model.note):
         if world.rank == 0 and note:
             print(note, file=sys.stderr)
     executor = model.executor(model.lay_out(world, lambda: model.evaluation(MOST_ROWS)))
