@@ -356,7 +356,7 @@ class Training:
         if world.rank == 0:
             self.folder.write_choices(self.model.choices)
         for reason in start.damaged:
-            self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {reason}", reason=reason)
+            self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {reason}", path=reason)
         if self.steps:
             left = f"going on at epoch {self.epoch + 1}, step {self.steps + 1}"
             if self.at >= self.end:

@@ -84,7 +84,7 @@ def events(folder: Path, event: str) -> list[dict]:
 
 def check(folder: Path, told: list[str], step: int) -> None:
     """The run has passed over what was damaged, saying why, has gone on after `step`, and its end is good."""
-    reasons = [line["reason"] for line in events(folder, "damaged_checkpoint")]
+    reasons = [line["path"] for line in events(folder, "damaged_checkpoint")]
     assert [reason[: len(what)] for reason, what in zip(reasons, told, strict=True)] == told
     assert [line["step"] for line in events(folder, "resumed")] == [step]
     checkpoint.read(saved(folder)[0])
