@@ -137,7 +137,7 @@ def prepare(
         check_same_run(newest[0], newest[1], start)
     try_out(start, ranks)
     folder.write_job(start.job.dump())
-    folder.failure.unlink(missing_ok=True)
+    folder.forget_failure()
     if newest is None:
         return start, None
     _, found, damaged = newest
