@@ -7,12 +7,12 @@ every rank. It never calls MPI.
 
 import faulthandler
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from socket import gethostname
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -27,6 +27,7 @@ from dpnn.errors import DpnnError, RankError
 T = TypeVar("T")
 
 _TICK_S = 1.0
+"""From one look to the next: so long, or a quarter of `stall_warn_s`."""
 _GRACE_S = 1.0
 """The main thread has the first word: its own limits name what it waits for."""
 _HELD_S = 10.0
@@ -55,6 +56,7 @@ class Watchdog:
         with deadline(world.timeout_s, "making a file that the ranks of a node share", world.fail):
             self._slots = Slots(world.node)
         self._words = LastWords(folder, world.size)
+        self._tick_s = min(_TICK_S, self._warn_s / 4)
         self._done, self._ending = threading.Event(), False
         self._folder_answers = True
         self._marks: tuple[object, ...] = ()
@@ -94,7 +96,7 @@ class Watchdog:
         while not self._done.is_set():
             faulthandler.dump_traceback_later(self._abort_s + _HELD_S, exit=True, file=2)
             self._look()
-            self._done.wait(_TICK_S)
+            self._done.wait(self._tick_s)
         faulthandler.cancel_dump_traceback_later()
 
     def _look(self) -> None:
@@ -142,7 +144,7 @@ class Watchdog:
         more = [f"{len(named) - _NAMED} more ranks of this node don't wait"] * (len(named) > _NAMED)
         text = "; ".join([f"{where(place)}, since {clock(place.since)}", *named[:_NAMED], *more])
         tell(
-            f"dpnn: rank {place.rank} ({gethostname()}) {waits}: {text}; "
+            f"dpnn: rank {place.rank} ({socket.gethostname()}) {waits}: {text}; "
             f"where nothing moves for {self._abort_s:g} s, the job ends"
         )
         self._note("stalled", rank=place.rank, seconds=stalled, instruction=where(place), whom=place.whom)
@@ -155,7 +157,7 @@ class Watchdog:
 
     def _listen(self) -> None:
         """Where another node ends the job, give it the lines of this one."""
-        if self._slots.due(_LISTENING, _TICK_S / 2) and self._reached(self._words.are_asked, _FOLDER_S):
+        if self._slots.due(_LISTENING, self._tick_s / 2) and self._reached(self._words.are_asked, _FOLDER_S):
             places = self._slots.read()
             self._reached(partial(self._words.add, lines_of(places), places[0].rank), _FOLDER_S)
 

@@ -3,9 +3,13 @@
 SEEN      a folder: each process writes a line "epoch step id id ..." for every batch that it trains on.
 TOGETHER  a number: no process goes on from its first batch before so many have written into SEEN.
 FAULT     "RANK STEP DEED": at its training batch number STEP (from 0, in this process) the rank, or every rank ("*"),
-          does DEED: a signal's name, sent to itself; "raise"; "infinite" (its samples become so); or "truncate PATH".
+          does DEED: a signal's name, sent to itself; "raise"; "infinite" (its samples become so); "truncate PATH";
+          "sleep SECONDS"; "pause" or "hold": sleep for ever in C, as a device or a file system may, where Python's
+          other threads run on, or don't.
+PACE      seconds that it sleeps at every training batch.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -23,12 +27,13 @@ def watched_next(loader: Loader) -> Batch:
     if loader.sampler.shuffle:  # evaluation doesn't
         if "SEEN" in os.environ:
             note(batch)
-        if "FAULT" in os.environ:
+        if os.environ.get("FAULT", "none") != "none":
             rank, step, deed = os.environ["FAULT"].split(" ", 2)
             here = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK", "0")
             if rank in ("*", here) and STATE["batches"] == int(step):
                 do(deed, batch)
         STATE["batches"] += 1
+        time.sleep(float(os.environ.get("PACE", "0")))
     return batch
 
 
@@ -52,6 +57,12 @@ def do(deed: str, batch: Batch) -> None:
         batch.x[...] = float("inf")
     elif deed.startswith("truncate "):
         os.truncate(deed.removeprefix("truncate "), 1000)
+    elif deed.startswith("sleep "):
+        time.sleep(float(deed.removeprefix("sleep ")))
+    elif deed == "pause":
+        ctypes.CDLL(None).pause()
+    elif deed == "hold":
+        ctypes.PyDLL(None).pause()
 
 
 Loader.next = watched_next
