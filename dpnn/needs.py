@@ -58,22 +58,23 @@ def room_of(world: World, start: Start) -> float:
     return world.least(max(world.room.amount - beside(start, world.size), 0.0))
 
 
-def check_room(world: World, start: Start) -> str:
-    """What to tell of a job that may need more memory than a node has, empty where there is enough. Collective.
+def check_room(world: World, start: Start) -> tuple[tuple[str, str], ...]:
+    """What to tell of a job that may need more memory than a node has: an event, or none. Collective.
 
     JobError where the network alone needs more. Nothing is known of GPUs: they say themselves when they are full.
     """
     most = -int(world.least(-world.node.size))
     needs = world.first(lambda: needs_of(world, start, most))
     if not needs:
-        return ""
+        return ()
     parts, servers = start.job.parallel.parts, start.job.parallel.servers
     mine = needs[-1] if world.rank >= world.size - servers else needs[world.rank % parts]
     with deadline(world.timeout_s, "comparing what the ranks of a node need", world.fail):
         near: list[Need] = world.node.allgather(mine)
     told = compare(near, world.limits, world.node.rank)
     world.agree(JobError(f"{told}; {_WAY_OUT}") if told.startswith("the network") else None)
-    return world.lowest(told)
+    told = world.lowest(told)
+    return (("little_memory", told),) if told else ()
 
 
 def compare(needs: Sequence[Need], limits: Sequence[Limits], rank: int) -> str:

@@ -26,7 +26,7 @@ import pytest
 from dpnn.comm.launch import command, session_folder, sweep
 
 ROOT = Path(__file__).parents[1]
-STARTS_MPI = {"mpirun", "start_mpirun"}
+STARTS_MPI = {"mpirun", "start_mpirun", "slurm"}
 LAUNCHERS_OWN = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI", "HYD", "SLURM_", "DPNN_", "PYTEST_")
 
 # For plain `pytest`: mpi-pytest looks for mpiexec on the PATH, and Open MPI's doesn't run as root unasked.
