@@ -182,7 +182,8 @@ def doctor(arguments: argparse.Namespace) -> int:
 
     Ends with 2 where something is wrong.
     """
-    from dpnn.cluster.doctor import Finding, diagnose, table
+    from dpnn.cluster.doctor import diagnose
+    from dpnn.cluster.findings import Finding, table
 
     def tell(findings: list[Finding]) -> int:
         print(table(findings))
