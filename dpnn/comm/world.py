@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from fractions import Fraction
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self
 
 from dpnn.comm import library
-from dpnn.comm.faults import deadline, exit_code, message, tell
+from dpnn.comm.faults import deadline, exit_code, message, tell, within
 from dpnn.comm.ranks import Ranks
 from dpnn.errors import DpnnError
 from dpnn.machine import Limits, Share, core_limits, memory_limits, share
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 _PATIENCE_S = 5.0
 """How long a rank that is to be ended by another waits before it ends itself."""
+_CLAIM_S = 1.0
+"""How long the file system may take to record why the job ends."""
 _READ_S = 0.25
 """How long mpirun has to read the message: Open MPI's forgets what is still in the pipe when a rank aborts."""
 
@@ -153,10 +156,11 @@ class World(Ranks):
             self.fail(error)
 
     def _claim(self, text: str, code: int) -> bool:
-        try:
-            return self.claim(text, code)
-        except Exception:  # better told twice than not at all
-            return True
+        """Ask `claim`; where it fails, or a dead file system holds it, the node. Better told twice than not at all."""
+        for claim in (self.claim, self._first_of_node):
+            with suppress(Exception):
+                return within(_CLAIM_S, "the record of the failure", partial(claim, text, code))
+        return True
 
     def _open_claims(self) -> int:
         """A file that the ranks of this node share, already without a name, so that nobody is left to remove it.
