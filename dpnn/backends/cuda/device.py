@@ -35,6 +35,10 @@ class Device(Protocol):
         """Memory of the device, uint8, aligned to 256 bytes."""
         ...
 
+    def free(self) -> int:
+        """Bytes that are free, for all processes that use it."""
+        ...
+
     def address(self, array: Array) -> int:
         """Where an array's memory begins."""
         ...

@@ -100,6 +100,11 @@ class Gpu(Device):
         array: Array = _cupy().ndarray((nbytes,), np.uint8, self._cuda.MemoryPointer(memory, 0))
         return array
 
+    def free(self) -> int:
+        with self._failing:
+            free, _ = self._current().runtime.memGetInfo()
+        return int(free)
+
     def address(self, array: Array) -> int:
         return _address(array)
 
