@@ -9,47 +9,37 @@ and when the last one is done.
 import os
 import signal
 from collections import deque
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict
-from itertools import pairwise
-from pathlib import Path
 from time import perf_counter
 from typing import Any, NoReturn
 
-import numpy as np
 from msgspec.structs import replace
 
-from dpnn import models
-from dpnn.checkpoint import InParts, Note, new_mark
 from dpnn.cluster.signals import StopRequest
 from dpnn.comm import library
 from dpnn.comm.faults import deadline, message, tell
 from dpnn.comm.losses import Losses, survives
 from dpnn.comm.mesh import Mesh
+from dpnn.comm.pulse import PULSE
 from dpnn.comm.ranks import Ranks
+from dpnn.comm.watchdog import Watchdog
 from dpnn.comm.world import World
-from dpnn.data import Leases, Loader, Location, Run, Sampler, Skipped, no_samples
+from dpnn.course import Course
+from dpnn.data import Leases, Loader, Location, Run, Skipped, no_samples
 from dpnn.errors import DpnnError, NotFiniteError, RankError, Stopped
-from dpnn.evaluate import Array, Evaluator, Model, check_alike, choose_backends, segments_of
-from dpnn.native import denormals_flushed
-from dpnn.nn.init import draw
+from dpnn.evaluate import Evaluator, Model, check_alike, segments_of
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
 from dpnn.observe.metrics import Metrics
-from dpnn.optim import STATES, Optimizer, cut, schedule
-from dpnn.plan import Strategy, clip, lay, spread
+from dpnn.optim import STATES, Optimizer
+from dpnn.plan import Strategy
 from dpnn.prepare import Start
-from dpnn.state import load, sliced
-from dpnn.strategies.downpour.cut import Cut
-from dpnn.strategies.downpour.ledger import Ledger
-from dpnn.strategies.downpour.lines import Client
-from dpnn.strategies.downpour.order import Order, Replay
+from dpnn.serving import serve
+from dpnn.state import load
 from dpnn.strategies.downpour.parts import Parts
-from dpnn.strategies.downpour.protocol import deal
-from dpnn.strategies.downpour.server import Server
 from dpnn.strategies.downpour.worker import Worker
 from dpnn.strategies.mirrored import Mirrored
-from dpnn.team import Team
 
 
 def run(world: World, request: StopRequest, start: Start) -> int:
@@ -57,11 +47,13 @@ def run(world: World, request: StopRequest, start: Start) -> int:
     mesh = Mesh(world, start.job.parallel.parts, start.job.parallel.servers)
     with deadline(world.timeout_s, "preparing the lines between workers and servers", world.fail):
         link = world.comm.Dup()
+    watchdog = Watchdog(world, start.job.parallel, start.folder, RunFolder(start.folder).event)
     if mesh.server is not None:
-        return serve(world, mesh, link, request, start)
+        return serve(world, mesh, link, request, start, watchdog)
     replica = Replica(world, mesh, link, request, start)
     try:
-        code = replica.run()
+        with closing(replica), watchdog:
+            code = replica.run()
         world.lost = replica.worker.lost > 0
         return code
     except Exception as error:
@@ -69,8 +61,6 @@ def run(world: World, request: StopRequest, start: Start) -> int:
         if survives() and servers_live and (isinstance(error, RankError) or not isinstance(error, DpnnError)):
             die_alone(error, world.rank, replica)
         raise
-    finally:
-        replica.journal.close()
 
 
 def die_alone(error: Exception, rank: int, replica: "Replica") -> NoReturn:
@@ -86,115 +76,6 @@ def die_alone(error: Exception, rank: int, replica: "Replica") -> NoReturn:
     tell(f"{text}\ndpnn: rank {rank} ends, the others go on")
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("killed")
-
-
-class Course:
-    """The run's steps, those of all replicas together, each of a replica's batch; and who holds which parameters."""
-
-    def __init__(self, start: Start) -> None:
-        job = start.job
-        counts, block = start.train.counts, start.train.block
-        owners = start.train_at.owners
-        self.sampler = Sampler(counts, block, start.lanes, start.global_batch, start.window, job.seed, owners=owners)
-        self.lanes = [self.sampler.lane_steps(lane) for lane in range(start.lanes)]
-        self.epoch = sum(self.lanes)
-        """Steps of an epoch."""
-        self.leases = start.leases or {"next": [start.epoch, 0], "left": [], "steps": start.epoch * self.epoch}
-        """Where the run goes on."""
-        self.shift = start.steps - self.leases["steps"]
-        """A run that began with another strategy counted other steps."""
-        self.total = job.train.epochs * self.epoch or job.train.steps - self.shift
-        self.rate = schedule(job.schedule, job.optimizer.lr, self.epoch, self.total)
-        self.placed = placed = spread(models.graph(job, start.network, start.shape), start.placement)
-        self.pieces = [lay(placed.nodes(part)) for part in range(placed.parts)]
-        """What each part holds."""
-        sizes = [pieces[-1].end if pieces else 0 for pieces in self.pieces]
-        self.shards = deal(sizes, job.parallel.servers, first=placed.reader)
-        """What each server holds: the first one, which leases the lanes, serves the part that reads."""
-
-    def counts(self, lane: int, step: int, microbatches: int) -> list[tuple[int, int]]:
-        """For each micro-batch of a lane's step: (samples of this replica, samples that statistics are taken over)."""
-        sampler = self.sampler
-        rows = min(sampler.share, int(sampler.cuts[lane + 1] - sampler.cuts[lane]) - step * sampler.share)
-        cuts = [rows * i // microbatches for i in range(microbatches + 1)]
-        return [(hi - lo, hi - lo) for lo, hi in pairwise(cuts)]
-
-
-def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Start) -> int:
-    """Be a server until the run is over; the exit code."""
-    job, number = start.job, mesh.server or 0
-    course, folder, limit_s = Course(start), RunFolder(start.folder), job.parallel.stall_abort_s
-    part, lo, hi = course.shards[number]
-    whole = course.pieces[part]
-    pieces, segments = clip(whole, lo, hi), cut(segments_of(whole), lo, hi)
-    team = Team(job.backend.threads or world.threads())
-    backends, _ = choose_backends(job, team)
-    kernels = backends[0].kernels
-
-    params = np.zeros(hi - lo, backends[0].dtype)
-    state = {name: np.zeros_like(params) for name in STATES[job.optimizer.name]}
-    if start.found is not None:
-        load(world, start.found, {name: sliced(pieces, flat) for name, flat in {"": params, **state}.items()})
-    else:
-        for piece in pieces:
-            flat = params[piece.offset : piece.end]
-            flat[...] = draw(job.seed, piece.name, piece.spec, piece.lo, piece.hi, flat.dtype)
-
-    ledger = None
-    if number == 0:
-        ledger = Ledger(course.lanes, course.total, mesh.replicas, start.train_at.owners)
-        ledger.resume(course.leases)
-    name = f"server-{number}-of-{mesh.servers}"
-    order = (
-        Replay(start.replay / "order" / name)
-        if start.replay
-        else Order(start.folder / "order" / name if job.parallel.record else None)
-    )
-    metrics = Metrics(folder.metrics)
-
-    def parting(server: Server) -> None:
-        counts = np.trim_zeros(server.histogram, "b").tolist()
-        metrics.write("event", event="staleness", server=number, pushes=counts, discarded=server.discarded)
-        metrics.close()
-
-    server = Server(
-        link, mesh.replicas, params, state,
-        lambda params, grads, state: Optimizer(job.optimizer, segments, params, grads, team, kernels, state),
-        course.rate, job.parallel, order, ledger, lambda: request.asked, parting, limit_s, mesh.parts, part,
-    )  # fmt: skip
-    server.steps = course.leases["steps"]
-
-    shards = InParts(folder.checkpoints, mesh.servers, mesh.crew.first(new_mark))
-
-    def lost(client: Client) -> None:
-        metrics.write("event", event="worker_lost", rank=client.rank, replica=client.replica, reason=client.why)
-        who = f"rank {client.rank} was lost ({client.why}), and replica {client.replica} with it"
-        tell(f"dpnn: {who}; the others go on")
-        world.lost = True
-
-    def settled(replica: int, missing: int, gone: int) -> None:
-        values = {"replica": replica, "server": number, "missing_steps": missing, "steps_out_of_reach": gone}
-        if number == 0 or missing:
-            metrics.write("event", event="loss_settled", **values)
-        world.lost = True
-
-    def write(steps: int, params: Array, state: dict[str, Array], leases: dict[str, Any], note: Note) -> Path | None:
-        slices = {name: sliced(pieces, flat) for name, flat in state.items()}
-        shards.write(course.shift + steps, number, sliced(pieces, params), slices, note)
-        if number != 0:
-            return None
-        epoch, lane = leases["next"]
-        epoch, step = min([(epoch, lane), *((run[0], 1) for run in leases["left"])])
-        info = {**start.info(), "leases": leases}
-        return shards.complete(course.shift + steps, epoch, step, info, job.output.keep, note)
-
-    def written(steps: int, path: Path) -> None:
-        metrics.write("event", event="checkpoint", step=course.shift + steps, path=str(path))
-
-    every = max(1, round(job.output.checkpoint_every * course.epoch))
-    with denormals_flushed():  # as where replicas update their own
-        server.run(Cut(server, mesh.crew.comm, write, written, every, lost, settled).turn)
-    return Stopped.exit_code if server.stop and server.steps < course.total else 0
 
 
 class Replica:
@@ -315,6 +196,10 @@ class Replica:
         epoch = -(-self.worker.known.steps // self.course.epoch)
         self.journal.scores(str(scores), epoch, self._steps(), **asdict(scores))
 
+    def close(self) -> None:
+        """Tell no more of the run."""
+        self.journal.close()
+
     def _speak(self) -> None:
         """This replica speaks for the run, if it hasn't done so: those before it have died."""
         if self.reads and not self.tells:
@@ -336,11 +221,13 @@ class Replica:
         took, step = Took(0.0, 0.0, 0.0, 0.0), held[0].first
         while held and not worker.stop:
             begin, run = perf_counter(), held[0]
+            PULSE.epoch, PULSE.step, PULSE.doing = run.epoch + 1, self._steps() + 1, "reading a batch"
             batch = loader.next() if loader is not None else no_samples(run.epoch, step)
             read = perf_counter()
             counts = course.counts(run.lanes.start, step, micro)
             worker.asked, worker.samples = worker.asked or self.request.asked, sum(rows for rows, _ in counts)
             worker.rate, worker.skipped = worker.known.rate, len(batch.bad)
+            PULSE.doing = self.executor
             try:
                 self.executor.run(batch, counts, worker.samples)
             except NotFiniteError as error:
@@ -429,8 +316,8 @@ class Replica:
             )
         if self.tells:
             self.folder.write_choices(self.model.choices)
-        for name in start.damaged:
-            self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {name}", path=name)
+        for reason in start.damaged:
+            self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {reason}", path=reason)
         if start.steps:
             left = f"going on at step {start.steps + 1}"
             if course.leases["steps"] >= course.total:

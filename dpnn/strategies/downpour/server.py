@@ -18,6 +18,7 @@ import numpy as np
 
 from dpnn import config
 from dpnn.comm.faults import reported, wait
+from dpnn.comm.pulse import PULSE
 from dpnn.errors import RankError
 from dpnn.optim import Optimizer
 from dpnn.strategies.downpour.copies import Copies, Copy
@@ -112,14 +113,24 @@ class Server:
             self._run(also)
 
     def _run(self, also: Callable[[], bool]) -> None:
-        busy = looked = time.monotonic()
-        limit_s = self.limit_s
+        PULSE.doing = "serving"
         while not self.closed:
-            if self._hear() | self._lines.sent() | self._serve() | also():
-                busy = time.monotonic()
-                continue
+            if not self._turn(also):
+                with PULSE.waiting("a worker to ask for something", time.monotonic(), idle=True):
+                    self._idle(also)
+
+    def _turn(self, also: Callable[[], bool]) -> bool:
+        """Do what there is to do; whether there was anything."""
+        PULSE.beats += 1
+        return self._hear() | self._lines.sent() | self._serve() | also()
+
+    def _idle(self, also: Callable[[], bool]) -> None:
+        """Return when there was something to do again."""
+        begin, limit_s = time.monotonic(), self.limit_s
+        looked = begin
+        while not self._turn(also):
             now = time.monotonic()
-            idle = now - busy
+            idle = now - begin
             if self.ledger is not None and now > looked + _LOOK_S:
                 looked = now
                 self._lose_silent(now)
@@ -297,6 +308,7 @@ class Server:
         self.histogram[min(client.staleness, _BINS - 1)] += 1
         client.pushed += (push.steps, push.samples, push.loss, push.bad)
         self.steps += push.steps
+        PULSE.step = self.steps
         self.samples += push.samples
         self.loss += push.loss
         self.bad += push.bad
