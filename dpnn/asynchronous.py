@@ -7,21 +7,25 @@ and when the last one is done.
 """
 
 from collections import deque
+from contextlib import closing
 from dataclasses import asdict
 from itertools import pairwise
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
 
-from dpnn import checkpoint, models
-from dpnn.checkpoint import Checkpoint
+from dpnn import models
+from dpnn.checkpoint import InParts, Note, new_mark
 from dpnn.cluster.signals import StopRequest
 from dpnn.comm import library
-from dpnn.comm.faults import deadline, wait
+from dpnn.comm.faults import deadline
 from dpnn.comm.mesh import Mesh
+from dpnn.comm.pulse import PULSE
 from dpnn.comm.ranks import Ranks
+from dpnn.comm.watchdog import Watchdog
 from dpnn.comm.world import World
 from dpnn.data import Leases, Loader, Location, Run, Sampler, Skipped, no_samples
 from dpnn.errors import NotFiniteError, Stopped
@@ -32,32 +36,31 @@ from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
 from dpnn.observe.metrics import Metrics
 from dpnn.optim import STATES, Optimizer, cut, schedule
-from dpnn.plan import Strategy, clip, fill, lay, spread
+from dpnn.plan import Strategy, clip, lay, spread
 from dpnn.prepare import Start
-from dpnn.state import sliced
+from dpnn.state import load, sliced
 from dpnn.strategies.downpour.cut import Cut
 from dpnn.strategies.downpour.ledger import Ledger
 from dpnn.strategies.downpour.order import Order, Replay
 from dpnn.strategies.downpour.parts import Parts
-from dpnn.strategies.downpour.protocol import Tag, deal
+from dpnn.strategies.downpour.protocol import deal
 from dpnn.strategies.downpour.server import Server
 from dpnn.strategies.downpour.worker import Worker
 from dpnn.strategies.mirrored import Mirrored
 from dpnn.team import Team
 
 
-def run(world: World, request: StopRequest, start: Start, found: Checkpoint | None) -> int:
-    """Train on all ranks; the exit code. `found`: on rank 0, the checkpoint to go on from. Collective."""
+def run(world: World, request: StopRequest, start: Start) -> int:
+    """Train on all ranks; the exit code. DamagedError, on all, where the checkpoint to go on from is. Collective."""
     mesh = Mesh(world, start.job.parallel.parts, start.job.parallel.servers)
     with deadline(world.timeout_s, "preparing the lines between workers and servers", world.fail):
         link = world.comm.Dup()
+    watchdog = Watchdog(world, start.job.parallel, start.folder, RunFolder(start.folder).event)
     if mesh.server is not None:
-        return serve(world, mesh, link, request, start)
-    replica = Replica(world, mesh, link, request, start, found)
-    try:
+        return serve(world, mesh, link, request, start, watchdog)
+    replica = Replica(world, mesh, link, request, start)
+    with closing(replica.journal), watchdog:
         return replica.run()
-    finally:
-        replica.journal.close()
 
 
 class Course:
@@ -92,7 +95,7 @@ class Course:
         return [(hi - lo, hi - lo) for lo, hi in pairwise(cuts)]
 
 
-def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Start) -> int:
+def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Start, watchdog: Watchdog) -> int:
     """Be a server until the run is over; the exit code."""
     job, number = start.job, mesh.server or 0
     course, folder, limit_s = Course(start), RunFolder(start.folder), job.parallel.stall_abort_s
@@ -105,9 +108,8 @@ def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Star
 
     params = np.zeros(hi - lo, backends[0].dtype)
     state = {name: np.zeros_like(params) for name in STATES[job.optimizer.name]}
-    if start.steps:
-        for flat in (params, *state.values()):
-            wait(link.Irecv(flat, 0, Tag.PARAMS).Test, "the first rank to send what the checkpoint holds", limit_s)
+    if start.found is not None:
+        load(world, start.found, {name: sliced(pieces, flat) for name, flat in {"": params, **state}.items()})
     else:
         for piece in pieces:
             flat = params[piece.offset : piece.end]
@@ -137,31 +139,31 @@ def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Star
     )  # fmt: skip
     server.steps = course.leases["steps"]
 
-    def write(steps: int, params: Array, state: dict[str, Array]) -> None:
-        slices = {name: sliced(pieces, flat) for name, flat in {"": params, **state}.items()}
-        own = slices.pop("")
-        checkpoint.write_part(folder.checkpoints, course.shift + steps, number, mesh.servers, own, slices)
+    shards = InParts(folder.checkpoints, mesh.servers, mesh.crew.first(new_mark))
 
-    def complete(steps: int, leases: dict[str, Any]) -> None:
-        info = {**start.info(), "leases": leases}
+    def write(steps: int, params: Array, state: dict[str, Array], leases: dict[str, Any], note: Note) -> Path | None:
+        slices = {name: sliced(pieces, flat) for name, flat in state.items()}
+        shards.write(course.shift + steps, number, sliced(pieces, params), slices, note)
+        if number != 0:
+            return None
         epoch, lane = leases["next"]
         epoch, step = min([(epoch, lane), *((run[0], 1) for run in leases["left"])])
-        place = (folder.checkpoints, course.shift + steps, mesh.servers, epoch, step, info, job.output.keep)
-        path = checkpoint.complete(*place)
+        info = {**start.info(), "leases": leases}
+        return shards.complete(course.shift + steps, epoch, step, info, job.output.keep, note)
+
+    def tell(steps: int, path: Path) -> None:
         metrics.write("event", event="checkpoint", step=course.shift + steps, path=str(path))
 
     every = max(1, round(job.output.checkpoint_every * course.epoch))
-    with denormals_flushed():  # as where replicas update their own
-        server.run(Cut(server, mesh.crew.comm, write, complete, every).turn)
+    with watchdog, denormals_flushed():  # as where replicas update their own
+        server.run(Cut(server, mesh.crew.comm, write, tell, every).turn)
     return Stopped.exit_code if server.steps < course.total else 0
 
 
 class Replica:
     """A replica of the network, or a part of one, on this rank."""
 
-    def __init__(
-        self, world: World, mesh: Mesh, link: Any, request: StopRequest, start: Start, found: Checkpoint | None
-    ) -> None:
+    def __init__(self, world: World, mesh: Mesh, link: Any, request: StopRequest, start: Start) -> None:
         """Collective over the workers."""
         job, crew = start.job, mesh.crew
         limit_s = job.parallel.stall_abort_s
@@ -177,8 +179,8 @@ class Replica:
         kept = RunFolder(start.replay) if start.replay else folder
         model.choices.update({**crew.first(kept.read_choices), **start.chosen})
         store = model.store
-        if found is not None and start.steps:
-            self._hand_out(found, link, limit_s)
+        if start.found is not None:  # the servers read
+            load(world, start.found, dict.fromkeys(("", *STATES[job.optimizer.name]), ()))
         descent = Optimizer(
             replace(job.optimizer, name="sgd", nesterov=False),
             segments_of(store.pieces),
@@ -279,11 +281,13 @@ class Replica:
         took, step = Took(0.0, 0.0, 0.0, 0.0), held[0].first
         while held and not worker.stop:
             begin, run = perf_counter(), held[0]
+            PULSE.epoch, PULSE.step, PULSE.doing = run.epoch + 1, self._steps() + 1, "reading a batch"
             batch = loader.next() if loader is not None else no_samples(run.epoch, step)
             read = perf_counter()
             counts = course.counts(run.lanes.start, step, micro)
             worker.asked, worker.samples = worker.asked or self.request.asked, sum(rows for rows, _ in counts)
             worker.rate, worker.skipped = worker.known.rate, len(batch.bad)
+            PULSE.doing = self.executor
             try:
                 self.executor.run(batch, counts, worker.samples)
             except NotFiniteError as error:
@@ -348,17 +352,6 @@ class Replica:
         )  # fmt: skip
         self.seen = known
 
-    def _hand_out(self, found: Checkpoint, link: Any, limit_s: float) -> None:
-        """Send every server its shard of a checkpoint."""
-        course, workers = self.course, self.mesh.crew.size
-        for values in (found.params, *(found.optimizer[name] for name in STATES[self.job.optimizer.name])):
-            for part, pieces in enumerate(course.pieces):
-                flat = np.empty(pieces[-1].end if pieces else 0, self.model.dtype)
-                fill(pieces, flat, values, "the checkpoint")
-                for server, (of, lo, hi) in enumerate(course.shards, workers):
-                    if of == part:
-                        wait(link.Isend(flat[lo:hi], server, Tag.PARAMS).Test, "a server to take its shard", limit_s)
-
     def _tell_start(self) -> None:
         job, start, graph, mesh, course = self.job, self.start, self.model.graph, self.mesh, self.course
         backends = "+".join(dict.fromkeys(group.backend.name for group in self.executor.plan.groups))
@@ -373,8 +366,8 @@ class Replica:
             replica_batch=job.train.replica_batch, lanes=start.lanes, from_step=start.steps,
             library=self.model.backends[0].about,
         )  # fmt: skip
-        if self.model.note:
-            self.journal.event("slow_backend", self.model.note)
+        for event, text in (*self.model.notes, *self.start.notes):
+            self.journal.event(event, text)
         if self.together is not None and not start.test_at.whole:
             self.journal.event(
                 "evaluated_at_the_end",
@@ -382,8 +375,8 @@ class Replica:
             )
         if self.first:
             self.folder.write_choices(self.model.choices)
-        for name in start.damaged:
-            self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {name}", path=name)
+        for reason in start.damaged:
+            self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {reason}", path=reason)
         if start.steps:
             left = f"going on at step {start.steps + 1}"
             if course.leases["steps"] >= course.total:

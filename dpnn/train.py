@@ -7,7 +7,8 @@ be wrong is found while building.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from dataclasses import replace as changed
 from functools import partial
@@ -16,28 +17,31 @@ from time import perf_counter
 
 from msgspec.structs import replace
 
-from dpnn import asynchronous, models
+from dpnn import models
 from dpnn.balance import deal, speeds
-from dpnn.checkpoint import Checkpoint
 from dpnn.cluster.signals import StopRequest
 from dpnn.comm import library
 from dpnn.comm.grains import stack_places
 from dpnn.comm.lifted import devices_of
 from dpnn.comm.mesh import Mesh, replicas_of
 from dpnn.comm.node import Node
+from dpnn.comm.pulse import PULSE
 from dpnn.comm.reduce import BucketReducer, measured_bucket
+from dpnn.comm.watchdog import Watchdog
 from dpnn.comm.world import World
 from dpnn.data import Loader, Sampler, Skipped, no_samples
 from dpnn.errors import NotFiniteError, Stopped
 from dpnn.evaluate import Evaluator, Model, check_alike, check_devices, segments_of
 from dpnn.locations import locate, readers
+from dpnn.needs import check_room, room_of
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
 from dpnn.optim import STATES, schedule
 from dpnn.plan import Costs, n_params, spread
 from dpnn.planning import COSTS, is_open, settle
 from dpnn.prepare import Start, check_same_owners, prepare
-from dpnn.state import hand_out, save
+from dpnn.saving import Saver
+from dpnn.state import load, passing_over_damaged, sliced
 from dpnn.strategies.allreduce import Allreduce
 from dpnn.strategies.average import Average
 from dpnn.strategies.base import Strategy
@@ -59,41 +63,49 @@ def train(
     `request`: of this rank, to stop. `resume`: None starts a new run; a run folder goes on from its newest checkpoint,
     "" the job's newest run. `replay`: the folder of a recorded run, to be repeated.
     """
-    found: Checkpoint | None = None
+    ready = partial(prepare, job_path, overrides, resume, replay, world.size)
+    return passing_over_damaged(lambda damaged: attempt(world, request, partial(ready, damaged)))
+
+
+def attempt(world: World, request: StopRequest, prepared: Callable[[], Start]) -> int:
+    """Train from a start that the first rank prepares; the exit code. DamagedError, before a step is taken."""
 
     def first() -> Start:
-        nonlocal found
-        start, found = prepare(job_path, overrides, resume, replay, world.size)
+        start = prepared()
         RunFolder(start.folder).tell_launcher()
         return start
 
     start = world.first(first)
     world.claim = RunFolder(start.folder).claim
     world.timeout_s = start.job.parallel.stall_abort_s
-    start = located(world, placed(world, start), found)
+    start = located(world, placed(world, start))
     if start.job.parallel.strategy == "downpour":
-        return asynchronous.run(world, request, start, found)
-    training = Training(world, start, found)
-    found = None  # its memory isn't needed any more
-    try:
+        from dpnn import asynchronous
+
+        return asynchronous.run(world, request, start)
+    training = Training(world, start)
+    watchdog = Watchdog(world, start.job.parallel, start.folder, training.folder.event)
+    with closing(training.journal), watchdog:
         return training.run(request)
-    finally:
-        training.journal.close()
 
 
 def placed(world: World, start: Start) -> Start:
-    """The start with its layers placed, where measured costs are to decide that. Collective."""
-    if not is_open(start.job):
-        return start
-    graph = models.graph(start.job, start.network, start.shape)
-    folder = RunFolder(start.replay or start.folder)
-    setting, chosen = settle(world, folder, start.job, graph, start.rows)
-    parallel = replace(start.job.parallel, microbatches=setting.microbatches)
-    job = replace(start.job, parallel=parallel)
-    return changed(start, job=job, placement=setting.placement, chosen=chosen)
+    """The start with its layers placed, where measured costs are to decide that; JobError where they can't fit.
+
+    Collective.
+    """
+    if is_open(start.job):
+        graph = models.graph(start.job, start.network, start.shape)
+        folder = RunFolder(start.replay or start.folder)
+        room = partial(room_of, world, start)
+        setting, chosen = settle(world, folder, start.job, graph, start.rows, room)
+        parallel = replace(start.job.parallel, microbatches=setting.microbatches)
+        job = replace(start.job, parallel=parallel)
+        start = changed(start, job=job, placement=setting.placement, chosen=chosen)
+    return changed(start, notes=check_room(world, start))
 
 
-def located(world: World, start: Start, found: Checkpoint | None) -> Start:
+def located(world: World, start: Start) -> Start:
     """The start with its data where they are read, and checked. Collective."""
     job, train, test = start.job, start.train, start.test
     parts, servers = job.parallel.parts, job.parallel.servers
@@ -102,7 +114,7 @@ def located(world: World, start: Start, found: Checkpoint | None) -> Start:
     reader = spread(models.graph(job, start.network, start.shape), start.placement).reader
     who = readers(world, replica if part == reader and replica < replicas else None, replicas)
     start = changed(start, train_at=locate(world, who, job.data, job.data.train, train, start.lanes))
-    world.check(lambda: check_same_owners(found, start))
+    world.check(lambda: check_same_owners(start))
     if test is None:
         return start
     return changed(start, test_at=locate(world, who, job.data, job.data.test, test))
@@ -111,8 +123,8 @@ def located(world: World, start: Start, found: Checkpoint | None) -> Start:
 class Training:
     """One run on this rank. The constructor builds everything; `run` takes the steps."""
 
-    def __init__(self, world: World, start: Start, found: Checkpoint | None) -> None:
-        """Collective. `found`: on rank 0, the checkpoint to go on from."""
+    def __init__(self, world: World, start: Start) -> None:
+        """Collective. DamagedError, on all ranks, where the checkpoint to go on from is."""
         job, limit_s = start.job, start.job.parallel.stall_abort_s
         self.world, self.start, self.job = world, start, job
         self.mesh = mesh = Mesh(world, job.parallel.parts)
@@ -158,11 +170,13 @@ class Training:
         sums = node.sums if strategy.together else node.grads
         optimizer = flats.optimizer(job.optimizer, segments, sums, model.team, model.arithmetic)
         self.rate = schedule(job.schedule, job.optimizer.lr, sampler.steps, self.end)
-        if start.steps:
-            hand_out(mesh, store.pieces, {"": node.params, **node.state}, found, limit_s)
+        if start.found is not None:
+            pieces = store.pieces if mesh.replica == 0 else ()
+            flat_arrays = {"": node.params, **node.state}
+            load(world, start.found, {name: sliced(pieces, flat) for name, flat in flat_arrays.items()})
         elif mesh.replica == 0:
             store.draw(job.seed)
-        for flat in (node.params, *(node.state.values() if start.steps else ())):
+        for flat in (node.params, *(node.state.values() if start.found else ())):
             node.share(flat)
         flats.push()
 
@@ -191,9 +205,13 @@ class Training:
             place = (start.test_at, start.test, mean, std, self.decoders)
             self.evaluator = Evaluator(mesh.crew.comm, evaluation, job, *place)
 
-        # What the run tells.
+        # What the run tells, and keeps.
         self.skipped = Skipped(job.data.bad_limit)
         self.journal = Journal(self.folder, self.total_steps, first=world.rank == 0)
+        self.saver = Saver(
+            self.folder.checkpoints, mesh, store, node.state, model.team, job.output.keep, limit_s,
+            lambda steps, path: self.journal.event("checkpoint", step=steps, path=str(path)),
+        )  # fmt: skip
 
     def _bucket_nbytes(self) -> int:
         """The size of a bucket: what the job says, else what the run began with, else measured where most lies."""
@@ -222,6 +240,8 @@ class Training:
         """Take the steps that are left; the exit code. Collective, as is all below."""
         job, mesh, sampler = self.job, self.mesh, self.sampler
         self._tell_start()
+        if self.evaluator is not None and self.steps > self.start.evaluated and self._is_due():
+            self._evaluate()  # the run was killed between its last checkpoint and this
         begin, samples = perf_counter(), 0
         every = max(1, round(job.output.checkpoint_every * sampler.steps))
         loader = None
@@ -242,24 +262,30 @@ class Training:
         try:
             while self.at < self.end:
                 samples += self._take_step(loader, request)
+                self.saver.look()
                 last = self.at == self.end or self.strategy.stop
                 saves = last or self.steps % every == 0
-                evaluates = self.evaluator is not None and (self.at == self.end or self._ends_period())
+                evaluates = self.evaluator is not None and self._is_due()
                 if saves or evaluates:
+                    PULSE.doing = "gathering the parameters"
                     self.strategy.gather()
                     if saves:
-                        self._save()
+                        PULSE.doing = "writing a checkpoint"
+                        self.journal.flush()
+                        self.saver.save((self.epoch, self.step, self.steps), self.start.info())
                     if evaluates:
                         self._evaluate()
                 if last:
                     break
                 if saves or evaluates:
                     self.strategy.release()
+            PULSE.doing = "ending the run"
         finally:
             if loader is not None:
                 loader.close()
         self.strategy.close()
         self.skipped.check(self.strategy.bad_samples, max(self.epoch - self.start.epoch + (self.step > 0), 1))
+        self.saver.finish()
         code = 0 if self.at >= self.end else Stopped.exit_code
         self.journal.end(self.steps, samples, self.strategy.bad_samples, perf_counter() - begin, code)
         return code
@@ -268,6 +294,7 @@ class Training:
         """One step; its number of samples on all replicas."""
         strategy, sampler, mesh = self.strategy, self.sampler, self.mesh
         begin = perf_counter()
+        PULSE.epoch, PULSE.step, PULSE.doing = self.epoch + 1, self.steps + 1, "reading a batch"
         batch = loader.next() if loader is not None else no_samples(self.epoch, self.step)
         read = perf_counter()
         total = sampler.total(self.step)
@@ -275,6 +302,7 @@ class Training:
         rows = sum(mine for mine, _ in counts)
         strategy.rate, strategy.stop, strategy.samples = self.rate(self.at), request.asked, rows
         strategy.skipped = len(batch.bad)
+        PULSE.doing = self.executor
         try:
             self.executor.run(batch, counts, total if strategy.together else rows)
         except NotFiniteError as error:
@@ -298,27 +326,18 @@ class Training:
             scores = self.evaluator.run()
             self.journal.scores(str(scores), self.epoch + (self.step > 0), self.steps, **asdict(scores))
 
-    def _ends_period(self) -> bool:
-        """Whether the last step ended an epoch after which the network is evaluated."""
-        return self.step == 0 and self.epoch % self.job.train.eval_every == 0
+    def _is_due(self) -> bool:
+        """Whether the network is evaluated after the last step: it ended the run, or so many epochs."""
+        return self.at == self.end or (self.step == 0 and self.epoch % self.job.train.eval_every == 0)
 
     def _explain(self, error: NotFiniteError) -> None:
         """Raise, on every rank, which layer of which rank is the first that isn't finite."""
+        self.saver.finish()  # a good one may be on its way
         layer = self.executor.not_finite()
         where = f"epoch {self.epoch + 1}, step {self.steps + 1}: {error}"
         way_out = "lower optimizer.lr, or set optimizer.clip; go on from the last checkpoint with --resume"
         self.world.agree(NotFiniteError(f"{layer}: its output is not finite ({where}); {way_out}") if layer else None)
         self.world.agree(NotFiniteError(f"{where}, though all layers' outputs are finite; {way_out}"))
-
-    def _save(self) -> None:
-        """Write a checkpoint, on the first replica."""
-        job, place = self.job, (self.epoch, self.step, self.steps)
-        path = save(
-            self.folder.checkpoints, self.mesh, self.model.store, self.node.state, place, self.start.info(),
-            job.output.keep, job.parallel.stall_abort_s,
-        )  # fmt: skip
-        if self.world.rank == 0:
-            self.journal.event("checkpoint", step=self.steps, path=str(path))
 
     def _spread(self) -> str:
         """How a replica is spread, where it is."""
@@ -340,8 +359,8 @@ class Training:
         if COSTS in start.chosen:
             found = Costs.load(start.chosen[COSTS])
             self.journal.event("costs", f"costs measured: {found}; `dpnn plan` of a job file assumes {Costs()}")
-        if self.model.note:
-            self.journal.event("slow_backend", self.model.note)
+        for event, text in (*self.model.notes, *start.notes):
+            self.journal.event(event, text)
         for device, ranks in Counter(filter(None, self.devices)).most_common(1):
             if ranks > 1:
                 self.journal.event("shared_device", f"{ranks} ranks share {device}: they compute in turn")
@@ -351,8 +370,8 @@ class Training:
             )
         if world.rank == 0:
             self.folder.write_choices(self.model.choices)
-        for name in start.damaged:
-            self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {name}", path=name)
+        for reason in start.damaged:
+            self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {reason}", path=reason)
         if self.steps:
             left = f"going on at epoch {self.epoch + 1}, step {self.steps + 1}"
             if self.at >= self.end:

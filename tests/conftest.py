@@ -26,7 +26,7 @@ import pytest
 from dpnn.comm.launch import command, session_folder, sweep
 
 ROOT = Path(__file__).parents[1]
-STARTS_MPI = {"mpirun", "start_mpirun"}
+STARTS_MPI = {"mpirun", "start_mpirun", "slurm"}
 LAUNCHERS_OWN = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI", "HYD", "SLURM_", "DPNN_", "PYTEST_")
 
 # For plain `pytest`: mpi-pytest looks for mpiexec on the PATH, and Open MPI's doesn't run as root unasked.
@@ -287,6 +287,35 @@ def start_line(tmp_path: Path) -> Iterator[Callable[..., Program]]:
     yield start
     for program in programs:
         program.kill()
+
+
+@pytest.fixture
+def start_in_group(start_line):
+    """start_in_group(kind, limits, *line, env={}, cwd=...) -> Program in a control group of its own, of version 1.
+
+    `kind`: "memory" or "cpu"; `limits`: of it, by name. The test is skipped where no such group can be made.
+    """
+    groups: list[Path] = []
+
+    def start(kind: str, limits: dict[str, object], *line: object, **where) -> Program:
+        group = Path("/sys/fs/cgroup", kind, f"dpnn-test-{secrets.token_hex(4)}")
+        try:
+            group.mkdir()
+        except OSError as error:
+            pytest.skip(f"no control group of version 1 can be made here: {error}")
+        groups.append(group)
+        for name, value in limits.items():
+            (group / f"{kind}.{name}").write_text(str(value))
+        enter = f'echo $$ > {group}/cgroup.procs && exec "$@"'
+        return start_line(["sh", "-c", enter, "sh", *map(str, line)], **where)
+
+    yield start
+    for group in groups:
+        for pid in (group / "cgroup.procs").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+        while (group / "cgroup.procs").read_text():
+            time.sleep(0.01)
+        group.rmdir()
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
+from dpnn.comm.pulse import PULSE
 from dpnn.errors import DpnnError, RankError
 
 if TYPE_CHECKING:
@@ -38,16 +39,28 @@ def wait(test: Callable[[], object], whom: str, limit_s: float) -> None:
     """
     begin = time.monotonic()
     while not tested(test, whom):
+        if time.monotonic() - begin > _EAGER_S:
+            with PULSE.waiting(whom, begin):
+                _wait_napping(test, whom, limit_s, begin)
+            return
+        os.sched_yield()
+
+
+def _wait_napping(test: Callable[[], object], whom: str, limit_s: float, begin: float) -> None:
+    """The rest of a wait that began at `begin`."""
+    while not tested(test, whom):
         waited = time.monotonic() - begin
         if waited > limit_s:
-            raise RankError(
-                f"waited {limit_s:g} s for {whom}: a rank has stopped, or is that much slower than this one; "
-                "if all ranks are well, raise parallel.stall_abort_s"
-            )
-        if waited < _EAGER_S:
-            os.sched_yield()
-        else:
-            time.sleep(_NAP_S if waited < _LONG_S else _LONG_NAP_S)
+            raise given_up(limit_s, whom)
+        time.sleep(_NAP_S if waited < _LONG_S else _LONG_NAP_S)
+
+
+def given_up(limit_s: float, whom: str) -> RankError:
+    """What a rank raises that has waited for too long."""
+    return RankError(
+        f"waited {limit_s:g} s for {whom}: a rank has stopped, or is that much slower than this one; "
+        "if all ranks are well, raise parallel.stall_abort_s"
+    )
 
 
 def within(limit_s: float, whom: str, call: Callable[[], T]) -> T:
@@ -55,6 +68,13 @@ def within(limit_s: float, whom: str, call: Callable[[], T]) -> T:
 
     RankError where it takes longer than `limit_s` seconds; `whom` completes "waited for ...".
     """
+    result = started(call, "dpnn-blocking")
+    wait(result.done, whom, limit_s)
+    return result.result()
+
+
+def started(call: Callable[[], T], name: str) -> Future[T]:
+    """A call that goes on in a thread of its own, which doesn't keep the process from ending."""
     result: Future[T] = Future()
 
     def run() -> None:
@@ -63,9 +83,8 @@ def within(limit_s: float, whom: str, call: Callable[[], T]) -> T:
         except BaseException as error:
             result.set_exception(error)
 
-    threading.Thread(target=run, name="dpnn-blocking", daemon=True).start()
-    wait(result.done, whom, limit_s)
-    return result.result()
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return result
 
 
 def duplicate(comm: "MPI.Comm", whom: str, limit_s: float) -> "MPI.Comm":
@@ -151,6 +170,8 @@ def message(error: BaseException, rank: int | None = None) -> str:
         text = f"ended by sys.exit({error.code!r}) while the job was running"
     else:
         text = "".join(traceback.format_exception_only(error)).rstrip()
+        if isinstance(error, MemoryError):
+            text = f"out of memory ({text}): use fewer ranks a node, a smaller batch, or more parallel.microbatches"
         frames = "\n" + "".join(traceback.format_tb(error.__traceback__, limit=-_FRAMES)).rstrip()
     return f"dpnn: {'' if rank is None else f'rank {rank}: '}{text}{frames.rstrip()}"
 

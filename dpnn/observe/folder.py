@@ -6,15 +6,19 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from dpnn.comm import launch
+from dpnn.comm import launch, postmortem
 from dpnn.data.durable import replacing
 from dpnn.errors import JobError
-from dpnn.observe.metrics import Metrics, last_exit
+from dpnn.observe.metrics import Metrics, last_exit, unwritable
 
 
 class RunFolder:
-    """`job.toml` (as resolved), `metrics.jsonl`, `choices.json`, `checkpoints/`; `failure.txt` of a run that failed."""
+    """`job.toml` (as resolved), `metrics.jsonl`, `choices.json`, `checkpoints/`.
+
+    Of a run that failed also `failure.txt`, and `post-mortem.txt` where ranks waited for others in vain.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -33,9 +37,14 @@ class RunFolder:
         return choices if isinstance(choices, dict) else {}
 
     def write_choices(self, choices: dict[str, str]) -> None:
-        """Keep them."""
-        if choices:
-            self.choices.write_text(json.dumps(choices, indent=1, sort_keys=True) + "\n")
+        """Keep them. DataError where the disk doesn't take them."""
+        if not choices:
+            return
+        try:
+            with replacing(self.choices) as temporary:
+                temporary.write_text(json.dumps(choices, indent=1, sort_keys=True) + "\n")
+        except OSError as error:
+            raise unwritable(self.choices, error) from error
 
     @classmethod
     def create(cls, wanted: str, name: str) -> "RunFolder":
@@ -122,17 +131,26 @@ class RunFolder:
         folder = cls(Path(path))
         return folder, last_exit(folder.metrics, int(size))
 
+    def forget_failure(self) -> None:
+        """The run goes on."""
+        self.failure.unlink(missing_ok=True)
+        postmortem.forget(self.path)
+
+    def event(self, event: str, **values: Any) -> None:
+        """A line of the metrics, by any rank: for what is rare. DataError where it can't be written."""
+        metrics = Metrics(self.metrics)
+        metrics.write("event", event=event, **values)
+        metrics.close()
+
     def claim(self, message: str, code: int) -> bool:
         """Whether this process is the first to report a failure of the run: that one, of all ranks, tells it.
 
-        Kept in `failure.txt`, and as the `end` line of the metrics.
+        Kept in `failure.txt`, and as the `end` line of the metrics. OSError, DataError where the disk takes neither.
         """
         try:
             file = os.open(self.failure, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
-        except OSError:
-            return True
         with os.fdopen(file, "w") as text:
             text.write(message + "\n")
         metrics = Metrics(self.metrics)

@@ -99,7 +99,7 @@ def last(folder: Path) -> Checkpoint:
     """The newest checkpoint of a run."""
     found = checkpoint.newest(folder / "checkpoints")
     assert found is not None
-    return found[1]
+    return checkpoint.read(found[0].path)
 
 
 @pytest.fixture(name="last")
