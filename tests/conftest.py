@@ -34,7 +34,7 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 os.environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 # Ranks of tests give way where they wait: other tests have the same cores. Read when MPI starts.
-os.environ["OMPI_MCA_mpi_yield_when_idle"] = "1"
+os.environ |= {"OMPI_MCA_mpi_yield_when_idle": "1"}
 
 # What tests choose by timing stays out of the user's own cache folder. Set here, before any module of tests is
 # imported; what tests start inherits it.
