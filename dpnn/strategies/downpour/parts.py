@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dpnn.comm.faults import duplicate, wait
+from dpnn.comm.losses import Losses
 from dpnn.comm.reduce import BucketReducer
+from dpnn.errors import RankError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -53,6 +55,9 @@ class Alone:
         """The sum over all parts."""
         return value
 
+    def check(self) -> None:
+        """RankError where one of the others has died: a replica dies whole."""
+
 
 class Parts(Alone):
     """Several parts, the ranks of `model`, of which `reader` asks for work. All calls are collective."""
@@ -60,6 +65,7 @@ class Parts(Alone):
     def __init__(self, model: "MPI.Comm", reader: int, limit_s: float) -> None:
         self.asks = model.rank == reader
         self._reader, self._limit_s = reader, limit_s
+        self._losses = Losses(model)
         self._told, self._sum = np.zeros(len(Note._fields)), np.zeros(1)
         self._telling = BucketReducer(model, self._told, limit_s, "losses of a replica's parts")
         self._summing = BucketReducer(model, self._sum, limit_s, "norms of a replica's parts")
@@ -87,3 +93,8 @@ class Parts(Alone):
         self._summing.start(0, 1)
         self._summing.finish()
         return float(self._sum[0])
+
+    def check(self) -> None:
+        """RankError where one of the others has died: a replica dies whole."""
+        for part in self._losses.new():
+            raise RankError(f"part {part} of this replica has died")

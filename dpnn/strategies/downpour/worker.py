@@ -238,7 +238,7 @@ class Worker:
         for push in self._sets:
             self._see_off(push)
         for request in self._sent.values():
-            wait(request.Test, "the servers to hear of this replica", self._limit_s)
+            self._wait(request.Test, "the servers to hear of this replica")
 
     def _ask_until(self, enough: Callable[[Answer], bool]) -> Answer:
         """The first answer that is enough. RankError where the run doesn't go on meanwhile.
@@ -269,11 +269,20 @@ class Worker:
         if self._parts.asks:
             coming = self._comm.Irecv(self._leased.bytes, self._shards[0][0], Tag.LEASED)
             self._send(Kind.LEASE, self._shards[:1])
-            wait(coming.Test, "the first server to answer", self._limit_s)
+            self._wait(coming.Test, "the first server to answer")
         self._parts.share(self._leased.bytes)
         answer = self._leased.read()
         self.speaker, self.lost = answer.speaker, answer.lost
         return answer
+
+    def _wait(self, test: Callable[[], object], whom: str) -> None:
+        """As faults.wait; RankError also where another part of this replica has died, whom no server answers."""
+
+        def tested() -> object:
+            self._parts.check()
+            return test()
+
+        wait(tested, whom, self._limit_s)
 
     def _hear(self) -> None:
         """What the parts have told one another: the loss of the replica, and whether it stops."""
@@ -324,7 +333,7 @@ class Worker:
     def _see_off(self, push: _Push) -> None:
         """Return when a push has left, so that it can be written again."""
         begin = perf_counter()
-        wait(partial(self._mpi.Request.Testall, push.sends), "a server to take a push", self._limit_s)
+        self._wait(partial(self._mpi.Request.Testall, push.sends), "a server to take a push")
         self._waited += perf_counter() - begin
 
     def _fetches(self) -> bool:
@@ -339,7 +348,7 @@ class Worker:
 
     def _install(self) -> None:
         begin = perf_counter()
-        wait(partial(self._mpi.Request.Testall, self._arrivals), "the parameters from the servers", self._limit_s)
+        self._wait(partial(self._mpi.Request.Testall, self._arrivals), "the parameters from the servers")
         self._waited += perf_counter() - begin
         self._coming = False
         if self._fetched is not self._params:
@@ -353,6 +362,6 @@ class Worker:
         """A request without numbers behind it."""
         for letter, (server, _, _) in zip(self._asks[kind], to, strict=False):
             if (kind, server) in self._sent:  # it was answered: it has long been sent
-                wait(self._sent[kind, server].Test, "the servers to hear of this replica", self._limit_s)
+                self._wait(self._sent[kind, server].Test, "the servers to hear of this replica")
             letter.write(Request(kind, stop=self.asked))
             self._sent[kind, server] = self._comm.Isend(letter.bytes, server, Tag.REQUEST)

@@ -137,6 +137,46 @@ def test_cut_anywhere_and_resumed_on_other_replicas_every_step_arrives_once(lane
     assert seen == Counter(islice(in_order(lanes), total))
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    lanes=st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any),
+    total=st.integers(0, 60),
+    lives=st.lists(st.tuples(DEEDS, st.integers(0, 3), st.integers(0, 3)), max_size=3),
+)
+def test_whoever_dies_every_step_arrives_once(lanes, total, lives):
+    """`lives`: what four replicas do until one dies, which one, and how many of its steps only others have got."""
+    seen = Counter()
+    ledger = Ledger(lanes, total, 4)
+    outside = Outside(ledger, total, 4, seen)
+    living = [0, 1, 2, 3]
+    for deeds, which, elsewhere in lives:
+        outside.do([(living[replica % len(living)], steps) for replica, steps in deeds])
+        dead = living.pop(which % len(living))
+        steps = min(elsewhere, len(outside.hands[dead]))
+        seen.update(outside.hands[dead].popleft() for _ in range(steps))
+        assert ledger.lose(dead, steps) == 0
+        outside.hands[dead].clear()
+        assert not ledger.held[dead]
+    while ledger.steps + sum(map(len, outside.hands)) < total:
+        assert any(list(map(outside.lease, living)))
+    for replica in living:
+        outside.push(replica, len(outside.hands[replica]))
+        assert not any(ledger.held_by_others(other) for other in living) or replica != living[-1]
+    assert ledger.steps == total
+    assert seen == Counter(islice(in_order(lanes), total))
+
+
+def test_lanes_of_a_node_without_replicas_are_given_up():
+    ledger = Ledger([3, 2, 4], total=18, replicas=2, owners=owners_of([[3], [2, 4]], [1, 0]))
+    run = ledger.lease(0)
+    ledger.arrived(0, 1)
+    assert (run.lanes.start, ledger.lose(0, 0)) == (1, 2 * (2 + 4) - 1)
+    steps = 0
+    while run := ledger.lease(1):
+        steps += run.last - run.first + 1
+    assert steps == 2 * 3
+
+
 def owners_of(lanes, replicas):
     return Owners(shards=(), lanes=tuple(map(len, lanes)), replicas=tuple(replicas))
 
