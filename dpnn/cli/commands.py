@@ -207,7 +207,7 @@ def launch(arguments: argparse.Namespace) -> int:
     from dpnn.comm.launch import launch
 
     def settle(told: bytes, code: int) -> int:
-        from dpnn.observe.folder import RunFolder  # imports NumPy: only after the job
+        from dpnn.observe.folder import RunFolder  # imports NumPy: not before the job
 
         folder, ended = RunFolder.told(told)
         if ended is not None:
@@ -216,10 +216,16 @@ def launch(arguments: argparse.Namespace) -> int:
         print(f"dpnn: {folder.path}: the run was killed, or couldn't write its end; {way_out}", file=sys.stderr)
         return code or RankError.exit_code
 
+    def ended(told: bytes) -> bool:
+        from dpnn.observe.folder import RunFolder
+
+        return bool(told) and RunFolder.told(told)[1] is not None
+
     inner = parser().parse_args(arguments.command)  # so that a wrong command is told once, and before anything starts
     if inner.run not in (pack, train, evaluate, doctor):
         raise JobError(f"{arguments.command[0]} runs in one process: leave out launch")
-    return launch(arguments.n, arguments.command, settle=settle, survives=inner.run is train and _survives(inner))
+    survives = inner.run is train and _survives(inner)
+    return launch(arguments.n, arguments.command, settle=settle, survives=survives, ended=ended)
 
 
 def _survives(arguments: argparse.Namespace) -> bool:

@@ -28,6 +28,8 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _SCHEDULERS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
 _KILL_AFTER_S = 5.0
 """How long mpirun has to end its ranks when it is told to, before everything is killed."""
+_LOOK_S, _LEAVE_S = 2.0, 10.0
+"""How often is looked whether a job has told of its end; how long its ranks then have to leave."""
 _MARK = "DPNN_LAUNCH"
 """The environment variable that all processes of one launch are known by, whatever session they put themselves in."""
 _PR_SET_PDEATHSIG = 1
@@ -64,6 +66,7 @@ def launch(
     program: Sequence[str] = _DPNN,
     settle: Callable[[bytes, int], int] = lambda told, code: code,
     survives: bool = False,
+    ended: Callable[[bytes], bool] = lambda told: False,
 ) -> int:
     """Print the line of `command`, run it, and return its exit code. Main thread only, since it handles signals.
 
@@ -71,15 +74,19 @@ def launch(
     step; the second kills the job. When this returns, no process of the job is left on this machine.
 
     mpirun's code isn't always the job's: fault tolerant, it is 0 after a kill. Where the job has told something in the
-    file that DPNN_RUN names, the exit code is what `settle` makes of that and of mpirun's code.
+    file that DPNN_RUN names, the exit code is what `settle` makes of that and of mpirun's code. Nor does mpirun always
+    end: where a rank is stopped that the others do without (`survives`), it is ended soon after `ended` says, of what
+    the job has told, that the run has.
     """
     line = command(n, args, program, survives)
     print(shlex.join(line), flush=True)
     with tempfile.TemporaryDirectory(prefix="dpnn-", ignore_cleanup_errors=True) as folder:
-        return _run(line, folder, settle)
+        return _run(line, folder, settle, ended if survives else None)
 
 
-def _run(line: list[str], folder: str, settle: Callable[[bytes, int], int]) -> int:
+def _run(
+    line: list[str], folder: str, settle: Callable[[bytes, int], int], ended: Callable[[bytes], bool] | None
+) -> int:
     """Run mpirun, with `folder` for its own files, until it and all its ranks have ended."""
     mark = secrets.token_hex(8)
     mpirun: subprocess.Popen[bytes] | None = None
@@ -107,6 +114,8 @@ def _run(line: list[str], folder: str, settle: Callable[[bytes, int], int]) -> i
             mpirun.send_signal(signal.SIGUSR1)  # asked for while it was starting
         passing = threading.Thread(target=_pass_on, args=(mpirun.stderr,), daemon=True)
         passing.start()
+        if ended is not None:
+            threading.Thread(target=_kill_left, args=(mark, folder, ended), daemon=True).start()
         os.waitid(os.P_PID, mpirun.pid, os.WEXITED | os.WNOWAIT)
         sweep(_MARK, mark)  # before its number is free for another process
         passing.join(_KILL_AFTER_S)
@@ -202,6 +211,14 @@ def _spawn(line: list[str], mark: str, folder: str) -> "subprocess.Popen[bytes]"
 
 def _kill_late(mark: str) -> None:
     time.sleep(_KILL_AFTER_S)
+    sweep(_MARK, mark)
+
+
+def _kill_left(mark: str, folder: str, ended: Callable[[bytes], bool]) -> None:
+    """Kill what is left of a job a while after the end that it has told of."""
+    while not ended(_told(folder)):
+        time.sleep(_LOOK_S)
+    time.sleep(_LEAVE_S)
     sweep(_MARK, mark)
 
 

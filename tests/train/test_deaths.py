@@ -80,6 +80,19 @@ def test_the_others_take_every_step_that_is_left(going, python, ranks, settings,
     assert python("-m", "dpnn", "eval", folder).returncode == 0
 
 
+def test_a_worker_that_is_stopped_for_ever_counts_as_dead(going):
+    """And doesn't keep the job from ending."""
+    program, folder = going(4, "train.epochs=60", "parallel.servers=1", "parallel.stall_abort_s=4")
+    os.kill(program.pids()[1], signal.SIGSTOP)
+    ended = program.finish(2 * LIMIT_S)
+    program.until_gone(LIMIT_S)
+    assert ended.returncode == 0, ended.stderr
+    (event,) = [event for event in read(folder, "event") if event["event"] == "worker_lost"]
+    assert (event["rank"], event["reason"]) == (1, "it said nothing for 4 s")
+    (start,), (end,) = read(folder, "start"), read(folder, "end")
+    assert (end["exit"], end["steps"]) == (0, start["total_steps"])
+
+
 def test_where_all_workers_die_the_job_ends_and_goes_on_from_a_checkpoint(going, python):
     program, folder = going(3, "train.epochs=400", "parallel.servers=1")
     while not list((folder / "checkpoints").glob("step-*")):

@@ -87,6 +87,7 @@ class Server:
         self.loss = 0.0
         self.stop = self.over = self.written = self.closed = self.frozen = False
         """`frozen`: nothing is served for a moment. `written`: the last checkpoint. `over`: as the speaker says."""
+        self._look_again = 0.0
         self.histogram = np.zeros(_BINS, np.int64)
         """Pushes by staleness: updates of this shard since the parameters that they were computed from."""
         self.watch: Callable[[Client, float, float], None] = lambda client, rate, scale: None
@@ -122,18 +123,14 @@ class Server:
     def _turn(self, also: Callable[[], bool]) -> bool:
         """Do what there is to do; whether there was anything."""
         PULSE.beats += 1
+        self._lose_silent()
         return self._hear() | self._lines.sent() | self._serve() | also()
 
     def _idle(self, also: Callable[[], bool]) -> None:
         """Return when there was something to do again."""
         begin, limit_s = time.monotonic(), self.limit_s
-        looked = begin
         while not self._turn(also):
-            now = time.monotonic()
-            idle = now - begin
-            if self.ledger is not None and now > looked + _LOOK_S:
-                looked = now
-                self._lose_silent(now)
+            idle = time.monotonic() - begin
             if idle > limit_s:
                 raise RankError(
                     f"a server has heard of no worker for {limit_s:g} s: they have stopped, or a step takes longer; "
@@ -183,8 +180,12 @@ class Server:
         if self.speaker is None:
             raise RankError("all workers have died; go on from the last checkpoint with --resume")
 
-    def _lose_silent(self, now: float) -> None:
-        """Whoever should speak and doesn't, counts as dead."""
+    def _lose_silent(self) -> None:
+        """Whoever should speak and doesn't, counts as dead. So says the first server, which looks now and then."""
+        now = time.monotonic()
+        if self.ledger is None or now < self._look_again:
+            return
+        self._look_again = now + _LOOK_S
         waiting = {*self._ready, *self._too_far}
         for client in self.clients:
             if client.lost or client.parted or client.announced or client.replica in waiting:
