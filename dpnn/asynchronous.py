@@ -376,8 +376,8 @@ class Replica:
             )
         if self.first:
             self.folder.write_choices(self.model.choices)
-        for name in start.damaged:
-            self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {name}", path=name)
+        for reason in start.damaged:
+            self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {reason}", path=reason)
         if start.steps:
             left = f"going on at step {start.steps + 1}"
             if course.leases["steps"] >= course.total:

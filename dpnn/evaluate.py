@@ -314,7 +314,7 @@ def score(world: World, source: Source) -> int:
     share(mesh.data, store.params, limit_s)
     store.params_wire.push()
     executor = model.executor(model.lay_out(world, lambda: model.evaluation(MOST_ROWS)))
-    damaged = [f"passed over a damaged checkpoint: {name}" for name in source.damaged]
+    damaged = (f"passed over a damaged checkpoint: {name}" for name in source.damaged)
     for text in (*damaged, *(text for _, text in model.notes)) if world.rank == 0 else ():
         print(text, file=sys.stderr)
     threads = job.data.threads or world.threads()

@@ -371,8 +371,8 @@ class Training:
             )
         if world.rank == 0:
             self.folder.write_choices(self.model.choices)
-        for name in start.damaged:
-            self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {name}", path=name)
+        for reason in start.damaged:
+            self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {reason}", path=reason)
         if self.steps:
             left = f"going on at epoch {self.epoch + 1}, step {self.steps + 1}"
             if self.at >= self.end:
