@@ -168,8 +168,8 @@ def test_downpour_ends_when_a_worker_hangs(ended):
 
 
 def test_a_server_that_nobody_asks_is_not_taken_for_stalled(ended):
-    """The workers take more steps than the limit allows for before they push the first time."""
+    """The workers go through their lanes for longer than the limit before they ask for anything."""
     settings = ("parallel.n_push=32", "parallel.n_fetch=32", "parallel.stall_abort_s=2.5")
-    out = ended(3, "none", *DOWNPOUR, *settings, "train.epochs=4", env={"PACE": "0.1"})
+    out = ended(3, "none", *DOWNPOUR, *settings, "data.lanes=2", "train.epochs=1", env={"PACE": "0.4"})
     assert out.code == 0, out.stderr
     assert out.told == []
