@@ -9,13 +9,15 @@ and when the last one is done.
 from collections import deque
 from dataclasses import asdict
 from itertools import pairwise
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
 
-from dpnn import checkpoint, models
+from dpnn import models
+from dpnn.checkpoint import InParts, Note, new_mark
 from dpnn.cluster.signals import StopRequest
 from dpnn.comm import library
 from dpnn.comm.faults import deadline
@@ -135,22 +137,24 @@ def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Star
     )  # fmt: skip
     server.steps = course.leases["steps"]
 
-    def write(steps: int, params: Array, state: dict[str, Array]) -> None:
-        slices = {name: sliced(pieces, flat) for name, flat in {"": params, **state}.items()}
-        own = slices.pop("")
-        checkpoint.write_part(folder.checkpoints, course.shift + steps, number, mesh.servers, own, slices)
+    shards = InParts(folder.checkpoints, mesh.servers, mesh.crew.first(new_mark))
 
-    def complete(steps: int, leases: dict[str, Any]) -> None:
-        info = {**start.info(), "leases": leases}
+    def write(steps: int, params: Array, state: dict[str, Array], leases: dict[str, Any], note: Note) -> Path | None:
+        slices = {name: sliced(pieces, flat) for name, flat in state.items()}
+        shards.write(course.shift + steps, number, sliced(pieces, params), slices, note)
+        if number != 0:
+            return None
         epoch, lane = leases["next"]
         epoch, step = min([(epoch, lane), *((run[0], 1) for run in leases["left"])])
-        place = (folder.checkpoints, course.shift + steps, mesh.servers, epoch, step, info, job.output.keep)
-        path = checkpoint.complete(*place)
+        info = {**start.info(), "leases": leases}
+        return shards.complete(course.shift + steps, epoch, step, info, job.output.keep, note)
+
+    def tell(steps: int, path: Path) -> None:
         metrics.write("event", event="checkpoint", step=course.shift + steps, path=str(path))
 
     every = max(1, round(job.output.checkpoint_every * course.epoch))
     with denormals_flushed():  # as where replicas update their own
-        server.run(Cut(server, mesh.crew.comm, write, complete, every).turn)
+        server.run(Cut(server, mesh.crew.comm, write, tell, every).turn)
     return Stopped.exit_code if server.steps < course.total else 0
 
 
@@ -358,8 +362,8 @@ class Replica:
             replica_batch=job.train.replica_batch, lanes=start.lanes, from_step=start.steps,
             library=self.model.backends[0].about,
         )  # fmt: skip
-        if self.model.note:
-            self.journal.event("slow_backend", self.model.note)
+        for event, text in (*self.model.notes, *self.start.notes):
+            self.journal.event(event, text)
         if self.together is not None and not start.test_at.whole:
             self.journal.event(
                 "evaluated_at_the_end",

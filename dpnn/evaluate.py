@@ -17,7 +17,6 @@ from threadpoolctl import threadpool_limits
 
 from dpnn import checkpoint, config, models
 from dpnn.backends.base import Backend
-from dpnn.backends.cuda import Cuda, device_of_rank
 from dpnn.backends.onednn import OneDNN, Unavailable
 from dpnn.backends.reference import Reference
 from dpnn.checkpoint import Contents
@@ -31,6 +30,7 @@ from dpnn.comm.world import World
 from dpnn.data import Loader, Location, Manifest, Sampler, Skipped, network_shape, no_samples, view_of
 from dpnn.errors import DataError, JobError
 from dpnn.locations import locate, readers
+from dpnn.machine import has_gpu_driver
 from dpnn.native import Kernels
 from dpnn.nn import Network
 from dpnn.optim import Segment, merge
@@ -69,7 +69,7 @@ class Model:
     def __init__(self, job: config.Job, placed: Placed, part: int, threads: int, local_rank: int | None = None) -> None:
         self.placed, self.part, self.graph = placed, part, placed.graph
         self.team = Team(job.backend.threads or threads)
-        self.backends, self.note = choose_backends(job, self.team, local_rank)
+        self.backends, self._slow = choose_backends(job, self.team, local_rank)
         self.kernels = self.backends[0].kernels
         self.arithmetic = self.backends[0].arithmetic
         self.dtype = self.backends[0].dtype
@@ -109,6 +109,13 @@ class Model:
         """What was chosen by timing."""
         return self.backends[0].choices
 
+    @property
+    def notes(self) -> list[tuple[str, str]]:
+        """Events to be told of, with a text for people: what makes this rank, or the next run, slower."""
+        unkept = self.backends[0].unkept
+        lost = f"what was timed or compiled is lost for other runs: {unkept}" if unkept else ""
+        return [(event, text) for event, text in (("slow_backend", self._slow), ("no_cache", lost)) if text]
+
     def executor(
         self,
         layout: Layout,
@@ -139,7 +146,9 @@ def choose_backends(job: config.Job, team: Team, local_rank: int | None = None) 
     """
     options = job.backend
     threadpool_limits(team.size)
-    if options.may_use_gpu and local_rank is not None:
+    if options.may_use_gpu and local_rank is not None and (options.name == "cuda" or has_gpu_driver()):
+        from dpnn.backends.cuda import Cuda, device_of_rank
+
         whom = "this rank's device, and others that it sums with"
         try:
             until = partial(wait, whom=whom, limit_s=job.parallel.stall_abort_s)
@@ -300,10 +309,10 @@ def score(world: World, source: Source) -> int:
     load(world, source.found, {"": sliced(store.pieces if mesh.replica == 0 else (), store.params)})
     share(mesh.data, store.params, limit_s)
     store.params_wire.push()
-    for note in (*(f"passed over a damaged checkpoint: {reason}" for reason in source.damaged), model.note):
-        if world.rank == 0 and note:
-            print(note, file=sys.stderr)
     executor = model.executor(model.lay_out(world, lambda: model.evaluation(MOST_ROWS)))
+    damaged = [f"passed over a damaged checkpoint: {reason}" for reason in source.damaged]
+    for text in (*damaged, *(text for _, text in model.notes)) if world.rank == 0 else ():
+        print(text, file=sys.stderr)
     threads = job.data.threads or world.threads()
     who = readers(world, mesh.replica, mesh.replicas)
     at = locate(world, who, job.data, job.data.test, source.test)

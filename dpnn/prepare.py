@@ -27,11 +27,11 @@ from dpnn.data import (
     network_shape,
     view_of,
 )
-from dpnn.data.pack import pack
 from dpnn.errors import DataError, JobError
 from dpnn.evaluate import check_held_out, choose_backends
 from dpnn.nn import Network
 from dpnn.observe.folder import RunFolder
+from dpnn.observe.metrics import last_evaluated
 from dpnn.observe.metrics import read as read_metrics
 from dpnn.optim import STATES
 from dpnn.plan import Placement
@@ -68,12 +68,16 @@ class Start:
     """The next step of the epoch."""
     steps: int = 0
     """Steps taken since the start of the run."""
+    evaluated: int = 0
+    """After how many steps the run was last evaluated."""
     leases: dict[str, Any] = field(default_factory=dict)
     """What was leased and has not arrived when the checkpoint was cut (strategies/downpour/ledger.py)."""
     replay: Path | None = None
     """The run whose order of arrival is repeated."""
     chosen: dict[str, str] = field(default_factory=dict)
     """What measured costs decided, to be kept with the run's other choices."""
+    notes: tuple[tuple[str, str], ...] = ()
+    """Events to be told of, with a text for people, once the ranks have looked."""
     found: Contents | None = None
     """The checkpoint to go on from."""
     damaged: tuple[str, ...] = field(default=())
@@ -154,6 +158,7 @@ def going_on(start: Start, found: Contents, damaged: Sequence[str]) -> Start:
     check_same_run(found, start)
     leases = found.info.get("leases", {}) if found.step else {}  # at the end of an epoch there are none
     start = changed(start, epoch=found.epoch, step=found.step, steps=found.steps, leases=leases)
+    start = changed(start, evaluated=last_evaluated(RunFolder(start.folder).metrics))
     return changed(start, found=found, damaged=tuple(damaged))
 
 
@@ -241,6 +246,8 @@ def with_built_in(job: config.Job) -> config.Job:
     """The job with "digits" replaced by the folders that it is packed into, on first use."""
     paths = {part: f"{BUILT_IN_FOLDER}/{part}" for part in ("train", "test") if getattr(job.data, part) == BUILT_IN}
     if paths and not (Path(BUILT_IN_FOLDER) / "train" / "manifest.json").exists():
+        from dpnn.data.pack import pack
+
         pack(BUILT_IN, BUILT_IN_FOLDER)
     return replace(job, data=replace(job.data, **paths))
 

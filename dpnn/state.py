@@ -8,12 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpnn import checkpoint
-from dpnn.checkpoint import Checkpoint, Contents, Slice
-from dpnn.comm.mesh import Mesh
+from dpnn.checkpoint import Contents, Slice
 from dpnn.comm.ranks import Ranks
 from dpnn.errors import DataError, JobError
 from dpnn.nn import Graph
-from dpnn.plan import Piece, Store
+from dpnn.plan import Piece
 
 Array = NDArray[Any]
 
@@ -70,30 +69,3 @@ def check_network(found: Contents, graph: Graph, states: Sequence[str]) -> None:
                     f"{name} has the shape {wanted.get(name)}, and in {found.path} {held.get(name)}: another network; "
                     "change [model] back, or start a new run"
                 )
-
-
-def save(
-    folder: Path,
-    mesh: Mesh,
-    store: Store,
-    state: Mapping[str, Array],
-    place: tuple[int, int, int],
-    info: dict[str, Any],
-    keep: int,
-    limit_s: float,
-) -> Path | None:
-    """Write a checkpoint of the first replica; its path, on the first rank. `place`: epoch, step, steps of the run.
-
-    Collective over the parts of the first replica; others return at once.
-    """
-    epoch, step, steps = place
-    if mesh.replica != 0:
-        return None
-    if mesh.parts == 1:
-        kept = {name: store.split(flat) for name, flat in state.items()}
-        return checkpoint.write(folder, Checkpoint(store.split(store.params), kept, epoch, step, steps, info), keep)
-    params = sliced(store.pieces, store.params)
-    optimizer = {name: sliced(store.pieces, flat) for name, flat in state.items()}
-    ranks = Ranks(mesh.model, limit_s)
-    ranks.check(lambda: checkpoint.write_part(folder, steps, mesh.part, mesh.parts, params, optimizer))
-    return ranks.first(lambda: checkpoint.complete(folder, steps, mesh.parts, epoch, step, info, keep))

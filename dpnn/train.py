@@ -16,7 +16,7 @@ from time import perf_counter
 
 from msgspec.structs import replace
 
-from dpnn import asynchronous, models
+from dpnn import models
 from dpnn.balance import deal, speeds
 from dpnn.cluster.signals import StopRequest
 from dpnn.comm import library
@@ -30,13 +30,15 @@ from dpnn.data import Loader, Sampler, Skipped, no_samples
 from dpnn.errors import NotFiniteError, Stopped
 from dpnn.evaluate import Evaluator, Model, check_alike, check_devices, segments_of
 from dpnn.locations import locate, readers
+from dpnn.needs import check_room, room_of
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
 from dpnn.optim import STATES, schedule
 from dpnn.plan import Costs, n_params, spread
 from dpnn.planning import COSTS, is_open, settle
 from dpnn.prepare import Start, check_same_owners, prepare
-from dpnn.state import load, passing_over_damaged, save, sliced
+from dpnn.saving import Saver
+from dpnn.state import load, passing_over_damaged, sliced
 from dpnn.strategies.allreduce import Allreduce
 from dpnn.strategies.average import Average
 from dpnn.strategies.base import Strategy
@@ -75,6 +77,8 @@ def attempt(world: World, request: StopRequest, prepared: Callable[[], Start]) -
     world.timeout_s = start.job.parallel.stall_abort_s
     start = located(world, placed(world, start))
     if start.job.parallel.strategy == "downpour":
+        from dpnn import asynchronous
+
         return asynchronous.run(world, request, start)
     training = Training(world, start)
     try:
@@ -84,15 +88,19 @@ def attempt(world: World, request: StopRequest, prepared: Callable[[], Start]) -
 
 
 def placed(world: World, start: Start) -> Start:
-    """The start with its layers placed, where measured costs are to decide that. Collective."""
-    if not is_open(start.job):
-        return start
-    graph = models.graph(start.job, start.network, start.shape)
-    folder = RunFolder(start.replay or start.folder)
-    setting, chosen = settle(world, folder, start.job, graph, start.rows)
-    parallel = replace(start.job.parallel, microbatches=setting.microbatches)
-    job = replace(start.job, parallel=parallel)
-    return changed(start, job=job, placement=setting.placement, chosen=chosen)
+    """The start with its layers placed, where measured costs are to decide that; JobError where they can't fit.
+
+    Collective.
+    """
+    if is_open(start.job):
+        graph = models.graph(start.job, start.network, start.shape)
+        folder = RunFolder(start.replay or start.folder)
+        room = partial(room_of, world, start)
+        setting, chosen = settle(world, folder, start.job, graph, start.rows, room)
+        parallel = replace(start.job.parallel, microbatches=setting.microbatches)
+        job = replace(start.job, parallel=parallel)
+        start = changed(start, job=job, placement=setting.placement, chosen=chosen)
+    return changed(start, notes=check_room(world, start))
 
 
 def located(world: World, start: Start) -> Start:
@@ -195,9 +203,13 @@ class Training:
             place = (start.test_at, start.test, mean, std, self.decoders)
             self.evaluator = Evaluator(mesh.crew.comm, evaluation, job, *place)
 
-        # What the run tells.
+        # What the run tells, and keeps.
         self.skipped = Skipped(job.data.bad_limit)
         self.journal = Journal(self.folder, self.total_steps, first=world.rank == 0)
+        self.saver = Saver(
+            self.folder.checkpoints, mesh, store, node.state, model.team, job.output.keep, limit_s,
+            lambda steps, path: self.journal.event("checkpoint", step=steps, path=str(path)),
+        )  # fmt: skip
 
     def _bucket_nbytes(self) -> int:
         """The size of a bucket: what the job says, else what the run began with, else measured where most lies."""
@@ -226,6 +238,8 @@ class Training:
         """Take the steps that are left; the exit code. Collective, as is all below."""
         job, mesh, sampler = self.job, self.mesh, self.sampler
         self._tell_start()
+        if self.evaluator is not None and self.steps > self.start.evaluated and self._is_due():
+            self._evaluate()  # the run was killed between its last checkpoint and this
         begin, samples = perf_counter(), 0
         every = max(1, round(job.output.checkpoint_every * sampler.steps))
         loader = None
@@ -246,13 +260,15 @@ class Training:
         try:
             while self.at < self.end:
                 samples += self._take_step(loader, request)
+                self.saver.look()
                 last = self.at == self.end or self.strategy.stop
                 saves = last or self.steps % every == 0
-                evaluates = self.evaluator is not None and (self.at == self.end or self._ends_period())
+                evaluates = self.evaluator is not None and self._is_due()
                 if saves or evaluates:
                     self.strategy.gather()
                     if saves:
-                        self._save()
+                        self.journal.flush()
+                        self.saver.save((self.epoch, self.step, self.steps), self.start.info())
                     if evaluates:
                         self._evaluate()
                 if last:
@@ -264,6 +280,7 @@ class Training:
                 loader.close()
         self.strategy.close()
         self.skipped.check(self.strategy.bad_samples, max(self.epoch - self.start.epoch + (self.step > 0), 1))
+        self.saver.finish()
         code = 0 if self.at >= self.end else Stopped.exit_code
         self.journal.end(self.steps, samples, self.strategy.bad_samples, perf_counter() - begin, code)
         return code
@@ -302,27 +319,18 @@ class Training:
             scores = self.evaluator.run()
             self.journal.scores(str(scores), self.epoch + (self.step > 0), self.steps, **asdict(scores))
 
-    def _ends_period(self) -> bool:
-        """Whether the last step ended an epoch after which the network is evaluated."""
-        return self.step == 0 and self.epoch % self.job.train.eval_every == 0
+    def _is_due(self) -> bool:
+        """Whether the network is evaluated after the last step: it ended the run, or so many epochs."""
+        return self.at == self.end or (self.step == 0 and self.epoch % self.job.train.eval_every == 0)
 
     def _explain(self, error: NotFiniteError) -> None:
         """Raise, on every rank, which layer of which rank is the first that isn't finite."""
+        self.saver.finish()  # a good one may be on its way
         layer = self.executor.not_finite()
         where = f"epoch {self.epoch + 1}, step {self.steps + 1}: {error}"
         way_out = "lower optimizer.lr, or set optimizer.clip; go on from the last checkpoint with --resume"
         self.world.agree(NotFiniteError(f"{layer}: its output is not finite ({where}); {way_out}") if layer else None)
         self.world.agree(NotFiniteError(f"{where}, though all layers' outputs are finite; {way_out}"))
-
-    def _save(self) -> None:
-        """Write a checkpoint, on the first replica."""
-        job, place = self.job, (self.epoch, self.step, self.steps)
-        path = save(
-            self.folder.checkpoints, self.mesh, self.model.store, self.node.state, place, self.start.info(),
-            job.output.keep, job.parallel.stall_abort_s,
-        )  # fmt: skip
-        if self.world.rank == 0:
-            self.journal.event("checkpoint", step=self.steps, path=str(path))
 
     def _spread(self) -> str:
         """How a replica is spread, where it is."""
@@ -344,8 +352,8 @@ class Training:
         if COSTS in start.chosen:
             found = Costs.load(start.chosen[COSTS])
             self.journal.event("costs", f"costs measured: {found}; `dpnn plan` of a job file assumes {Costs()}")
-        if self.model.note:
-            self.journal.event("slow_backend", self.model.note)
+        for event, text in (*self.model.notes, *start.notes):
+            self.journal.event(event, text)
         for device, ranks in Counter(filter(None, self.devices)).most_common(1):
             if ranks > 1:
                 self.journal.event("shared_device", f"{ranks} ranks share {device}: they compute in turn")

@@ -4,10 +4,9 @@ import contextlib
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import h5py
 import msgspec
@@ -15,7 +14,6 @@ import numpy as np
 from isal.isal_zlib import crc32
 
 from dpnn.checkpoint.contents import Array
-from dpnn.data.durable import replacing
 from dpnn.errors import DataError
 
 FORMAT = "dpnn-checkpoint"
@@ -27,15 +25,6 @@ _MAGIC = b"dpnnTAIL"
 _END = struct.Struct("<II8s")
 
 
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """What is written as one: an array by its path in the file; `shape`: of the whole, where it is a slice of one."""
-
-    name: str
-    array: Array
-    shape: tuple[int, ...] | None = None
-
-
 class _Tail(msgspec.Struct, frozen=True):
     """`payloads`: offset and length in bytes of each dataset; `crc32`: of the rest of the HDF5 file of `nbytes`."""
 
@@ -44,49 +33,10 @@ class _Tail(msgspec.Struct, frozen=True):
     crc32: int
 
 
-def write_file(path: Path, datasets: Iterable[Dataset], **attributes: int) -> None:
-    """Write a file, read it again, and give it its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        payloads = _write_hdf5(temporary, datasets, attributes)
-        _append_tail(temporary, payloads)
-        with opened(temporary) as file:
-            for name in dataset_names(file):
-                verified(file, name)
-
-
-def _write_hdf5(path: Path, datasets: Iterable[Dataset], attributes: Mapping[str, int]) -> list[tuple[int, int]]:
-    """The HDF5 file; where the bytes of its datasets lie in it."""
-    payloads = []
-    with h5py.File(path, "w", locking=False, libver=("v110", "v110")) as file:
-        file.attrs.update(format=np.bytes_(FORMAT), version=VERSION, **attributes)
-        for one in datasets:
-            array = np.asarray(one.array, order="C")
-            dataset = file.create_dataset(one.name, data=array)
-            dataset.attrs["crc32"] = np.uint32(_crc32(array))
-            if one.shape is not None:
-                dataset.attrs["shape"] = np.array(one.shape, np.int64)
-            if array.nbytes:
-                payloads.append((dataset.id.get_offset(), array.nbytes))
-        file.attrs["complete"] = 1
-    return sorted(payloads)
-
-
-def encoded(info: dict[str, Any]) -> Dataset:
-    return Dataset("info", np.frombuffer(msgspec.json.encode(info), np.uint8))
-
-
-def _append_tail(path: Path, payloads: list[tuple[int, int]]) -> None:
-    """Write the tail behind the HDF5 file, and all of it to the disk."""
-    with path.open("r+b") as file:
-        nbytes = file.seek(0, os.SEEK_END)
-        tail = msgspec.json.encode(_Tail(payloads, nbytes, _crc32_outside(file, payloads, nbytes)))
-        file.seek(nbytes)
-        file.write(tail + _END.pack(len(tail), crc32(tail), _MAGIC))
-        file.flush()
-        os.fsync(file.fileno())
-        # So that it is read again from the disk, not from memory.
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+def tail(payloads: list[tuple[int, int]], nbytes: int, crc: int) -> bytes:
+    """What stands behind the HDF5 file; the arguments as in _Tail."""
+    told = msgspec.json.encode(_Tail(payloads, nbytes, crc))
+    return told + _END.pack(len(told), crc32(told), _MAGIC)
 
 
 @contextlib.contextmanager

@@ -55,6 +55,13 @@ def within(limit_s: float, whom: str, call: Callable[[], T]) -> T:
 
     RankError where it takes longer than `limit_s` seconds; `whom` completes "waited for ...".
     """
+    result = started(call, "dpnn-blocking")
+    wait(result.done, whom, limit_s)
+    return result.result()
+
+
+def started(call: Callable[[], T], name: str) -> Future[T]:
+    """A call that goes on in a thread of its own, which doesn't keep the process from ending."""
     result: Future[T] = Future()
 
     def run() -> None:
@@ -63,9 +70,8 @@ def within(limit_s: float, whom: str, call: Callable[[], T]) -> T:
         except BaseException as error:
             result.set_exception(error)
 
-    threading.Thread(target=run, name="dpnn-blocking", daemon=True).start()
-    wait(result.done, whom, limit_s)
-    return result.result()
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return result
 
 
 def duplicate(comm: "MPI.Comm", whom: str, limit_s: float) -> "MPI.Comm":
@@ -151,6 +157,8 @@ def message(error: BaseException, rank: int | None = None) -> str:
         text = f"ended by sys.exit({error.code!r}) while the job was running"
     else:
         text = "".join(traceback.format_exception_only(error)).rstrip()
+        if isinstance(error, MemoryError):
+            text = f"out of memory ({text}): use fewer ranks a node, a smaller batch, or more parallel.microbatches"
         frames = "\n" + "".join(traceback.format_tb(error.__traceback__, limit=-_FRAMES)).rstrip()
     return f"dpnn: {'' if rank is None else f'rank {rank}: '}{text}{frames.rstrip()}"
 

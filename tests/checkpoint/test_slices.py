@@ -7,19 +7,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from queue import Queue
 
 import h5py
 import numpy as np
 import pytest
 
-from dpnn.checkpoint import Checkpoint, Slice, complete, newest, read, write, write_part
+from dpnn.checkpoint import Checkpoint, InParts, Note, Slice, newest, read, write
 from dpnn.errors import DataError, NotFiniteError
 from dpnn.evaluate import find_checkpoint
 
 from .test_whole import ROOT, assert_equal, flip, names
 
+MARK = "0a1b2c3d"
 PARAMS = {"conv1.weight": (5, 3, 2), "scale": (), "none": (0, 2), "fc.weight": (4, 10), "fc.bias": (10,)}
 
 
@@ -49,16 +52,24 @@ def cut(arrays: dict[str, np.ndarray], part: int, parts: int) -> list[Slice]:
     return slices
 
 
-def save_part(folder: Path, found: Checkpoint, part: int, parts: int) -> None:
+def nobody(whom: str) -> None:
+    """Nobody is told that the writing gets on."""
+
+
+def save_part(folder: Path, found: Checkpoint, part: int, parts: int, mark: str = MARK) -> None:
     optimizer = {state: cut(arrays, part, parts) for state, arrays in found.optimizer.items()}
-    write_part(folder, found.steps, part, parts, cut(found.params, part, parts), optimizer)
+    InParts(folder, parts, mark).write(found.steps, part, cut(found.params, part, parts), optimizer, nobody)
+
+
+def complete(folder: Path, found: Checkpoint, parts: int, keep: int, note: Note = nobody) -> Path:
+    return InParts(folder, parts, MARK).complete(found.steps, found.epoch, found.step, found.info, keep, note)
 
 
 def save(folder: Path, found: Checkpoint, parts: int, keep: int) -> Path:
     """Write a checkpoint in parts, the last one first."""
     for part in reversed(range(parts)):
         save_part(folder, found, part, parts)
-    return complete(folder, found.steps, parts, found.epoch, found.step, found.info, keep)
+    return complete(folder, found, parts, keep)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 100])
@@ -91,9 +102,7 @@ def test_evaluation_takes_a_folder_a_file_and_a_run(tmp_path: Path):
 def test_until_it_is_complete_nobody_sees_it(tmp_path: Path):
     save(tmp_path, make(10), 2, keep=3)
     save_part(tmp_path, make(20), 0, 2)
-    with pytest.raises(DataError, match=r"step-000000020 can't be written .*/part-0001-of-0002\.h5 is missing"):
-        complete(tmp_path, 20, 2, 2, 0, {}, keep=1)
-    assert names(tmp_path) == [".step-000000020.tmp", "step-000000010"]
+    assert names(tmp_path) == [f".step-000000020.{MARK}.tmp", "step-000000010"]
     assert (newest(tmp_path) or pytest.fail("nothing found"))[0].steps == 10
 
 
@@ -178,8 +187,8 @@ W = np.arange(12, dtype=np.float32)
 )
 def test_parts_that_do_not_make_a_whole_are_refused(tmp_path: Path, first: Slice, second: Slice, culprit: str):
     for part, piece in enumerate((first, second)):
-        write_part(tmp_path, 1, part, 2, [piece], {})
-    path = complete(tmp_path, 1, 2, 0, 0, {}, keep=1)
+        InParts(tmp_path, 2, MARK).write(1, part, [piece], {}, nobody)
+    path = InParts(tmp_path, 2, MARK).complete(1, 0, 0, {}, 1, nobody)
     with pytest.raises(DataError, match=culprit):
         read(path)
 
@@ -216,15 +225,56 @@ def test_one_that_was_about_to_be_replaced_is_still_found(tmp_path: Path):
 
 def test_what_killed_writers_left_is_pruned_and_what_is_under_way_is_not(tmp_path: Path):
     for steps in (10, 20, 30):
-        save_part(tmp_path, make(steps), 0, 3)
-    (tmp_path / ".step-000000010.tmp" / ".part-0001-of-0003.h5.77.tmp").write_bytes(b"half")
+        save_part(tmp_path, make(steps), 0, 3, mark="killed")
+    (tmp_path / ".step-000000010.killed.tmp" / ".part-0001-of-0003.h5.77.tmp").write_bytes(b"half")
     (tmp_path / ".step-000000020.h5.77.tmp").write_bytes(b"half")
     assert newest(tmp_path) is None
-    path = save(tmp_path, make(20), 2, keep=1)
-    assert names(tmp_path) == [".step-000000030.tmp", "step-000000020"]
-    assert names(path) == ["info.h5", "part-0000-of-0002.h5", "part-0001-of-0002.h5"]
+    save(tmp_path, make(20), 2, keep=1)
+    assert names(tmp_path) == [".step-000000030.killed.tmp", "step-000000020"]
     save(tmp_path, make(30), 3, keep=1)
     assert names(tmp_path) == ["step-000000030"]
+
+
+def test_parts_that_an_earlier_try_left_are_none_of_this_one(tmp_path: Path):
+    """Whoever waits for the parts goes on waiting, and none of the old numbers gets into the checkpoint."""
+    old, new = replace(make(40), steps=20), make(20)
+    for part in range(3):
+        save_part(tmp_path, old, part, 3, mark="killed")
+    save_part(tmp_path, new, 0, 3)
+    waits = Queue[str]()
+    with ThreadPoolExecutor(1) as pool:
+        path = pool.submit(complete, tmp_path, new, 3, 1, note=waits.put)
+        assert waits.get(timeout=20).endswith(f".step-000000020.{MARK}.tmp/part-0001-of-0003.h5")
+        save_part(tmp_path, new, 2, 3)
+        save_part(tmp_path, new, 1, 3)
+        assert_equal(read(path.result(timeout=20)), new)
+    assert names(tmp_path) == ["step-000000020"]
+
+
+def test_whoever_waits_for_parts_sees_that_they_get_on(tmp_path: Path):
+    save_part(tmp_path, make(20), 0, 2)
+    hidden = tmp_path / f".step-000000020.{MARK}.tmp"
+    waits = Queue[str]()
+    with ThreadPoolExecutor(1) as pool:
+        path = pool.submit(complete, tmp_path, make(20), 2, 1, note=waits.put)
+        waits.get(timeout=20)
+        for nbytes in (1, 2):
+            (hidden / ".part-0001-of-0002.h5.77.tmp").write_bytes(bytes(nbytes))
+            assert waits.get(timeout=20).endswith("part-0001-of-0002.h5")
+        assert waits.empty()
+        save_part(tmp_path, make(20), 1, 2)
+        path.result(timeout=20)
+
+
+def test_a_folder_that_is_deleted_while_parts_are_waited_for_is_said(tmp_path: Path):
+    save_part(tmp_path / "run", make(20), 0, 2)
+    waits = Queue[str]()
+    with ThreadPoolExecutor(1) as pool:
+        path = pool.submit(complete, tmp_path / "run", make(20), 2, 1, note=waits.put)
+        waits.get(timeout=20)
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(DataError, match=r"run/step-000000020 can't be written .No such file or directory"):
+            path.result(timeout=20)
 
 
 def test_a_part_that_may_not_grow_leaves_the_older_checkpoints(tmp_path: Path):
@@ -233,7 +283,7 @@ def test_a_part_that_may_not_grow_leaves_the_older_checkpoints(tmp_path: Path):
     command = [sys.executable, "-B", "-c", limited, str(tmp_path), "2", "3"]  # -B: its bytecode would be cut short too
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "part-0001-of-0002.h5 can't be written (file too large); earlier ones" in done.stderr.replace("File", "file")
-    assert names(tmp_path / ".step-000000002.tmp") == []
+    assert names(tmp_path / f".step-000000002.{MARK}.tmp") == []
     assert (newest(tmp_path) or pytest.fail("nothing found"))[0].steps == 1
 
 

@@ -163,7 +163,7 @@ def flip(path: Path, place: int) -> None:
 @pytest.mark.parametrize(("key", "value"), [("FORMAT", "dpnn-other"), ("VERSION", 2)])
 def test_another_format_or_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: object):
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.file, key, value)
+        patched.setattr(checkpoint.output, key, value)
         path = write(tmp_path, make(5), keep=1)
     with pytest.raises(DataError, match=f"{path} has the format .*{value}.*, wanted is dpnn-checkpoint 1"):
         read(path)

@@ -6,13 +6,15 @@ pushes up to that number only, while the shard itself gets all: nobody waits. Wh
 writes it.
 """
 
-import threading
 from collections.abc import Callable
 from enum import Enum, auto
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dpnn.comm.background import Background
 from dpnn.comm.faults import wait
 from dpnn.optim import Optimizer
 from dpnn.strategies.downpour.ledger import Ledger
@@ -22,34 +24,36 @@ from dpnn.strategies.downpour.server import Client, Server
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+Write = Callable[[int, Array, dict[str, Array], dict[str, Any], Callable[[str], object]], Path | None]
+
 _CUT, _LAST, _END = 1, 2, 3
 """What the first server says: a checkpoint; the last one; that the last one was the last."""
 
 
 class _State(Enum):
-    IDLE, AGREEING, CATCHING_UP, WRITING, MEETING, DONE = (auto() for _ in range(6))
+    IDLE, AGREEING, CATCHING_UP, WRITING, DONE = (auto() for _ in range(5))
 
 
 class Cut:
     """Makes checkpoints of a server's shard, together with the servers of `crew`; `turn` is part of the server's loop.
 
-    `write(steps, params, state)` writes the shard after so many steps of all replicas, in a thread;
-    `complete(steps, ledger)` is called on the first server once all have written. `due`: steps from one checkpoint to
-    the next.
+    `write(steps, params, state, ledger, note)` writes the shard after so many steps of all replicas, in a thread
+    (`Background`). On the first server, which has the ledger, it returns the path of the checkpoint once all shards are
+    there; `tell(steps, path)` is then called in the server's loop. `due`: steps from one checkpoint to the next.
     """
 
     def __init__(
         self,
         server: Server,
         crew: "MPI.Comm",
-        write: Callable[[int, Array, dict[str, Array]], None],
-        complete: Callable[[int, dict[str, Any]], None],
+        write: Write,
+        tell: Callable[[int, Path], object],
         due: int,
     ) -> None:
         from mpi4py import MPI
 
         self._mpi, self._server, self._crew = MPI, server, crew
-        self._write, self._complete, self._every = write, complete, due
+        self._write, self._tell, self._every = write, tell, due
         self._due, self._written = server.steps + due, -1
         self._state, self._last = _State.IDLE, False
         self._said = np.zeros(1, np.int64)
@@ -60,8 +64,7 @@ class Cut:
         self._kept: dict[str, Array] = {}
         self._optimizers: dict[int, Optimizer] = {}
         self._steps, self._ledger = 0, server.ledger
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._writing: Background[Path | None] | None = None
         server.watch = self._applied
 
     def turn(self) -> bool:
@@ -78,18 +81,9 @@ class Cut:
             case _State.CATCHING_UP:
                 if (self._pushes < self._target).any():
                     return False
-                self._thread = threading.Thread(target=self._save, name="dpnn-checkpoint", daemon=True)
-                self._thread.start()
-                self._state = _State.WRITING
+                self._start()
             case _State.WRITING:
-                if self._thread is None or self._thread.is_alive():
-                    return False
-                if self._failure is not None:
-                    raise self._failure
-                self._request = self._crew.Ibarrier()
-                self._state = _State.MEETING
-            case _State.MEETING:
-                if not self._request.Test():
+                if self._writing is None or not self._writing.done():
                     return False
                 self._end()
             case _State.DONE:
@@ -156,17 +150,19 @@ class Cut:
         if self._ledger is not None:
             self._ledger.arrived(client.replica, steps)
 
-    def _save(self) -> None:
-        try:
-            if self._params is not None:
-                self._write(self._steps, self._params, self._kept)
-        except BaseException as error:
-            self._failure = error
+    def _start(self) -> None:
+        """Write the copy."""
+        if self._params is not None:
+            ledger = self._ledger.state() if isinstance(self._ledger, Ledger) else {}
+            write = partial(self._write, self._steps, self._params, self._kept, ledger)
+            self._writing = Background("a server's checkpoint", write, self._server.limit_s)
+        self._state = _State.WRITING
 
     def _end(self) -> None:
         self._written = self._steps
-        if isinstance(self._ledger, Ledger):
-            self._complete(self._steps, self._ledger.state())
+        path = self._writing.result() if self._writing else None
+        if path:
+            self._tell(self._steps, path)
         self._state = _State.DONE if self._last else _State.IDLE
         if not self._last:
             self._request = self._listen()

@@ -92,7 +92,7 @@ def serve(job, mesh, link, n, ledger, start, every, order, asked) -> SimpleNames
     params = np.full(hi - lo, start, np.float64)
     state = {name: np.zeros(hi - lo) for name in STATES[job.optimizer.name]}
     segments = cut([Segment(0, n, False, 0.0)], lo, hi)
-    written, ledgers, partings = {}, {}, []
+    written, ledgers, partings, told = {}, {}, [], []
     server = Server(
         link, mesh.replicas, params, state,
         lambda params, grads, state: Optimizer(job.optimizer, segments, params, grads, Team(1), None, state),
@@ -100,10 +100,13 @@ def serve(job, mesh, link, n, ledger, start, every, order, asked) -> SimpleNames
         partings.append, job.parallel.stall_abort_s,
     )  # fmt: skip
 
-    def write(steps: int, params: np.ndarray, state: dict[str, np.ndarray]) -> None:
+    def write(steps, params, state, ledger, note) -> Path | None:
         written[steps] = params.copy(), {name: array.copy() for name, array in state.items()}
+        ledgers[steps] = ledger
+        return Path(str(steps)) if mesh.server == 0 else None
 
-    server.run(Cut(server, mesh.crew.comm, write, ledgers.__setitem__, every).turn)
+    server.run(Cut(server, mesh.crew.comm, write, lambda steps, path: told.append((steps, path)), every).turn)
+    assert told == ([(steps, Path(str(steps))) for steps in written] if mesh.server == 0 else [])
     assert partings == [server]
     return SimpleNamespace(
         params=server.params, state=server.state, written=written, ledgers=ledgers, version=server.version,

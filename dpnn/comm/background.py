@@ -1,0 +1,44 @@
+"""Work that goes on beside a rank's own, and mustn't stand still."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from dpnn.comm.faults import started, wait
+from dpnn.errors import RankError
+
+T = TypeVar("T")
+
+
+class Background(Generic[T]):
+    """`call(note)` in a thread of its own: whenever it gets on it notes what it waits for next.
+
+    It may take as long as it likes, but not get on for `limit_s` seconds. `what` names it in messages.
+    """
+
+    def __init__(self, what: str, call: Callable[[Callable[[str], object]], T], limit_s: float) -> None:
+        self._what, self._limit_s = what, limit_s
+        self._noted = time.monotonic(), "a thread to begin"
+        self._result = started(lambda: call(self._note), "dpnn-background")
+
+    def done(self) -> bool:
+        """Whether it has ended. What it raised is raised here; RankError where it doesn't get on."""
+        if self._result.done():
+            self._result.result()
+            return True
+        since, whom = self._noted
+        if time.monotonic() - since > self._limit_s:
+            raise RankError(
+                f"{self._what} has waited {self._limit_s:g} s for {whom}, and has not got on; "
+                "if that is only slow, raise parallel.stall_abort_s"
+            )
+        return False
+
+    def result(self) -> T:
+        """What the call returns, once it does; errors as in `done`."""
+        wait(self.done, self._what, math.inf)
+        return self._result.result()
+
+    def _note(self, whom: str) -> None:
+        self._noted = time.monotonic(), whom
