@@ -16,7 +16,7 @@ import numpy as np
 
 from dpnn import checkpoint
 from dpnn.checkpoint import Checkpoint, InParts, Note
-from dpnn.comm.background import Background
+from dpnn.comm.background import TOLD_S, Background
 from dpnn.comm.faults import wait
 from dpnn.comm.mesh import Mesh
 from dpnn.plan import Store
@@ -94,14 +94,14 @@ class Saver:
 
         All hear now and then that it gets on: that may take longer than a rank waits for another.
         """
-        while self._mesh.crew.any(self._goes_on(self._limit_s / 4)):
+        while self._mesh.crew.any(self._goes_on()):
             pass
 
-    def _goes_on(self, seconds: float) -> bool:
-        """Whether a checkpoint is still being written after so many seconds."""
-        end, writing = time.monotonic() + seconds, self._writing
+    def _goes_on(self) -> bool:
+        """Whether a checkpoint is still being written, and has got on for some time."""
+        end, writing = time.monotonic() + min(TOLD_S, self._limit_s / 4), self._writing
         if writing is not None:
-            wait(lambda: writing.done() or time.monotonic() > end, "the last checkpoint to be written", math.inf)
+            wait(lambda: writing.done() or writing.moved > end, "the last checkpoint to be written", math.inf)
             self.look()
         return self._writing is not None
 
