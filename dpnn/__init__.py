@@ -11,8 +11,8 @@ The map of the house (a room imports only from the floors below it):
     models  plan  optim                networks by name; who computes what, and when; updates of the parameters
     nn  backends  comm  data           what a network is; how a layer is computed; MPI; shards and their order
     errors  config  philox             what can go wrong; the job file; random numbers;
-    team  native  memory  machine      this rank's threads; our C kernels; where arrays lie, on the host or a GPU; what
-                                       the machine lets its processes have
+    team  native  memory               this rank's threads; our C kernels; where arrays lie, on the host or a GPU;
+    machine  caches                    what the machine lets its processes have; what is kept for other runs
 
 For use from outside: `dpnn.nn` describes networks, `dpnn.models` has known ones, `dpnn.data` reads and packs shards.
 Only `comm` and `strategies` import mpi4py, only `data` and `checkpoint` h5py, only `backends.cuda` CuPy.

@@ -366,9 +366,8 @@ class Replica:
             replica_batch=job.train.replica_batch, lanes=start.lanes, from_step=start.steps,
             library=self.model.backends[0].about,
         )  # fmt: skip
-        for event, text in (("slow_backend", self.model.note), ("little_memory", self.start.tight)):
-            if text:
-                self.journal.event(event, text)
+        for event, text in (*self.model.notes, *self.start.notes):
+            self.journal.event(event, text)
         if self.together is not None and not start.test_at.whole:
             self.journal.event(
                 "evaluated_at_the_end",
@@ -376,8 +375,8 @@ class Replica:
             )
         if self.first:
             self.folder.write_choices(self.model.choices)
-        for name in start.damaged:
-            self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {name}", path=name)
+        for reason in start.damaged:
+            self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {reason}", path=reason)
         if start.steps:
             left = f"going on at step {start.steps + 1}"
             if course.leases["steps"] >= course.total:

@@ -70,7 +70,7 @@ class Model:
     def __init__(self, job: config.Job, placed: Placed, part: int, threads: int, local_rank: int | None = None) -> None:
         self.placed, self.part, self.graph = placed, part, placed.graph
         self.team = Team(job.backend.threads or threads)
-        self.backends, self.note = choose_backends(job, self.team, local_rank)
+        self.backends, self._slow = choose_backends(job, self.team, local_rank)
         self.kernels = self.backends[0].kernels
         self.arithmetic = self.backends[0].arithmetic
         self.dtype = self.backends[0].dtype
@@ -109,6 +109,13 @@ class Model:
     def choices(self) -> dict[str, str]:
         """What was chosen by timing."""
         return self.backends[0].choices
+
+    @property
+    def notes(self) -> list[tuple[str, str]]:
+        """Events to be told of, with a text for people: what makes this rank, or the next run, slower."""
+        unkept = self.backends[0].unkept
+        lost = f"what was timed or compiled is lost for other runs: {unkept}" if unkept else ""
+        return [(event, text) for event, text in (("slow_backend", self._slow), ("no_cache", lost)) if text]
 
     def executor(
         self,
@@ -306,10 +313,10 @@ def score(world: World, source: Source) -> int:
     load(world, source.found, {"": sliced(store.pieces if mesh.replica == 0 else (), store.params)})
     share(mesh.data, store.params, limit_s)
     store.params_wire.push()
-    for note in (*(f"passed over a damaged checkpoint: {name}" for name in source.damaged), model.note):
-        if world.rank == 0 and note:
-            print(note, file=sys.stderr)
     executor = model.executor(model.lay_out(world, lambda: model.evaluation(MOST_ROWS)))
+    damaged = (f"passed over a damaged checkpoint: {name}" for name in source.damaged)
+    for text in (*damaged, *(text for _, text in model.notes)) if world.rank == 0 else ():
+        print(text, file=sys.stderr)
     threads = job.data.threads or world.threads()
     who = readers(world, mesh.replica, mesh.replicas)
     at = locate(world, who, job.data, job.data.test, source.test)

@@ -8,6 +8,8 @@ so ranks that compare their names see who shares what.
 import ctypes
 import math
 import os
+import platform
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -55,6 +57,16 @@ def core_limits() -> Limits:
     On which cores a process may run (its affinity) is another limit.
     """
     return _of_groups("cpu", _cores_of)
+
+
+def processor() -> str:
+    """The kind of processor, as a part of a file's name."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("model name", "CPU part"):
+                return re.sub(r"[^A-Za-z0-9.]+", "-", value.strip())
+    return platform.machine()
 
 
 def has_gpu_driver() -> bool:

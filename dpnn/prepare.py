@@ -76,8 +76,8 @@ class Start:
     """The run whose order of arrival is repeated."""
     chosen: dict[str, str] = field(default_factory=dict)
     """What measured costs decided, to be kept with the run's other choices."""
-    tight: str = ""
-    """What is to be told of the nodes' memory, where it may be too little (needs.py)."""
+    notes: tuple[tuple[str, str], ...] = ()
+    """Events to be told of, with a text for people, once the ranks have looked."""
     found: Contents | None = None
     """The checkpoint to go on from."""
     damaged: tuple[str, ...] = field(default=())

@@ -102,7 +102,7 @@ def placed(world: World, start: Start) -> Start:
         parallel = replace(start.job.parallel, microbatches=setting.microbatches)
         job = replace(start.job, parallel=parallel)
         start = changed(start, job=job, placement=setting.placement, chosen=chosen)
-    return changed(start, tight=check_room(world, start))
+    return changed(start, notes=check_room(world, start))
 
 
 def located(world: World, start: Start) -> Start:
@@ -359,9 +359,8 @@ class Training:
         if COSTS in start.chosen:
             found = Costs.load(start.chosen[COSTS])
             self.journal.event("costs", f"costs measured: {found}; `dpnn plan` of a job file assumes {Costs()}")
-        for event, text in (("slow_backend", self.model.note), ("little_memory", start.tight)):
-            if text:
-                self.journal.event(event, text)
+        for event, text in (*self.model.notes, *start.notes):
+            self.journal.event(event, text)
         for device, ranks in Counter(filter(None, self.devices)).most_common(1):
             if ranks > 1:
                 self.journal.event("shared_device", f"{ranks} ranks share {device}: they compute in turn")
@@ -371,8 +370,8 @@ class Training:
             )
         if world.rank == 0:
             self.folder.write_choices(self.model.choices)
-        for name in start.damaged:
-            self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {name}", path=name)
+        for reason in start.damaged:
+            self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {reason}", path=reason)
         if self.steps:
             left = f"going on at epoch {self.epoch + 1}, step {self.steps + 1}"
             if self.at >= self.end:

@@ -26,12 +26,15 @@ import pytest
 from dpnn.comm.launch import command, session_folder, sweep
 
 ROOT = Path(__file__).parents[1]
-STARTS_MPI = {"mpirun", "start_mpirun"}
+STARTS_MPI = {"mpirun", "start_mpirun", "slurm"}
 LAUNCHERS_OWN = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI", "HYD", "SLURM_", "DPNN_", "PYTEST_")
 
 # For plain `pytest`: mpi-pytest looks for mpiexec on the PATH, and Open MPI's doesn't run as root unasked.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 os.environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+# Ranks of tests give way where they wait: other tests have the same cores. Read when MPI starts.
+os.environ |= {"OMPI_MCA_mpi_yield_when_idle": "1"}
 
 # What tests choose by timing stays out of the user's own cache folder. Set here, before any module of tests is
 # imported; what tests start inherits it.

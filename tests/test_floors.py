@@ -13,7 +13,7 @@ FLOORS = {
     room: floor
     for floor, rooms in enumerate(
         [
-            ("errors", "config", "philox", "team", "native", "memory", "machine"),
+            ("errors", "config", "philox", "team", "native", "memory", "machine", "caches"),
             ("nn", "backends", "comm", "data"),
             ("models", "plan", "optim"),
             ("strategies", "checkpoint", "observe", "state", "saving", "locations"),

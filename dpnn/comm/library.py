@@ -54,8 +54,8 @@ def load() -> ModuleType:
     library = version()
     _leave_out_what_is_not_used(library)
     promised = promise(os.environ)
-    # MPICH doesn't start alone under Open MPI's mpirun, it aborts in MPI_Init: so look before.
-    foreign = promised is not None and promised.launcher.startswith("Open MPI") and "Open MPI" not in library
+    # MPICH doesn't start alone under Open MPI's mpirun or srun --mpi=pmix, it aborts in MPI_Init: so look before.
+    foreign = promised is not None and _aborts_under(promised.launcher, library)
     if not foreign and not MPI.Is_initialized():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a suspicious environment: what we say below is plainer
@@ -68,6 +68,7 @@ def load() -> ModuleType:
         raise JobError(
             f"{promised.launcher} started {promised.size} ranks, but the MPI library loaded here ({library}) doesn't "
             f"belong to it and sees {size}; use that library's own launcher: dpnn launch -n {promised.size} ..."
+            + ("; or srun --mpi=pmix for Open MPI, --mpi=pmi2 for MPICH" if "SLURM_JOB_ID" in os.environ else "")
         )
     return MPI
 
@@ -83,6 +84,13 @@ def _leave_out_what_is_not_used(library: str) -> None:
     # often is "^openib".
     if "Open MPI v5" in library:
         os.environ.setdefault("OMPI_MCA_btl", "^ofi")
+
+
+def _aborts_under(launcher: str, library: str) -> bool:
+    if launcher == "srun":
+        configured = str(_imported().Get_library_version())  # MPICH tells how
+        return library.startswith("MPICH") and "pmix" not in configured and "PMIX_RANK" in os.environ
+    return launcher.startswith("Open MPI") and "Open MPI" not in library
 
 
 def _imported() -> ModuleType:

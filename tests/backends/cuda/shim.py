@@ -54,6 +54,7 @@ class Shim:
 
     about = "a stand-in on the CPU"
     processors = 2
+    unkept = ""
 
     def __init__(self, reverse: bool = False, seed: int | None = None, watch: bool = False) -> None:
         self.order = int(reverse) if seed is None else seed + 2
