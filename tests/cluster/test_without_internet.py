@@ -1,0 +1,68 @@
+"""dpnn on a machine without internet: wheels made elsewhere, installed and used with the network cut off."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dpnn.cli import main
+from dpnn.comm.library import version
+
+from .conftest import lines
+
+ROOT = Path(__file__).parents[2]
+ALONE = "import socket; assert [name for _, name in socket.if_nameindex()] == ['lo']"
+
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root can cut off the network (unshare --net)"),
+]
+
+
+def call(*line: object) -> str:
+    """What a command prints. It meets nothing of this environment, as in a shell of its own."""
+    own = {name: os.environ[name] for name in ("PATH", "HOME")}
+    done = subprocess.run(list(map(str, line)), env=own, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def offline() -> Callable[..., str]:
+    """offline(*line): `call` with no network but the loopback."""
+    return lambda *line: call("unshare", "--net", "sh", "-c", 'ip link set lo up; exec "$@"', "sh", *line)
+
+
+@pytest.fixture(scope="module")
+def mpi() -> str:
+    return "openmpi" if "Open MPI" in version() else "mpich"
+
+
+@pytest.fixture(scope="module")
+def wheels(source, mpi, tmp_path_factory) -> Path:
+    """As docs/install.md makes them, where there is a network."""
+    folder = tmp_path_factory.mktemp("offline") / "wheels"
+    call(sys.executable, "-m", "pip", "wheel", "--wheel-dir", folder, f"{source}[{mpi}]", "setuptools>=77")
+    return folder
+
+
+@pytest.mark.parametrize("what", ["wheel", "source"])
+def test_installed_from_a_wheelhouse_it_trains(offline, wheels, source, mpi, tmp_path, what):
+    venv, run = tmp_path / "venv", tmp_path / "run"
+    offline(sys.executable, "-c", ALONE)
+    offline(sys.executable, "-m", "venv", venv)
+    package = "dpnn" if what == "wheel" else source
+    offline(venv / "bin" / "pip", "install", "--no-index", "--find-links", wheels, f"{package}[{mpi}]")
+    assert "\nwrong" not in offline(venv / "bin" / "dpnn", "doctor")
+    assert main(["pack", "digits", str(tmp_path / "digits")]) == 0
+    sets = [f"data.{name}={tmp_path}/digits/{name}" for name in ("train", "test")]
+    sets += [f"output.dir={run}", "train.epochs=5"]
+    job = [ROOT / "jobs" / "digits.toml", *(word for text in sets for word in ("--set", text))]
+    offline(venv / "bin" / "dpnn", "launch", "-n", "2", "train", *job)
+    assert lines("end", run)[-1]["exit"] == 0
+    assert lines("eval", run)[-1]["top1_error"] < 0.1
+    assert lines("event", run) == [line for line in lines("event", run) if line["event"] == "checkpoint"]
