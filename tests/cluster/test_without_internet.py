@@ -1,6 +1,7 @@
 """dpnn on a machine without internet: wheels made elsewhere, installed and used with the network cut off."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 from dpnn.cli import main
 from dpnn.comm.library import version
 
-from .conftest import lines
+from .conftest import lines, plugin
 
 ROOT = Path(__file__).parents[2]
 ALONE = "import socket; assert [name for _, name in socket.if_nameindex()] == ['lo']"
@@ -66,3 +67,31 @@ def test_installed_from_a_wheelhouse_it_trains(offline, wheels, source, mpi, tmp
     assert lines("end", run)[-1]["exit"] == 0
     assert lines("eval", run)[-1]["top1_error"] < 0.1
     assert lines("event", run) == [line for line in lines("event", run) if line["event"] == "checkpoint"]
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "srun"])
+def test_packed_it_trains_from_the_nodes_own_disks(under_slurm, wheels, mpi, tmp_path, monkeypatch, capsys, launcher):
+    """With its own MPI, at another place than where it was made."""
+    venv, archive = tmp_path / "venv", tmp_path / "env.tar.gz"
+    call(sys.executable, "-m", "venv", venv)
+    call(venv / "bin" / "pip", "install", "--no-index", "--find-links", wheels, f"dpnn[{mpi}]")
+    call("tar", "-C", venv, "-czf", archive, ".")
+    shutil.rmtree(venv)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(under_slurm.disk))
+    for name in ("PYTHONPATH", "MPI4PY_LIBMPI"):
+        monkeypatch.delenv(name, raising=False)
+    Path("job.toml").write_text((ROOT / "jobs" / "digits.toml").read_text())
+    line = f"srun --mpi={plugin()}" if launcher == "srun" else launcher
+    Path("site.toml").write_text(f'[cluster]\nlauncher = "{line}"\nenvironment = "{archive}"\n')
+    assert main(["pack", "digits", "data/digits"]) == 0
+    request = ["--nodes", "2", "--ranks-per-node", "1", "--time", "10:00", "--site", "site.toml"]
+    capsys.readouterr()
+    assert main(["submit", "job.toml", *request, "--set", "train.epochs=5", "--", "--output=out"]) == 0
+    job = capsys.readouterr().out.split()[-1]
+    under_slurm.wait_for(lambda: under_slurm.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), 300)
+    said = Path("out").read_text()
+    assert under_slurm.state(job) == "COMPLETED", said
+    if launcher == "mpirun":
+        assert f"{under_slurm.disk}/dpnn-{job}/bin/mpirun" in said
+    assert lines("end", tmp_path / "runs" / f"job-{job}")[-1]["exit"] == 0
