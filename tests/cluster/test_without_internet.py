@@ -69,14 +69,20 @@ def test_installed_from_a_wheelhouse_it_trains(offline, wheels, source, mpi, tmp
     assert lines("event", run) == [line for line in lines("event", run) if line["event"] == "checkpoint"]
 
 
+@pytest.fixture(scope="module")
+def archive(wheels, mpi, tmp_path_factory) -> Path:
+    """An environment, packed; where it was made there is nothing any more."""
+    folder = tmp_path_factory.mktemp("packed")
+    call(sys.executable, "-m", "venv", folder / "venv")
+    call(folder / "venv" / "bin" / "pip", "install", "--no-index", "--find-links", wheels, f"dpnn[{mpi}]")
+    call("tar", "-C", folder / "venv", "-czf", folder / "env.tar.gz", ".")
+    shutil.rmtree(folder / "venv")
+    return folder / "env.tar.gz"
+
+
 @pytest.mark.parametrize("launcher", ["mpirun", "srun"])
-def test_packed_it_trains_from_the_nodes_own_disks(under_slurm, wheels, mpi, tmp_path, monkeypatch, capsys, launcher):
+def test_packed_it_trains_from_the_nodes_own_disks(under_slurm, archive, tmp_path, monkeypatch, capsys, launcher):
     """With its own MPI, at another place than where it was made."""
-    venv, archive = tmp_path / "venv", tmp_path / "env.tar.gz"
-    call(sys.executable, "-m", "venv", venv)
-    call(venv / "bin" / "pip", "install", "--no-index", "--find-links", wheels, f"dpnn[{mpi}]")
-    call("tar", "-C", venv, "-czf", archive, ".")
-    shutil.rmtree(venv)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TMPDIR", str(under_slurm.disk))
     for name in ("PYTHONPATH", "MPI4PY_LIBMPI"):
