@@ -40,7 +40,8 @@ class Forecast:
     params: tuple[int, ...]
     """Numbers that each part holds."""
     nbytes: tuple[int, ...]
-    """Of each part: parameters, gradients, what the optimizer keeps, and all arrays between."""
+    """Of each part: parameters, gradients, what the optimizer keeps, the copy that checkpoints are written from, and
+    all arrays between."""
 
     def message_nbytes(self, number: int) -> int:
         """Of a message of one micro-batch."""
@@ -104,6 +105,6 @@ class Forecaster:
             return 0.0
 
         timing = simulate(plans, seconds, self.costs.message, message_nbytes)
-        arrays = (2 + self._states) * self._backends[0].dtype.itemsize
+        arrays = (3 + 2 * self._states) * self._backends[0].dtype.itemsize
         nbytes = tuple(Layout(plan, rooms=False).nbytes + n * arrays for plan, n in zip(plans, params, strict=True))
         return Forecast(setting, placed, plans, timing, params, nbytes)
