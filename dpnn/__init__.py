@@ -5,13 +5,14 @@ The map of the house (a room imports only from the floors below it):
     cli  preview                       the commands; what `dpnn plan` shows
     train  asynchronous  prepare       the training loop (read train.py first), that of workers and servers; what rank 0
     planning  balance  evaluate        reads for all; where layers go; lanes by speed; held-out data;
-    cluster                            batch systems, and whether all is there
-    strategies  checkpoint  state      what becomes of gradients; what a run writes, and how its parts bring it
-    observe  locations                 together; what it tells; where the data lie
+    needs  cluster                     memory that ranks need; batch systems, and whether all is there
+    strategies  checkpoint  state      what becomes of gradients; what a run writes, how its parts bring it
+    saving  observe  locations         together, and when; what it tells; where the data lie
     models  plan  optim                networks by name; who computes what, and when; updates of the parameters
     nn  backends  comm  data           what a network is; how a layer is computed; MPI; shards and their order
     errors  config  philox             what can go wrong; the job file; random numbers;
-    team  native  memory               this rank's threads; our C kernels; where arrays lie, on the host or a GPU
+    team  native  memory               this rank's threads; our C kernels; where arrays lie, on the host or a GPU;
+    machine  caches                    what the machine lets its processes have; what is kept for other runs
 
 For use from outside: `dpnn.nn` describes networks, `dpnn.models` has known ones, `dpnn.data` reads and packs shards.
 Only `comm` and `strategies` import mpi4py, only `data` and `checkpoint` h5py, only `backends.cuda` CuPy.

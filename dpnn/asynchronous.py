@@ -17,10 +17,10 @@ import numpy as np
 from msgspec.structs import replace
 
 from dpnn import models
-from dpnn.checkpoint import Checkpoint, InParts, Note, new_mark
+from dpnn.checkpoint import InParts, Note, new_mark
 from dpnn.cluster.signals import StopRequest
 from dpnn.comm import library
-from dpnn.comm.faults import deadline, wait
+from dpnn.comm.faults import deadline
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.ranks import Ranks
 from dpnn.comm.world import World
@@ -33,28 +33,28 @@ from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
 from dpnn.observe.metrics import Metrics
 from dpnn.optim import STATES, Optimizer, cut, schedule
-from dpnn.plan import Strategy, clip, fill, lay, spread
+from dpnn.plan import Strategy, clip, lay, spread
 from dpnn.prepare import Start
-from dpnn.state import sliced
+from dpnn.state import load, sliced
 from dpnn.strategies.downpour.cut import Cut
 from dpnn.strategies.downpour.ledger import Ledger
 from dpnn.strategies.downpour.order import Order, Replay
 from dpnn.strategies.downpour.parts import Parts
-from dpnn.strategies.downpour.protocol import Tag, deal
+from dpnn.strategies.downpour.protocol import deal
 from dpnn.strategies.downpour.server import Server
 from dpnn.strategies.downpour.worker import Worker
 from dpnn.strategies.mirrored import Mirrored
 from dpnn.team import Team
 
 
-def run(world: World, request: StopRequest, start: Start, found: Checkpoint | None) -> int:
-    """Train on all ranks; the exit code. `found`: on rank 0, the checkpoint to go on from. Collective."""
+def run(world: World, request: StopRequest, start: Start) -> int:
+    """Train on all ranks; the exit code. DamagedError, on all, where the checkpoint to go on from is. Collective."""
     mesh = Mesh(world, start.job.parallel.parts, start.job.parallel.servers)
     with deadline(world.timeout_s, "preparing the lines between workers and servers", world.fail):
         link = world.comm.Dup()
     if mesh.server is not None:
         return serve(world, mesh, link, request, start)
-    replica = Replica(world, mesh, link, request, start, found)
+    replica = Replica(world, mesh, link, request, start)
     try:
         return replica.run()
     finally:
@@ -106,9 +106,8 @@ def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Star
 
     params = np.zeros(hi - lo, backends[0].dtype)
     state = {name: np.zeros_like(params) for name in STATES[job.optimizer.name]}
-    if start.steps:
-        for flat in (params, *state.values()):
-            wait(link.Irecv(flat, 0, Tag.PARAMS).Test, "the first rank to send what the checkpoint holds", limit_s)
+    if start.found is not None:
+        load(world, start.found, {name: sliced(pieces, flat) for name, flat in {"": params, **state}.items()})
     else:
         for piece in pieces:
             flat = params[piece.offset : piece.end]
@@ -162,9 +161,7 @@ def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Star
 class Replica:
     """A replica of the network, or a part of one, on this rank."""
 
-    def __init__(
-        self, world: World, mesh: Mesh, link: Any, request: StopRequest, start: Start, found: Checkpoint | None
-    ) -> None:
+    def __init__(self, world: World, mesh: Mesh, link: Any, request: StopRequest, start: Start) -> None:
         """Collective over the workers."""
         job, crew = start.job, mesh.crew
         limit_s = job.parallel.stall_abort_s
@@ -180,8 +177,8 @@ class Replica:
         kept = RunFolder(start.replay) if start.replay else folder
         model.choices.update({**crew.first(kept.read_choices), **start.chosen})
         store = model.store
-        if found is not None and start.steps:
-            self._hand_out(found, link, limit_s)
+        if start.found is not None:  # the servers read
+            load(world, start.found, dict.fromkeys(("", *STATES[job.optimizer.name]), ()))
         descent = Optimizer(
             replace(job.optimizer, name="sgd", nesterov=False),
             segments_of(store.pieces),
@@ -351,17 +348,6 @@ class Replica:
         )  # fmt: skip
         self.seen = known
 
-    def _hand_out(self, found: Checkpoint, link: Any, limit_s: float) -> None:
-        """Send every server its shard of a checkpoint."""
-        course, workers = self.course, self.mesh.crew.size
-        for values in (found.params, *(found.optimizer[name] for name in STATES[self.job.optimizer.name])):
-            for part, pieces in enumerate(course.pieces):
-                flat = np.empty(pieces[-1].end if pieces else 0, self.model.dtype)
-                fill(pieces, flat, values, "the checkpoint")
-                for server, (of, lo, hi) in enumerate(course.shards, workers):
-                    if of == part:
-                        wait(link.Isend(flat[lo:hi], server, Tag.PARAMS).Test, "a server to take its shard", limit_s)
-
     def _tell_start(self) -> None:
         job, start, graph, mesh, course = self.job, self.start, self.model.graph, self.mesh, self.course
         backends = "+".join(dict.fromkeys(group.backend.name for group in self.executor.plan.groups))
@@ -376,8 +362,8 @@ class Replica:
             replica_batch=job.train.replica_batch, lanes=start.lanes, from_step=start.steps,
             library=self.model.backends[0].about,
         )  # fmt: skip
-        if self.model.note:
-            self.journal.event("slow_backend", self.model.note)
+        for event, text in (*self.model.notes, *self.start.notes):
+            self.journal.event(event, text)
         if self.together is not None and not start.test_at.whole:
             self.journal.event(
                 "evaluated_at_the_end",

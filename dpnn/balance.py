@@ -35,7 +35,8 @@ def speeds(mesh: Mesh, model: Model, rows: int, limit_s: float) -> Array:
 
     Collective; `model` is used up by it.
     """
-    executor = model.executor(model.training(rows), lambda array: Nobody(), Nobody(), mesh=mesh)
+    layout = model.lay_out(mesh.crew, lambda: model.training(rows))
+    executor = model.executor(layout, lambda array: Nobody(), Nobody(), mesh=mesh)
     batch = no_samples(0, 0)
     for inputs in executor.inputs[:1]:
         images, labels, ids = (np.zeros_like(wire.buf) for wire in inputs)

@@ -5,7 +5,7 @@ for another before that.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,9 @@ from threadpoolctl import threadpool_limits
 
 from dpnn import checkpoint, config, models
 from dpnn.backends.base import Backend
-from dpnn.backends.cuda import Cuda, device_of_rank
 from dpnn.backends.onednn import OneDNN, Unavailable
 from dpnn.backends.reference import Reference
-from dpnn.checkpoint import Checkpoint
+from dpnn.checkpoint import Contents
 from dpnn.comm.edges import Edges
 from dpnn.comm.faults import wait
 from dpnn.comm.mesh import Mesh
@@ -31,10 +30,12 @@ from dpnn.comm.world import World
 from dpnn.data import Loader, Location, Manifest, Sampler, Skipped, network_shape, no_samples, view_of
 from dpnn.errors import DataError, JobError
 from dpnn.locations import locate, readers
+from dpnn.machine import has_gpu_driver
 from dpnn.native import Kernels
 from dpnn.nn import Network
 from dpnn.optim import Segment, merge
 from dpnn.plan import Arena, Executor, Layout, Piece, Placed, Plan, Store, Strategy, Sum, compile_plan
+from dpnn.state import check_network, load, passing_over_damaged, sliced
 from dpnn.team import Team
 
 Array = NDArray[Any]
@@ -68,7 +69,7 @@ class Model:
     def __init__(self, job: config.Job, placed: Placed, part: int, threads: int, local_rank: int | None = None) -> None:
         self.placed, self.part, self.graph = placed, part, placed.graph
         self.team = Team(job.backend.threads or threads)
-        self.backends, self.note = choose_backends(job, self.team, local_rank)
+        self.backends, self._slow = choose_backends(job, self.team, local_rank)
         self.kernels = self.backends[0].kernels
         self.arithmetic = self.backends[0].arithmetic
         self.dtype = self.backends[0].dtype
@@ -108,6 +109,13 @@ class Model:
         """What was chosen by timing."""
         return self.backends[0].choices
 
+    @property
+    def notes(self) -> list[tuple[str, str]]:
+        """Events to be told of, with a text for people: what makes this rank, or the next run, slower."""
+        unkept = self.backends[0].unkept
+        lost = f"what was timed or compiled is lost for other runs: {unkept}" if unkept else ""
+        return [(event, text) for event, text in (("slow_backend", self._slow), ("no_cache", lost)) if text]
+
     def executor(
         self,
         layout: Layout,
@@ -138,7 +146,9 @@ def choose_backends(job: config.Job, team: Team, local_rank: int | None = None) 
     """
     options = job.backend
     threadpool_limits(team.size)
-    if options.may_use_gpu and local_rank is not None:
+    if options.may_use_gpu and local_rank is not None and (options.name == "cuda" or has_gpu_driver()):
+        from dpnn.backends.cuda import Cuda, device_of_rank
+
         whom = "this rank's device, and others that it sums with"
         try:
             until = partial(wait, whom=whom, limit_s=job.parallel.stall_abort_s)
@@ -277,29 +287,32 @@ class Source:
     test: Manifest
     mean: Sequence[float]
     std: Sequence[float]
+    found: Contents
+    damaged: Sequence[str]
+    """Newer checkpoints that could not be used, and why."""
 
 
 def evaluate(world: World, path: str, overrides: Sequence[str]) -> int:
     """Print the scores on `data.test` of a run folder's newest checkpoint, or of one checkpoint file; the exit code."""
-    found: Checkpoint | None = None
+    return passing_over_damaged(
+        lambda damaged: score(world, world.first(lambda: read_source(Path(path), damaged, overrides)))
+    )
 
-    def first() -> Source:
-        nonlocal found
-        found = read_checkpoint(Path(path))
-        return read_source(found, overrides)
 
-    source = world.first(first)
+def score(world: World, source: Source) -> int:
+    """Print the scores of a checkpoint; the exit code. Collective; DamagedError, on all ranks, where it is."""
     job, limit_s = source.job, source.job.parallel.stall_abort_s
     mesh = Mesh(world)
     placed = Placed.whole(models.graph(job, source.network, source.shape))
     model = Model(job, placed, mesh.part, world.threads(), world.node.rank)
-    if found is not None:
-        model.store.fill(model.store.params, found.params, path)
-    share(mesh.data, model.store.params, limit_s)
-    model.store.params_wire.push()
-    if world.rank == 0 and model.note:
-        print(model.note, file=sys.stderr)
+    store = model.store
+    load(world, source.found, {"": sliced(store.pieces if mesh.replica == 0 else (), store.params)})
+    share(mesh.data, store.params, limit_s)
+    store.params_wire.push()
     executor = model.executor(model.lay_out(world, lambda: model.evaluation(MOST_ROWS)))
+    damaged = [f"passed over a damaged checkpoint: {name}" for name in source.damaged]
+    for text in (*damaged, *(text for _, text in model.notes)) if world.rank == 0 else ():
+        print(text, file=sys.stderr)
     threads = job.data.threads or world.threads()
     who = readers(world, mesh.replica, mesh.replicas)
     at = locate(world, who, job.data, job.data.test, source.test)
@@ -310,18 +323,22 @@ def evaluate(world: World, path: str, overrides: Sequence[str]) -> int:
     return 0
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint (file or folder), or the newest good one of a run folder; DataError where there is none."""
+def find_checkpoint(path: Path, damaged: Mapping[Path, str]) -> tuple[Contents, list[str]]:
+    """A checkpoint (file or folder), or the newest good one of a run folder and what is wrong with newer ones.
+
+    `damaged`: what reading has shown to be wrong with some. DataError where there is none.
+    """
     if path.is_file() or (path / checkpoint.INFO).is_file():
-        return checkpoint.read(path)
-    newest = checkpoint.newest(path / "checkpoints")
+        return checkpoint.look(path, damaged), []
+    newest = checkpoint.newest(path / "checkpoints", damaged)
     if newest is None:
         raise DataError(f"{path} is neither a checkpoint nor a run folder with one; name what `dpnn train` printed")
-    return newest[1]
+    return newest
 
 
-def read_source(found: Checkpoint, overrides: Sequence[str]) -> Source:
-    """The job that a checkpoint was made with, and the data to evaluate on."""
+def read_source(path: Path, damaged: Mapping[Path, str], overrides: Sequence[str]) -> Source:
+    """What there is to evaluate: a checkpoint (see find_checkpoint), its job, and the data to evaluate on."""
+    found, passed_over = find_checkpoint(path, damaged)
     job = config.parse(found.info["job"], overrides)
     if not job.data.test:
         raise JobError(
@@ -332,7 +349,8 @@ def read_source(found: Checkpoint, overrides: Sequence[str]) -> Source:
     shape = tuple(info["shape"])
     check_held_out(job.data, test, shape, info["labels"], job.model.classes)
     network = models.build(job.model.name, job.model.classes, shape, job.model.options)
-    return Source(job, network, shape, test, info["mean"], info["std"])
+    check_network(found, models.graph(job, network, shape), [""])
+    return Source(job, network, shape, test, info["mean"], info["std"], found, passed_over)
 
 
 def check_held_out(options: config.Data, test: Manifest, shape: tuple[int, ...], labels: str, classes: int) -> None:

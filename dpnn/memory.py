@@ -85,6 +85,10 @@ class Memory(Protocol):
         """A wire between an array of this memory and one of the host, both contiguous."""
         ...
 
+    def free(self) -> int:
+        """Bytes that are free on the device; 0 for the host, whose processes have shares (machine.py)."""
+        ...
+
     def mark(self) -> Test:
         """Whether all is computed that was asked for before this call."""
         ...
@@ -147,6 +151,9 @@ class HostMemory:
 
     def couple(self, array: Array, buf: Array) -> Wire:
         raise TypeError("on the host both are one array")
+
+    def free(self) -> int:
+        return 0
 
     def mark(self) -> Test:
         return _there

@@ -1,7 +1,8 @@
 """Where the layers of a network go, and in how many micro-batches: settled once, when a run starts."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from dpnn import config
@@ -33,18 +34,25 @@ def assumed(job: config.Job, graph: Graph, rows: int) -> Placement:
     return place(graph, parallel.parts, "depth", forecaster_of(job, graph, rows, backends, Costs()).loads(1))
 
 
-def forecaster_of(job: config.Job, graph: Graph, rows: int, backends: Sequence[Backend], costs: Costs) -> Forecaster:
+def forecaster_of(
+    job: config.Job, graph: Graph, rows: int, backends: Sequence[Backend], costs: Costs, sharing: int = 1
+) -> Forecaster:
     """Forecasts for a job."""
-    return Forecaster(graph, backends, rows, len(STATES[job.optimizer.name]), costs, job.parallel.pipeline)
+    # In downpour the optimizer is the servers'.
+    states = 0 if job.parallel.strategy == "downpour" else len(STATES[job.optimizer.name])
+    return Forecaster(graph, backends, rows, states, costs, job.parallel.pipeline, sharing)
 
 
 def forecasts(
-    job: config.Job, graph: Graph, rows: int, backends: Sequence[Backend], costs: Costs
+    job: config.Job, graph: Graph, rows: int, backends: Sequence[Backend], costs: Costs, room: float = math.inf
 ) -> list[tuple[str, Forecast]]:
-    """What the job's placement would bring, the best first; JobError where there is none."""
+    """What the job's placement would bring, the best first; JobError where there is none.
+
+    `room`: bytes that a rank should stay under where the job doesn't say (parallel.memory_gb).
+    """
     parallel, forecaster = job.parallel, forecaster_of(job, graph, rows, backends, costs)
     microbatches = 1 if job.train.reproducible else parallel.microbatches
-    return choose(forecaster, parallel.parts, parallel.placement, microbatches, parallel.memory_gb)
+    return choose(forecaster, parallel.parts, parallel.placement, microbatches, parallel.memory_gb, room)
 
 
 def question(job: config.Job, rows: int) -> str:
@@ -54,8 +62,10 @@ def question(job: config.Job, rows: int) -> str:
     return f"placement over {parallel.parts} parts, {rows} samples: {json.dumps(wanted)}"
 
 
-def settle(world: World, folder: RunFolder, job: config.Job, graph: Graph, rows: int) -> tuple[Setting, dict[str, str]]:
-    """Where layers go, and what is to be kept in choices.json for it. Collective.
+def settle(
+    world: World, folder: RunFolder, job: config.Job, graph: Graph, rows: int, room_of: Callable[[], float]
+) -> tuple[Setting, dict[str, str]]:
+    """Where layers go, and what is to be kept in choices.json for it. Collective, as is `room_of` (see `forecasts`).
 
     What the run chose when it began on as many parts is kept; else costs are measured: those of layers on the first
     rank, those of messages between neighbours.
@@ -64,6 +74,7 @@ def settle(world: World, folder: RunFolder, job: config.Job, graph: Graph, rows:
     kept = world.first(lambda: folder.read_choices().get(asked, ""))
     if kept:
         return read(kept), {asked: kept}
+    room = room_of()
     latency, bandwidth = measured_crossing(world.comm, world.timeout_s)
     threads = job.backend.threads or world.threads()
 
@@ -71,7 +82,7 @@ def settle(world: World, folder: RunFolder, job: config.Job, graph: Graph, rows:
         backends, _ = choose_backends(job, Team(threads), world.node.rank)
         costs = measured(graph, job.parallel.parts, backends, rows)
         costs = replace(costs, latency=latency, crossing=bandwidth)
-        return written(forecasts(job, graph, rows, backends, costs)[0][1].setting), costs
+        return written(forecasts(job, graph, rows, backends, costs, room)[0][1].setting), costs
 
     kept, costs = world.first(chosen)
     return read(kept), {asked: kept, COSTS: costs.dump()}

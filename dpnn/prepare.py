@@ -4,7 +4,7 @@ No other rank opens these files: the result is broadcast.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from dpnn import checkpoint, config, models
-from dpnn.checkpoint import Checkpoint
+from dpnn.checkpoint import Contents
 from dpnn.comm.mesh import replicas_of
 from dpnn.data import (
     Location,
@@ -27,15 +27,16 @@ from dpnn.data import (
     network_shape,
     view_of,
 )
-from dpnn.data.pack import pack
 from dpnn.errors import DataError, JobError
 from dpnn.evaluate import check_held_out, choose_backends
 from dpnn.nn import Network
 from dpnn.observe.folder import RunFolder
+from dpnn.observe.metrics import last_evaluated
 from dpnn.observe.metrics import read as read_metrics
 from dpnn.optim import STATES
 from dpnn.plan import Placement
 from dpnn.planning import assumed
+from dpnn.state import check_network
 from dpnn.team import Team
 
 BUILT_IN = "digits"
@@ -67,12 +68,18 @@ class Start:
     """The next step of the epoch."""
     steps: int = 0
     """Steps taken since the start of the run."""
+    evaluated: int = 0
+    """After how many steps the run was last evaluated."""
     leases: dict[str, Any] = field(default_factory=dict)
     """What was leased and has not arrived when the checkpoint was cut (strategies/downpour/ledger.py)."""
     replay: Path | None = None
     """The run whose order of arrival is repeated."""
     chosen: dict[str, str] = field(default_factory=dict)
     """What measured costs decided, to be kept with the run's other choices."""
+    notes: tuple[tuple[str, str], ...] = ()
+    """Events to be told of, with a text for people, once the ranks have looked."""
+    found: Contents | None = None
+    """The checkpoint to go on from."""
     damaged: tuple[str, ...] = field(default=())
     """Newer checkpoints that could not be used, and why."""
     train_at: Location = field(default=Location(""))
@@ -111,39 +118,48 @@ class Start:
 
 
 def prepare(
-    job_path: str | None, overrides: Sequence[str], resume: str | None, replay: str | None, ranks: int
-) -> tuple[Start, Checkpoint | None]:
+    job_path: str | None,
+    overrides: Sequence[str],
+    resume: str | None,
+    replay: str | None,
+    ranks: int,
+    damaged: Mapping[Path, str],
+) -> Start:
     """Start a new run, or go on with a run folder (`resume`; "": the job's newest) from its newest checkpoint.
 
-    `replay`: do the run of this folder again, in the order in which it went. The checkpoint is returned apart: it stays
-    on rank 0.
+    `replay`: do the run of this folder again, in the order in which it went. `damaged`: checkpoints that were found so
+    when they were read, and what is wrong with them.
     """
     if replay is not None:
-        return again(RunFolder.existing(replay), overrides, ranks), None
+        return again(RunFolder.existing(replay), overrides, ranks)
     if job_path and resume:
         raise JobError(f"a job file ({job_path}) and a run folder ({resume}): a run goes on with its own job; name one")
     name = Path(job_path or "").stem
     if resume is None:
-        return anew(config.load(job_path or "", overrides), name, ranks), None
+        return anew(config.load(job_path or "", overrides), name, ranks)
     folder = RunFolder.existing(resume or config.load(job_path or "", overrides).output.dir, name)
     start = resolve(config.load(str(folder.job), overrides), folder.path, ranks)
     if start.job.parallel.record:
         raise JobError(
             "parallel.record = true: only a whole run can be recorded; go on with --set parallel.record=false"
         )
-    newest = checkpoint.newest(folder.checkpoints)
+    newest = checkpoint.newest(folder.checkpoints, damaged)
     if newest is not None:
-        start = with_order_of(newest[1], start)
-        check_same_run(newest[0], newest[1], start)
+        start = going_on(start, *newest)
     try_out(start, ranks)
     folder.write_job(start.job.dump())
     folder.failure.unlink(missing_ok=True)
-    if newest is None:
-        return start, None
-    _, found, damaged = newest
+    return start
+
+
+def going_on(start: Start, found: Contents, damaged: Sequence[str]) -> Start:
+    """The start from a checkpoint; JobError, DataError where that isn't possible."""
+    start = with_order_of(found, start)
+    check_same_run(found, start)
     leases = found.info.get("leases", {}) if found.step else {}  # at the end of an epoch there are none
     start = changed(start, epoch=found.epoch, step=found.step, steps=found.steps, leases=leases)
-    return changed(start, damaged=tuple(damaged)), found
+    start = changed(start, evaluated=last_evaluated(RunFolder(start.folder).metrics))
+    return changed(start, found=found, damaged=tuple(damaged))
 
 
 def anew(job: config.Job, name: str, ranks: int) -> Start:
@@ -230,11 +246,13 @@ def with_built_in(job: config.Job) -> config.Job:
     """The job with "digits" replaced by the folders that it is packed into, on first use."""
     paths = {part: f"{BUILT_IN_FOLDER}/{part}" for part in ("train", "test") if getattr(job.data, part) == BUILT_IN}
     if paths and not (Path(BUILT_IN_FOLDER) / "train" / "manifest.json").exists():
+        from dpnn.data.pack import pack
+
         pack(BUILT_IN, BUILT_IN_FOLDER)
     return replace(job, data=replace(job.data, **paths))
 
 
-def with_order_of(found: Checkpoint, start: Start) -> Start:
+def with_order_of(found: Contents, start: Start) -> Start:
     """Window and lanes stay those of the checkpoint where the job names none; the lanes if the batch is the same."""
     info, batch, lanes = found.info, start.global_batch, found.info["lanes"]
     if not start.job.data.window:
@@ -275,25 +293,26 @@ def check_loss(job: config.Job, train: Manifest) -> None:
         raise JobError(f"train.loss = {job.train.loss!r}, but {job.data.train} has {has} a sample; use {wanted!r}")
 
 
-def check_same_run(path: Path, found: Checkpoint, start: Start) -> None:
+def check_same_run(found: Contents, start: Start) -> None:
     """Refuse to go on with other data; in the middle of an epoch also with another order of samples."""
     info = start.info()
     if found.info["data"] != info["data"]:
         raise DataError(
-            f"{start.job.data.train} (digest {info['data']}) is not what {path} was trained on (digest "
-            f"{found.info['data']}); set data.train to those data, or start a new run"
+            f"{start.job.data.train} (digest {info['data']}) is not what {found.path} was trained on "
+            f"(digest {found.info['data']}); set data.train to those data, or start a new run"
         )
     for key in KEPT if found.step else ():
         if found.info.get(key, info[key]) != info[key]:
             raise JobError(
-                f"{key} = {info[key]}, but {path} stands in the middle of an epoch with {key} = {found.info[key]}, "
-                "and every sample of an epoch is taken once; change it back"
+                f"{key} = {info[key]}, but {found.path} stands in the middle of an epoch with {key} = "
+                f"{found.info[key]}, and every sample of an epoch is taken once; change it back"
             )
-    check_same_network(path, found, start)
+    check_same_network(found, start)
 
 
-def check_same_owners(found: Checkpoint | None, start: Start) -> None:
+def check_same_owners(start: Start) -> None:
     """Refuse to go on in the middle of an epoch where the shards lie, or are parted, in another way than before."""
+    found = start.found
     if found is None or not found.step or found.info.get("owners", "") == start.info()["owners"]:
         return
     raise JobError(
@@ -304,21 +323,15 @@ def check_same_owners(found: Checkpoint | None, start: Start) -> None:
     )
 
 
-def check_same_network(path: Path, found: Checkpoint, start: Start) -> None:
+def check_same_network(found: Contents, start: Start) -> None:
     """Refuse to go on with another network, or with an optimizer whose state the checkpoint doesn't hold."""
-    job = start.job
-    graph = models.graph(job, start.network, start.shape)
-    wanted = {param.name: param.spec.shape for param in graph.params()}
-    held = {name: array.shape for name, array in found.params.items()}
-    for name in (*wanted, *held):
-        if wanted.get(name) != held.get(name):
+    graph = models.graph(start.job, start.network, start.shape)
+    check_network(found, graph, [""])
+    states = STATES[start.job.optimizer.name]
+    for name in states:
+        if not found.shapes(name):
             raise JobError(
-                f"{name} has the shape {wanted.get(name)}, and in {path} {held.get(name)}: another network; "
-                "change [model] back, or start a new run"
-            )
-    for name in STATES[job.optimizer.name]:
-        if name not in found.optimizer:
-            raise JobError(
-                f"optimizer.name = {job.optimizer.name!r}, but {path} was written without {name}; "
+                f"optimizer.name = {start.job.optimizer.name!r}, but {found.path} was written without {name}; "
                 "change it back, or start a new run"
             )
+    check_network(found, graph, states)

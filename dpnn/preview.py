@@ -7,6 +7,7 @@ from dpnn import config, models
 from dpnn.comm.mesh import replicas_of
 from dpnn.errors import JobError
 from dpnn.evaluate import choose_backends
+from dpnn.machine import memory_limits, share
 from dpnn.observe.folder import RunFolder
 from dpnn.plan import Costs, Forecast, Setting
 from dpnn.planning import COSTS, forecaster_of, forecasts, is_open, question, read
@@ -42,7 +43,7 @@ def preview(source: str, overrides: Sequence[str], ranks: int, instructions: boo
     else:
         chosen = forecaster.look(Setting(start.placement, job.parallel.microbatches))
         why = "as the job says"
-    lines = [*_head(start, chosen, why, ranks), _figures(costs, measured=COSTS in choices), ""]
+    lines = [*_head(start, chosen, why, ranks), _figures(costs, measured=COSTS in choices), _memory(job), ""]
     lines += [*_parts(chosen, job.parallel.parts, ranks - job.parallel.servers), ""]
     lines += [*_messages(chosen), *_looked_at(looked[1:])]
     if instructions:
@@ -68,6 +69,17 @@ def _head(start: Start, chosen: Forecast, why: str, ranks: int) -> Iterator[str]
 def _figures(costs: Costs, measured: bool) -> str:
     whose = "measured by the run" if measured else "assumed"
     return f"figures {whose}: {costs}"
+
+
+def _memory(job: config.Job) -> str:
+    limit = job.parallel.memory_gb
+    if limit:
+        return f"memory of a rank: at most {limit:g} GB, as the job says"
+    own = share([memory_limits()], 0)
+    return (
+        "memory of a rank: any, assumed; a run takes its share of the node's "
+        f"(this machine's ranks may have {own.amount / 1e9:.3g} GB, by {own.group})"
+    )
 
 
 def _parts(chosen: Forecast, parts: int, workers: int) -> Iterator[str]:

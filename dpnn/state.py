@@ -1,16 +1,18 @@
 """A run's arrays between its ranks and its checkpoints: each part of a network brings its own pieces."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpnn.checkpoint import Checkpoint, Slice
-from dpnn.comm.faults import wait
-from dpnn.comm.mesh import Mesh
+from dpnn import checkpoint
+from dpnn.checkpoint import Contents, Slice
 from dpnn.comm.ranks import Ranks
-from dpnn.plan import Piece, fill
+from dpnn.errors import DataError, JobError
+from dpnn.nn import Graph
+from dpnn.plan import Piece
 
 Array = NDArray[Any]
 
@@ -20,25 +22,50 @@ def sliced(pieces: Sequence[Piece], flat: Array) -> list[Slice]:
     return [Slice(piece.name, piece.lo, piece.whole, flat[piece.offset : piece.end]) for piece in pieces]
 
 
-def hand_out(
-    mesh: Mesh, pieces: Sequence[Piece], arrays: Mapping[str, Array], found: Checkpoint | None, limit_s: float
-) -> None:
-    """Fill the flat arrays of the first replica, `arrays` by name of the state ("": parameters), from a checkpoint.
+class DamagedError(DataError):
+    """Reading has shown that the checkpoint at `path` is damaged; all ranks raise it."""
 
-    Collective over the parts of the first replica; others return at once. `found`: on the first rank, which sends each
-    part its pieces.
+    def __init__(self, path: Path, told: str) -> None:
+        super().__init__(told)
+        self.path = path
+
+
+def passing_over_damaged(attempt: Callable[[Mapping[Path, str]], int]) -> int:
+    """What `attempt` returns, which is given the damaged checkpoints that are known, by path, and what is wrong.
+
+    It is tried again, from the beginning, as long as it finds one more. Collective.
     """
-    if mesh.replica != 0:
-        return
-    ranks = Ranks(mesh.model, limit_s)
-    for part in range(mesh.parts):
-        wanted = ranks.first(lambda: pieces, part)
-        for name, flat in arrays.items():
-            if found is not None:
-                values = found.optimizer.get(name, {}) if name else found.params
-                target = flat if part == 0 else np.empty(wanted[-1].end if wanted else 0, flat.dtype)
-                fill(wanted, target, values, "the checkpoint")
-                if part:
-                    wait(mesh.model.Isend(target, part).Test, f"part {part} to take its parameters", limit_s)
-            elif mesh.part == part:
-                wait(mesh.model.Irecv(flat, 0).Test, "the first rank to send what the checkpoint holds", limit_s)
+    known: dict[Path, str] = {}
+    while True:
+        try:
+            return attempt(known)
+        except DamagedError as error:
+            known[error.path] = str(error)
+
+
+def load(ranks: Ranks, found: Contents, slices: Mapping[str, Sequence[Slice]]) -> None:
+    """Read the arrays of `slices`, by name of the state ("": the parameters themselves), in place, and verify them.
+
+    Collective. All ranks name the same states, and bring each number of the network once: who needs none brings empty
+    lists, and opens no file. DamagedError, on all.
+    """
+    crcs: list[NDArray[np.uint32]] = []
+    try:
+        ranks.check(lambda: crcs.append(checkpoint.fill(found, slices)))
+        ranks.xor(crcs[0])
+        checkpoint.verify(found, crcs[0], slices.keys())
+    except DataError as error:
+        raise DamagedError(found.path, str(error)) from error
+
+
+def check_network(found: Contents, graph: Graph, states: Sequence[str]) -> None:
+    """JobError where a checkpoint is of another network than `graph`; `states` of its parameters are looked at."""
+    wanted = {param.name: param.spec.shape for param in graph.params()}
+    for state in states:
+        held = found.shapes(state)
+        for name in (*wanted, *held):
+            if wanted.get(name) != held.get(name):
+                raise JobError(
+                    f"{name} has the shape {wanted.get(name)}, and in {found.path} {held.get(name)}: another network; "
+                    "change [model] back, or start a new run"
+                )

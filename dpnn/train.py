@@ -7,7 +7,7 @@ be wrong is found while building.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from dataclasses import replace as changed
 from functools import partial
@@ -16,9 +16,8 @@ from time import perf_counter
 
 from msgspec.structs import replace
 
-from dpnn import asynchronous, models
+from dpnn import models
 from dpnn.balance import deal, speeds
-from dpnn.checkpoint import Checkpoint
 from dpnn.cluster.signals import StopRequest
 from dpnn.comm import library
 from dpnn.comm.grains import stack_places
@@ -31,6 +30,7 @@ from dpnn.data import Loader, Sampler, Skipped, no_samples
 from dpnn.errors import NotFiniteError, Stopped
 from dpnn.evaluate import Evaluator, Model, check_alike, check_devices, segments_of
 from dpnn.locations import locate, readers
+from dpnn.needs import check_room, room_of
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
 from dpnn.optim import STATES, schedule
@@ -38,7 +38,7 @@ from dpnn.plan import Costs, n_params, spread
 from dpnn.planning import COSTS, is_open, settle
 from dpnn.prepare import Start, check_same_owners, prepare
 from dpnn.saving import Saver
-from dpnn.state import hand_out
+from dpnn.state import load, passing_over_damaged, sliced
 from dpnn.strategies.allreduce import Allreduce
 from dpnn.strategies.average import Average
 from dpnn.strategies.base import Strategy
@@ -60,22 +60,27 @@ def train(
     `request`: of this rank, to stop. `resume`: None starts a new run; a run folder goes on from its newest checkpoint,
     "" the job's newest run. `replay`: the folder of a recorded run, to be repeated.
     """
-    found: Checkpoint | None = None
+    ready = partial(prepare, job_path, overrides, resume, replay, world.size)
+    return passing_over_damaged(lambda damaged: attempt(world, request, partial(ready, damaged)))
+
+
+def attempt(world: World, request: StopRequest, prepared: Callable[[], Start]) -> int:
+    """Train from a start that the first rank prepares; the exit code. DamagedError, before a step is taken."""
 
     def first() -> Start:
-        nonlocal found
-        start, found = prepare(job_path, overrides, resume, replay, world.size)
+        start = prepared()
         RunFolder(start.folder).tell_launcher()
         return start
 
     start = world.first(first)
     world.claim = RunFolder(start.folder).claim
     world.timeout_s = start.job.parallel.stall_abort_s
-    start = located(world, placed(world, start), found)
+    start = located(world, placed(world, start))
     if start.job.parallel.strategy == "downpour":
-        return asynchronous.run(world, request, start, found)
-    training = Training(world, start, found)
-    found = None  # its memory isn't needed any more
+        from dpnn import asynchronous
+
+        return asynchronous.run(world, request, start)
+    training = Training(world, start)
     try:
         return training.run(request)
     finally:
@@ -83,18 +88,22 @@ def train(
 
 
 def placed(world: World, start: Start) -> Start:
-    """The start with its layers placed, where measured costs are to decide that. Collective."""
-    if not is_open(start.job):
-        return start
-    graph = models.graph(start.job, start.network, start.shape)
-    folder = RunFolder(start.replay or start.folder)
-    setting, chosen = settle(world, folder, start.job, graph, start.rows)
-    parallel = replace(start.job.parallel, microbatches=setting.microbatches)
-    job = replace(start.job, parallel=parallel)
-    return changed(start, job=job, placement=setting.placement, chosen=chosen)
+    """The start with its layers placed, where measured costs are to decide that; JobError where they can't fit.
+
+    Collective.
+    """
+    if is_open(start.job):
+        graph = models.graph(start.job, start.network, start.shape)
+        folder = RunFolder(start.replay or start.folder)
+        room = partial(room_of, world, start)
+        setting, chosen = settle(world, folder, start.job, graph, start.rows, room)
+        parallel = replace(start.job.parallel, microbatches=setting.microbatches)
+        job = replace(start.job, parallel=parallel)
+        start = changed(start, job=job, placement=setting.placement, chosen=chosen)
+    return changed(start, notes=check_room(world, start))
 
 
-def located(world: World, start: Start, found: Checkpoint | None) -> Start:
+def located(world: World, start: Start) -> Start:
     """The start with its data where they are read, and checked. Collective."""
     job, train, test = start.job, start.train, start.test
     parts, servers = job.parallel.parts, job.parallel.servers
@@ -103,7 +112,7 @@ def located(world: World, start: Start, found: Checkpoint | None) -> Start:
     reader = spread(models.graph(job, start.network, start.shape), start.placement).reader
     who = readers(world, replica if part == reader and replica < replicas else None, replicas)
     start = changed(start, train_at=locate(world, who, job.data, job.data.train, train, start.lanes))
-    world.check(lambda: check_same_owners(found, start))
+    world.check(lambda: check_same_owners(start))
     if test is None:
         return start
     return changed(start, test_at=locate(world, who, job.data, job.data.test, test))
@@ -112,8 +121,8 @@ def located(world: World, start: Start, found: Checkpoint | None) -> Start:
 class Training:
     """One run on this rank. The constructor builds everything; `run` takes the steps."""
 
-    def __init__(self, world: World, start: Start, found: Checkpoint | None) -> None:
-        """Collective. `found`: on rank 0, the checkpoint to go on from."""
+    def __init__(self, world: World, start: Start) -> None:
+        """Collective. DamagedError, on all ranks, where the checkpoint to go on from is."""
         job, limit_s = start.job, start.job.parallel.stall_abort_s
         self.world, self.start, self.job = world, start, job
         self.mesh = mesh = Mesh(world, job.parallel.parts)
@@ -159,11 +168,13 @@ class Training:
         sums = node.sums if strategy.together else node.grads
         optimizer = flats.optimizer(job.optimizer, segments, sums, model.team, model.arithmetic)
         self.rate = schedule(job.schedule, job.optimizer.lr, sampler.steps, self.end)
-        if start.steps:
-            hand_out(mesh, store.pieces, {"": node.params, **node.state}, found, limit_s)
+        if start.found is not None:
+            pieces = store.pieces if mesh.replica == 0 else ()
+            flat_arrays = {"": node.params, **node.state}
+            load(world, start.found, {name: sliced(pieces, flat) for name, flat in flat_arrays.items()})
         elif mesh.replica == 0:
             store.draw(job.seed)
-        for flat in (node.params, *(node.state.values() if start.steps else ())):
+        for flat in (node.params, *(node.state.values() if start.found else ())):
             node.share(flat)
         flats.push()
 
@@ -227,6 +238,8 @@ class Training:
         """Take the steps that are left; the exit code. Collective, as is all below."""
         job, mesh, sampler = self.job, self.mesh, self.sampler
         self._tell_start()
+        if self.evaluator is not None and self.steps > self.start.evaluated and self._is_due():
+            self._evaluate()  # the run was killed between its last checkpoint and this
         begin, samples = perf_counter(), 0
         every = max(1, round(job.output.checkpoint_every * sampler.steps))
         loader = None
@@ -250,10 +263,11 @@ class Training:
                 self.saver.look()
                 last = self.at == self.end or self.strategy.stop
                 saves = last or self.steps % every == 0
-                evaluates = self.evaluator is not None and (self.at == self.end or self._ends_period())
+                evaluates = self.evaluator is not None and self._is_due()
                 if saves or evaluates:
                     self.strategy.gather()
                     if saves:
+                        self.journal.flush()
                         self.saver.save((self.epoch, self.step, self.steps), self.start.info())
                     if evaluates:
                         self._evaluate()
@@ -305,9 +319,9 @@ class Training:
             scores = self.evaluator.run()
             self.journal.scores(str(scores), self.epoch + (self.step > 0), self.steps, **asdict(scores))
 
-    def _ends_period(self) -> bool:
-        """Whether the last step ended an epoch after which the network is evaluated."""
-        return self.step == 0 and self.epoch % self.job.train.eval_every == 0
+    def _is_due(self) -> bool:
+        """Whether the network is evaluated after the last step: it ended the run, or so many epochs."""
+        return self.at == self.end or (self.step == 0 and self.epoch % self.job.train.eval_every == 0)
 
     def _explain(self, error: NotFiniteError) -> None:
         """Raise, on every rank, which layer of which rank is the first that isn't finite."""
@@ -338,8 +352,8 @@ class Training:
         if COSTS in start.chosen:
             found = Costs.load(start.chosen[COSTS])
             self.journal.event("costs", f"costs measured: {found}; `dpnn plan` of a job file assumes {Costs()}")
-        if self.model.note:
-            self.journal.event("slow_backend", self.model.note)
+        for event, text in (*self.model.notes, *start.notes):
+            self.journal.event(event, text)
         for device, ranks in Counter(filter(None, self.devices)).most_common(1):
             if ranks > 1:
                 self.journal.event("shared_device", f"{ranks} ranks share {device}: they compute in turn")

@@ -26,7 +26,7 @@ import pytest
 from dpnn.comm.launch import command, session_folder, sweep
 
 ROOT = Path(__file__).parents[1]
-STARTS_MPI = {"mpirun", "start_mpirun"}
+STARTS_MPI = {"mpirun", "start_mpirun", "slurm"}
 LAUNCHERS_OWN = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI", "HYD", "SLURM_", "DPNN_", "PYTEST_")
 
 # For plain `pytest`: mpi-pytest looks for mpiexec on the PATH, and Open MPI's doesn't run as root unasked.
@@ -37,6 +37,10 @@ os.environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": 
 # imported; what tests start inherits it.
 CACHE = tempfile.mkdtemp(prefix="dpnn-cache-")
 os.environ["XDG_CACHE_HOME"] = CACHE
+
+# What Python compiles is kept, whatever the environment says: tests start dpnn a thousand times.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -58,17 +62,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    from mpi4py import MPI
+    from dpnn.comm import library
 
+    MPI = library.load()
     if MPI.COMM_WORLD.size > 1:
         os.environ["PYTEST_DEBUG_TEMPROOT"] = CACHE  # else ranks would clear up one folder at the same time
         config.pluginmanager.register(OneOfSeveral(config, MPI.COMM_WORLD.rank))
 
 
 class OneOfSeveral:
-    """What a rank of several prints: the first its report, each a failure at once.
+    """What a rank of several reads: only files that have a test for it; the whole takes longer than those tests.
 
-    A rank with a failed test may be ended, waiting for another, before it can report at the end.
+    And what it prints: the first its report, each a failure at once. A rank with a failed test may be ended, waiting
+    for another, before it can report at the end.
     """
 
     def __init__(self, config: pytest.Config, rank: int) -> None:
@@ -76,6 +82,9 @@ class OneOfSeveral:
         self._out, self._rank = terminal._file, rank
         if rank > 0:
             terminal._file = StringIO()
+
+    def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
+        return True if collection_path.is_file() and "mark.parallel" not in collection_path.read_text() else None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
@@ -275,6 +284,35 @@ def start_line(tmp_path: Path) -> Iterator[Callable[..., Program]]:
     yield start
     for program in programs:
         program.kill()
+
+
+@pytest.fixture
+def start_in_group(start_line):
+    """start_in_group(kind, limits, *line, env={}, cwd=...) -> Program in a control group of its own, of version 1.
+
+    `kind`: "memory" or "cpu"; `limits`: of it, by name. The test is skipped where no such group can be made.
+    """
+    groups: list[Path] = []
+
+    def start(kind: str, limits: dict[str, object], *line: object, **where) -> Program:
+        group = Path("/sys/fs/cgroup", kind, f"dpnn-test-{secrets.token_hex(4)}")
+        try:
+            group.mkdir()
+        except OSError as error:
+            pytest.skip(f"no control group of version 1 can be made here: {error}")
+        groups.append(group)
+        for name, value in limits.items():
+            (group / f"{kind}.{name}").write_text(str(value))
+        enter = f'echo $$ > {group}/cgroup.procs && exec "$@"'
+        return start_line(["sh", "-c", enter, "sh", *map(str, line)], **where)
+
+    yield start
+    for group in groups:
+        for pid in (group / "cgroup.procs").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+        while (group / "cgroup.procs").read_text():
+            time.sleep(0.01)
+        group.rmdir()
 
 
 @pytest.fixture

@@ -1,14 +1,30 @@
 """The commands, as they are typed."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import dpnn
 from dpnn import cli
 
+ROOT = Path(__file__).parents[1]
+JOB = """
+[data]
+train = "digits"
+[model]
+name = "lenet"
+kernel = 3
+padding = 1
+[train]
+steps = 1
+global_batch = 8
+[optimizer]
+lr = 0.1
+"""
 HEAVY = ("mpi4py", "numpy", "h5py", "msgspec", "rich", "threadpoolctl", "dpnn.nn", "dpnn.data", "dpnn.train")
 PROGRAM = """
 import json, sys
@@ -92,3 +108,20 @@ def test_launch_refuses_a_wrong_command_once_and_starts_nothing(command, told):
     assert ended.returncode == 2
     assert ended.stderr.count(told) == 1
     assert ended.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", [["plan", "jobs/digits.toml", "--instructions"], ["doctor"], ["--help"]])
+def test_a_reader_that_goes_away_ends_a_command_quietly(arguments, tmp_path):
+    """As in `dpnn plan ... | head`."""
+    job = tmp_path / "jobs" / "digits.toml"
+    job.parent.mkdir()
+    job.write_text(JOB)
+    read, write = os.pipe()
+    os.close(read)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "dpnn", *arguments], stdout=write, stderr=subprocess.PIPE, text=True, timeout=60,
+        check=False, cwd=tmp_path, env={**env, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (141, "")

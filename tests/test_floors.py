@@ -13,11 +13,11 @@ FLOORS = {
     room: floor
     for floor, rooms in enumerate(
         [
-            ("errors", "config", "philox", "team", "native", "memory"),
+            ("errors", "config", "philox", "team", "native", "memory", "machine", "caches"),
             ("nn", "backends", "comm", "data"),
             ("models", "plan", "optim"),
             ("strategies", "checkpoint", "observe", "state", "saving", "locations"),
-            ("train", "asynchronous", "prepare", "balance", "evaluate", "planning", "onnx", "cluster"),
+            ("train", "asynchronous", "prepare", "balance", "evaluate", "planning", "needs", "onnx", "cluster"),
             ("preview",),
             ("cli",),
             ("__init__", "__main__"),
@@ -36,6 +36,10 @@ BESIDE = {
     ("saving", "state"),
     ("state", "checkpoint"),
     ("planning", "evaluate"),
+    ("needs", "evaluate"),
+    ("needs", "planning"),
+    ("needs", "prepare"),
+    ("train", "needs"),
     ("prepare", "planning"),
     ("train", "planning"),
     ("train", "asynchronous"),

@@ -55,6 +55,7 @@ def test_parts_layers_messages_and_the_step_are_shown(plan):
     assert "placement: depth; 2 micro-batches of 8 samples, 1f1b" in text
     assert re.search(r"a step of 16 samples on a replica: .* s predicted, .*% of the ranks' time idle", text)
     assert f"figures assumed: {Costs()}" in text
+    assert "memory of a rank: any, assumed; a run takes its share of the node's (this machine's ranks may have " in text
     assert re.search(r"^ +0  0, 2 +\d+ .* conv1 \.\.\. ", text, re.MULTILINE)
     assert re.search(r"0 -> 1 +[\d,]+ bytes  labels", text)
     assert re.search(r"1 -> 0 +[\d,]+ bytes  gradient by ", text)

@@ -156,6 +156,11 @@ class Backend(Protocol):
     choices: dict[str, str]
     """What it chose by timing, by a name for the question; what stands here before `room` is asked isn't timed."""
 
+    @property
+    def unkept(self) -> str:
+        """Why what it timed or compiled can't be kept for other runs; empty where it can."""
+        ...
+
     def groups(self, nodes: Sequence[Node], mode: Mode) -> list[Group]:
         """The groups of those of `nodes` that this backend computes, in topological order; it leaves out the others."""
         ...

@@ -11,12 +11,19 @@ Where nobody holds whole arrays, each of some ranks writes slices of them, and a
 flattened array, whose attribute `shape` is that of the whole; `info.h5`, the last, has `info` and the attributes. Until
 all is there the folder's name is `.step-000000123.MARK.tmp`, with another mark for each start of the run. While a
 folder takes the place of one of the same step, the old one's name is `step-000000123.old`.
+
+They are read in two steps. One rank looks at all but the arrays (finding.py) and tells the others where what lies; then
+each rank reads what it needs of the arrays, whoever wrote them (reading.py).
 """
 
-from dpnn.checkpoint.contents import Checkpoint, Slice
+from dpnn.checkpoint.contents import Checkpoint, Contents, Slice
 from dpnn.checkpoint.file import INFO
+from dpnn.checkpoint.finding import look, newest
 from dpnn.checkpoint.output import Note
-from dpnn.checkpoint.reading import newest, read
+from dpnn.checkpoint.reading import fill, read, verify
 from dpnn.checkpoint.writing import InParts, new_mark, write
 
-__all__ = ["INFO", "Checkpoint", "InParts", "Note", "Slice", "new_mark", "newest", "read", "write"]
+__all__ = [
+    "INFO", "Checkpoint", "Contents", "InParts", "Note", "Slice", "fill", "look", "new_mark", "newest", "read",
+    "verify", "write",
+]  # fmt: skip

@@ -1,9 +1,11 @@
-"""What a checkpoint holds: whole arrays, or slices of them."""
+"""What a checkpoint holds: whole arrays, slices of them, or only where they lie in its files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
@@ -41,3 +43,44 @@ class Slice:
     lo: int
     shape: tuple[int, ...]
     array: Array
+
+
+class Extent(NamedTuple):
+    """The numbers [lo, hi) of a flattened array: one run of bytes in `file`, from `offset` on, with this `crc32`."""
+
+    file: Path
+    dataset: str
+    """Its path in the file."""
+    lo: int
+    hi: int
+    offset: int
+    crc32: int
+
+
+class Stored(NamedTuple):
+    """An array in a checkpoint's files."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    extents: range
+    """Those of the checkpoint's that make up the array, in order."""
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What is in the checkpoint at `path`, and where; its arrays are read by the ranks that need them.
+
+    `arrays`: by name of the state ("": the parameters themselves) and of the parameter. All else as in a Checkpoint.
+    """
+
+    path: Path
+    arrays: Mapping[tuple[str, str], Stored]
+    extents: Sequence[Extent]
+    epoch: int
+    step: int
+    steps: int
+    info: dict[str, Any]
+
+    def shapes(self, state: str = "") -> dict[str, tuple[int, ...]]:
+        """The shapes of a state's arrays, by name of the parameter."""
+        return {name: stored.shape for (of, name), stored in self.arrays.items() if of == state}

@@ -56,15 +56,24 @@ def opened(path: Path) -> Iterator[h5py.File]:
         raise DataError(f"{path} can't be read ({reason(error)}); {WAY_OUT}") from error
 
 
-def verified_arrays(file: h5py.File) -> Iterator[tuple[str, Array]]:
-    """Every dataset by its path in the file; DataError naming one whose bytes are damaged."""
+def dataset_names(file: h5py.File) -> list[str]:
+    """Every dataset by its path in the file."""
     names: list[str] = []
     file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-    for name in names:
-        array = np.asarray(file[name][()])
-        if _crc32(array) != file[name].attrs["crc32"]:
-            raise DataError(f"{file.filename}: the bytes of {name} are damaged (crc32); {WAY_OUT}")
-        yield name, array
+    return names
+
+
+def verified(file: h5py.File, name: str) -> Array:
+    """A dataset by its path in the file; DataError where its bytes are damaged."""
+    array = np.asarray(file[name][()])
+    if _crc32(array) != file[name].attrs["crc32"]:
+        raise damaged(file.filename, name)
+    return array
+
+
+def damaged(path: Path | str, name: str) -> DataError:
+    """Of a dataset whose bytes aren't those that were written."""
+    return DataError(f"{path}: the bytes of {name} are damaged (crc32); {WAY_OUT}")
 
 
 def _check_metadata(path: Path) -> None:

@@ -1,78 +1,110 @@
-"""Reading checkpoints, and finding the newest good one."""
+"""Reading what a rank needs of a checkpoint, straight from its places in the files; and verifying it together.
 
-import math
+A rank sees only its slices of an array, but crc32 is linear: of two runs of bytes a and b behind one another it is
+x^(8|b|)·crc32(a) + crc32(b), polynomials over GF(2) (`crc32_combine`). So each rank moves the crc32 of what it has
+read to its place in the whole, and the exclusive or over all ranks has to be what was written. No byte is read twice.
+"""
+
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
+from isal.isal_zlib import crc32, crc32_combine
+from numpy.typing import NDArray
 
-from dpnn.checkpoint.contents import Array, Checkpoint, Slice
-from dpnn.checkpoint.file import INFO, WAY_OUT, opened, verified_arrays
-from dpnn.checkpoint.folder import listed, part_name
+from dpnn.checkpoint.contents import Array, Checkpoint, Contents, Slice
+from dpnn.checkpoint.file import WAY_OUT, damaged, reason
+from dpnn.checkpoint.finding import look
 from dpnn.errors import DataError
+
+_CHUNK = 1 << 20
+"""Numbers that are read, and then summed up while they are in the cache."""
+
+
+def fill(contents: Contents, slices: Mapping[str, Sequence[Slice]]) -> NDArray[np.uint32]:
+    """Read the arrays of `slices`, by name of the state ("": the parameters themselves), in place.
+
+    Numbers of another type are converted. The result, one number for each extent, is what this rank has to add to its
+    crc32 (see `verify`). Whatever can't be read is a DataError.
+    """
+    crcs = np.zeros(len(contents.extents), np.uint32)
+    runs = [run for state, pieces in slices.items() for piece in pieces for run in _runs(contents, state, piece)]
+    runs.sort(key=lambda run: (run.file, run.offset))
+    for path, group in groupby(runs, key=lambda run: run.file):
+        try:
+            with path.open("rb", buffering=0) as file:
+                for run in group:
+                    crcs[run.extent] ^= crc32_combine(_read(file.fileno(), run), 0, run.behind)
+        except OSError as error:
+            raise DataError(f"{path} can't be read ({reason(error)}); {WAY_OUT}") from error
+    return crcs
+
+
+def verify(contents: Contents, crcs: NDArray[np.uint32], states: Collection[str]) -> None:
+    """DataError naming one of the arrays of some states ("": the parameters themselves) whose bytes are damaged.
+
+    `crcs`: the exclusive or of what `fill` has returned to all who together have read each number of them once.
+    """
+    for (state, _), stored in contents.arrays.items():
+        for index in stored.extents if state in states else ():
+            extent = contents.extents[index]
+            if crcs[index] != extent.crc32:
+                raise damaged(extent.file, extent.dataset)
 
 
 def read(path: Path) -> Checkpoint:
-    """The checkpoint in a file or folder, all of it verified; DataError naming the file and what is wrong with it."""
-    whole = not path.is_dir()
-    with opened(path if whole else path / INFO) as file:
-        if whole and "parts" in file.attrs:
-            raise DataError(f"{path} is only a part of a checkpoint; name its folder, {path.parent}")
-        arrays = dict(verified_arrays(file))
-        epoch, step, steps = (int(file.attrs[key]) for key in ("epoch", "step", "steps"))
-        parts = 0 if whole else int(file.attrs["parts"])
-    info = msgspec.json.decode(arrays.pop("info").tobytes())
-    params: dict[str, Array] = {}
-    optimizer: dict[str, dict[str, Array]] = {}
-    for place, array in (arrays if whole else _joined(path, steps, parts)).items():
-        kind, *state, name = place.split("/")
-        into = params if kind == "params" else optimizer.setdefault(state[0], {})
-        into[name] = array
-    return Checkpoint(params, optimizer, epoch, step, steps, info)
+    """All of the checkpoint in a file or folder, verified; DataError naming the file and what is wrong with it."""
+    found = look(path)
+    arrays: dict[str, dict[str, Array]] = {"": {}}
+    for (state, name), stored in found.arrays.items():
+        arrays.setdefault(state, {})[name] = np.empty(stored.shape, stored.dtype)
+    slices = {
+        state: [Slice(name, 0, array.shape, array.reshape(-1)) for name, array in kept.items()]
+        for state, kept in arrays.items()
+    }
+    verify(found, fill(found, slices), slices.keys())
+    return Checkpoint(arrays.pop(""), arrays, found.epoch, found.step, found.steps, found.info)
 
 
-def newest(folder: Path) -> tuple[Path, Checkpoint, list[str]] | None:
-    """The newest good checkpoint of a folder, and what is wrong with newer ones; None where there is no checkpoint.
+class _Run(NamedTuple):
+    """What a rank reads of an extent, the one of that number, into `target`; `behind` it are so many bytes."""
 
-    DataError where none of them is good.
-    """
-    damaged: list[str] = []
-    for path in reversed(listed(folder)):
-        try:
-            return path, read(path), damaged
-        except DataError as error:
-            damaged.append(str(error))
-    if damaged:
-        raise DataError(f"no checkpoint in {folder} is good, start anew: {'; '.join(damaged)}")
-    return None
+    file: Path
+    offset: int
+    dtype: np.dtype[Any]
+    target: Array
+    extent: int
+    behind: int
 
 
-def _joined(folder: Path, steps: int, parts: int) -> dict[str, Array]:
-    """The whole arrays by their path, of the slices in all parts; DataError naming a part that doesn't fit."""
-    found: dict[str, list[tuple[Slice, Path]]] = {}
-    for path in (folder / part_name(part, parts) for part in range(parts)):
-        with opened(path) as file:
-            if file.attrs["steps"] != steps:
-                raise DataError(f"{path} is of step {file.attrs['steps']}, not {steps}; {WAY_OUT}")
-            for place, array in verified_arrays(file):
-                name, lo = place.rsplit("/", 1)
-                shape = tuple(int(n) for n in file[place].attrs["shape"])
-                found.setdefault(name, []).append((Slice(name, int(lo), shape, array), path))
-    # Slices are dropped as soon as they are joined, so that the memory isn't needed twice.
-    return {name: _join(found.pop(name)) for name in list(found)}
+def _runs(contents: Contents, state: str, piece: Slice) -> Iterator[_Run]:
+    stored = contents.arrays[state, piece.name]
+    for index in stored.extents:
+        extent = contents.extents[index]
+        lo, hi = max(extent.lo, piece.lo), min(extent.hi, piece.lo + piece.array.size)
+        if lo < hi:
+            offset, behind = ((n * stored.dtype.itemsize) for n in (lo - extent.lo, extent.hi - hi))
+            target = piece.array[lo - piece.lo : hi - piece.lo]
+            yield _Run(extent.file, extent.offset + offset, stored.dtype, target, index, behind)
 
 
-def _join(slices: list[tuple[Slice, Path]]) -> Array:
-    """A whole array of its slices, and of the files that they come from; DataError where they don't make one."""
-    slices.sort(key=lambda item: (item[0].lo, item[0].array.size))
-    first, end = slices[0][0], 0
-    for piece, path in slices:
-        if (piece.shape, piece.array.dtype) != (first.shape, first.array.dtype):
-            raise DataError(f"{path}: {piece.name} has another shape or type than in other parts; {WAY_OUT}")
-        if piece.lo != end:
-            what = "there is a gap" if piece.lo > end else "parts overlap"
-            raise DataError(f"{path}: {piece.name} goes on at {piece.lo}, not at {end}: {what}; {WAY_OUT}")
-        end += piece.array.size
-    if end != math.prod(first.shape):
-        raise DataError(f"{path}: {first.name} ends at {end}, not at {math.prod(first.shape)}; {WAY_OUT}")
-    return np.concatenate([piece.array for piece, _ in slices]).reshape(first.shape)
+def _read(file: int, run: _Run) -> int:
+    """Read a run from an open file; the crc32 of its bytes."""
+    target, dtype, crc, at = run.target, run.dtype, 0, run.offset
+    buffer = None if target.dtype == dtype else np.empty(min(target.size, _CHUNK), dtype)
+    for lo in range(0, target.size, _CHUNK):
+        chunk = target[lo : lo + _CHUNK]
+        numbers = chunk if buffer is None else buffer[: chunk.size]
+        left = numbers.view(np.uint8).data
+        while left:
+            n = os.preadv(file, [left], at)
+            if n == 0:
+                raise OSError("it is cut short")
+            left, at = left[n:], at + n
+        crc = crc32(numbers.view(np.uint8), crc)
+        if buffer is not None:
+            chunk[...] = numbers
+    return crc

@@ -153,19 +153,22 @@ def plan(arguments: argparse.Namespace) -> int:
 def submit(arguments: argparse.Namespace) -> int:
     """Train in a batch job of Slurm, which is queued again until the run has ended. Needs no MPI.
 
-    What is the same for all jobs on a cluster stands in the site file (docs/cluster.md).
+    What is the same for all jobs on a cluster stands in the site file (docs/cluster.md). With --dry-run JOB may be left
+    out: then the script takes it as its argument, as those in jobs/ do.
     """
     from dpnn.cluster import site, slurm
 
-    if bool(arguments.job) == bool(arguments.resume):
-        raise JobError("name a job file, or a run folder to go on with (--resume RUN)")
+    if arguments.job and arguments.resume:
+        raise JobError("name a job file, or a run folder to go on with (--resume RUN), not both")
+    if not (arguments.job or arguments.resume or arguments.dry_run):
+        raise JobError("name a job file, or a run folder to go on with (--resume RUN); only --dry-run needs neither")
     request = slurm.Request(
         arguments.job, arguments.nodes, arguments.ranks_per_node, arguments.time, tuple(arguments.overrides),
         arguments.resume, arguments.cpus_per_rank, arguments.gpus_per_node, arguments.account, arguments.partition,
         arguments.qos, arguments.constraint, arguments.array, arguments.before, arguments.options,
     )  # fmt: skip
-    slurm.check(request, arguments.chain)
     cluster = site.read_site(arguments.site, requeue=not arguments.chain)
+    request = slurm.checked(request, cluster, arguments.chain)
     if arguments.dry_run:
         print(slurm.script(request, cluster), end="")
         return 0
@@ -179,7 +182,8 @@ def doctor(arguments: argparse.Namespace) -> int:
 
     Ends with 2 where something is wrong.
     """
-    from dpnn.cluster.doctor import Finding, diagnose, table
+    from dpnn.cluster.doctor import diagnose
+    from dpnn.cluster.findings import Finding, table
 
     def tell(findings: list[Finding]) -> int:
         print(table(findings))

@@ -13,7 +13,9 @@ from statistics import median
 import numpy as np
 
 from dpnn import __version__
-from dpnn.cluster.doctor import INFINIBAND, Finding, has_infiniband
+from dpnn.cluster import devices
+from dpnn.cluster.findings import Finding, judged
+from dpnn.cluster.system import INFINIBAND, has_infiniband
 from dpnn.comm import library
 from dpnn.comm.faults import wait
 from dpnn.comm.world import World
@@ -23,12 +25,15 @@ _TURNS = 8
 _SLEEP_S = 0.2
 _MOST_APART_S = 1.0
 """Clocks that differ by more make the times in logs of several nodes hard to compare."""
+LEAST_OF_RANK = 1 << 28
+"""Bytes below which libraries and the loader leave little for a network."""
 _INTERFACES = Path("/sys/class/net")
 
 
 def compare(world: World) -> list[Finding]:
     """All findings, on every rank."""
-    return [finding for check in (_alike, _places, _threads, _network, _progress, _clocks) for finding in check(world)]
+    checks = (_alike, _places, _memory, _threads, _network, _progress, _clocks, devices.compare)
+    return [finding for check in checks for finding in check(world)]
 
 
 def _alike(world: World) -> Iterator[Finding]:
@@ -57,6 +62,15 @@ def _places(world: World) -> Iterator[Finding]:
         yield Finding("binding", "attention", f"{text}; rank {bound} is bound to a single core", remedy)
     else:
         yield Finding("binding", "ok", text)
+
+
+def _memory(world: World) -> Iterator[Finding]:
+    """What a rank has of its node's memory (parallel.memory_gb = 0)."""
+    shares = world.comm.allgather(world.room)
+    least = min(shares, key=lambda share: share.amount)
+    text = f"{least.amount / 2**30:.1f} GiB a rank at least: {least.group}, {least.among} ranks"
+    remedy = "start fewer ranks on a node, or ask for more memory (--mem)"
+    yield judged("memory of ranks", "ok" if least.amount >= LEAST_OF_RANK else "attention", text, remedy)
 
 
 def _threads(world: World) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpnn import config
@@ -18,8 +18,11 @@ from dpnn.cluster.site import Cluster
 from dpnn.comm.mesh import replicas_of
 from dpnn.errors import JobError, RankError, Stopped
 
-RUN = "DPNN_CHAIN"
-"""The environment variable that names, in the later jobs of a chain, the run folder of the first."""
+FIRST = "DPNN_CHAIN"
+"""The environment variable with, in the later jobs of a chain, the number of the first."""
+HETJOB = "hetjob"
+"""What stands between the options of a heterogeneous job's parts."""
+_USAGE = "a job file: sbatch SCRIPT JOB [--set KEY=VALUE ...]"
 _TIME = re.compile(r"(?:(?P<d>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
 
 
@@ -28,7 +31,7 @@ class Request:
     """What is asked of the batch system. Empty texts and 0: Slurm's own defaults."""
 
     job: str
-    """The job file."""
+    """The job file; empty for a script that takes it, and more of --set, as its arguments."""
     nodes: int
     ranks_per_node: int
     time: str
@@ -50,14 +53,26 @@ class Request:
     """More options of sbatch."""
 
     @property
+    def source(self) -> str:
+        """The job file that is read; empty where that is the script's argument."""
+        return str(Path(self.resume, "job.toml")) if self.resume else self.job
+
+    @property
     def name(self) -> str:
         """Of the job, and of its run folder."""
-        return Path(self.resume or self.job).stem
+        return Path(self.resume or self.job or "dpnn").stem
+
+    @property
+    def parts(self) -> int:
+        """Of a heterogeneous job, whose last ranks lie on nodes of another kind; 1 for any other."""
+        return 1 + self.options.count(HETJOB)
 
 
-def check(request: Request, chain: int) -> None:
-    """JobError where the request can't work: read and checked now, not after hours in the queue."""
-    ranks = request.nodes * request.ranks_per_node
+def checked(request: Request, cluster: Cluster, chain: int) -> Request:
+    """The request, with what its job adds: servers are spread over the nodes.
+
+    JobError where it can't work: read and checked now, not after hours in the queue.
+    """
     for what in ("nodes", "ranks_per_node", "before_s"):
         if getattr(request, what) < 1:
             raise JobError(
@@ -69,12 +84,23 @@ def check(request: Request, chain: int) -> None:
             f"--time {request.time} is no longer than the {request.before_s} s before its end at which the run is told "
             "to stop; ask for more time, or lower --before"
         )
-    path = str(Path(request.resume, "job.toml")) if request.resume else request.job
-    job = config.load(path, [text.replace("%a", "0") for text in request.overrides])
-    replicas_of(ranks, job.parallel.parts, job.parallel.servers)
     for option, given in (("--resume", request.resume), ("--chain", chain)):
         if request.array and given:
             raise JobError(f"--array starts a run for each of its tasks: leave out {option}")
+    if request.parts > 1 and not cluster.launcher.startswith("srun"):
+        raise JobError(
+            'a heterogeneous job (-- hetjob ...) is started by srun only: set cluster.launcher = "srun --mpi=pmix" '
+            "(or pmi2) in the site file"
+        )
+    if not request.source:
+        return request
+    parallel = config.load(request.source, [text.replace("%a", "0") for text in request.overrides]).parallel
+    if request.parts > 1:
+        return request  # how many ranks the other parts have, only sbatch knows
+    replicas_of(request.nodes * request.ranks_per_node, parallel.parts, parallel.servers)
+    # The last ranks are the servers. Ranks that are dealt to the nodes in turn put each on another node.
+    spread = parallel.servers and parallel.parts == 1 and request.nodes > 1
+    return replace(request, options=("--distribution=cyclic", *request.options)) if spread else request
 
 
 def seconds(time: str) -> int:
@@ -98,28 +124,26 @@ def script(request: Request, cluster: Cluster) -> str:
     return "\n".join(
         [
             "#!/bin/bash",
-            f"# dpnn submit: trains {request.resume or request.job}",
+            f"# dpnn submit: trains {request.resume or request.job or _USAGE}",
             *(f"#SBATCH {shlex.quote(option)}" for option in _options(request, cluster)),
             "",
             *(f"module load {shlex.quote(module)}" for module in cluster.modules),
             *cluster.setup,
-            *(["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"] if request.cpus_per_rank else []),
-            *_run_folder(request),
+            *_cpus(request),
+            *_job(request, cluster),
+            f"run={_run_folder(request, cluster)}",
             *_unless_ended(cluster),
-            *_arguments(request, cluster),
+            'if [ -e "$run/job.toml" ]; then set -- --resume "$run" "${@:2}"',
+            'else set -- "$@" --set "output.dir=$run"; fi',
             "",
             "# A signal to the script goes on to the ranks, which stop at the next step with a checkpoint.",
-            "told=",
             """ended() { grep -c '"kind":"end"' "$run/metrics.jsonl" 2>/dev/null; }""",
             "before=$(ended)",
-            "trap 'told=near-limit; kill -USR1 $pid' USR1",
-            "trap 'told=cancelled; kill -USR1 $pid' TERM",
-            f'{_launcher(request, cluster)} "$@" & pid=$!',
+            *_traps(cluster),
+            f'{_launcher(request, cluster)} train "$@" & pid=$!',
             "while wait $pid; code=$?; kill -0 $pid 2>/dev/null; do :; done  # a trap ends wait early",
             "wait $pid; again=$?; [ $again = 127 ] || code=$again",
-            f'[ $code != 0 ] || [ "$(ended)" != "$before" ] || code={RankError.exit_code}  # srun may say so',
-            'echo $code > "$run/exit" 2>/dev/null',
-            "",
+            f'[ $code != 0 ] || [ "$(ended)" != "$before" ] || code={RankError.exit_code}  # srun may call that 0',
             *_again(request, cluster),
             "exit $code",
             "",
@@ -136,8 +160,7 @@ def submit(request: Request, cluster: Cluster, chain: int) -> list[str]:
     ids: list[str] = []
     for _ in range(max(chain, 1)):
         after = [f"--dependency=afterany:{ids[-1]}"] if ids else []
-        # All work on the run of the first, which knows its own number.
-        shared = [f"--export=ALL,{RUN}={_folder(request, ids[0])}"] if ids else []
+        shared = [f"--export=ALL,{FIRST}={ids[0]}"] if ids else []  # all work on the run of the first
         ids.append(_sbatch([*after, *shared], text))
     return ids
 
@@ -171,27 +194,28 @@ def _options(request: Request, cluster: Cluster) -> list[str]:
     return [*own, "--requeue" if cluster.requeue else "--no-requeue", *cluster.sbatch, *request.options]
 
 
-def _folder(request: Request, job_id: str) -> str:
-    """The run folder of a job that starts a run; `job_id` may be the shell's word for it."""
-    return request.resume or f"runs/{request.name}-{job_id}"
+def _cpus(request: Request) -> list[str]:
+    """Tell srun the cores of a rank; a heterogeneous job has a number for each part, and srun takes all its cores."""
+    wanted = request.cpus_per_rank and request.parts == 1
+    return ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"] if wanted else []
 
 
-def _run_folder(request: Request) -> list[str]:
-    if request.resume:
-        return [f"run={shlex.quote(request.resume)}"]
-    return [f'run="${{{RUN}:-{_folder(request, _number(request))}}}"']
-
-
-def _arguments(request: Request, cluster: Cluster) -> list[str]:
-    """Set the arguments of dpnn: those that start the run, or those that go on with it."""
+def _job(request: Request, cluster: Cluster) -> list[str]:
+    """Set the arguments of `dpnn train`: the job file first, then what changes it; the script's own come last."""
     sets = [f"--set {_expanded(text)}" for text in request.overrides]
     if cluster.stage:
         sets.append(f'--set "data.stage={cluster.stage}"')
-    go_on = " ".join(['set -- train --resume "$run"', *sets])
+    if request.source:
+        return [" ".join(["set --", shlex.quote(request.source), *sets, '"$@"'])]
+    return [" ".join([f'set -- "${{1:?wanted is {_USAGE}}}"', *sets, '"${@:2}"'])]
+
+
+def _run_folder(request: Request, cluster: Cluster) -> str:
+    """The run folder, for the shell."""
     if request.resume:
-        return [go_on]
-    anew = " ".join([f"set -- train {shlex.quote(request.job)}", *sets, '--set output.dir="$run"'])
-    return ['if [ -e "$run/job.toml" ]; then', f"    {go_on}", "else", f"    {anew}", "fi"]
+        return shlex.quote(request.resume)
+    number = _number(request)
+    return f'"runs/$SLURM_JOB_NAME-{number if cluster.requeue else f"${{{FIRST}:-{number}}}"}"'
 
 
 def _unless_ended(cluster: Cluster) -> list[str]:
@@ -199,11 +223,17 @@ def _unless_ended(cluster: Cluster) -> list[str]:
     if cluster.requeue:
         return []
     return [
-        f'if [ "${{{RUN}-}}" ]; then',
+        f'if [ "${{{FIRST}-}}" ]; then',
         '    code=$(cat "$run/exit" 2>/dev/null)',
-        f"    case $code in {Stopped.exit_code} | {RankError.exit_code} | '') ;; *) exit $code ;; esac",
+        f'    case $code in {Stopped.exit_code} | {RankError.exit_code} | "") ;; *) exit "$code" ;; esac',
         "fi",
     ]
+
+
+def _traps(cluster: Cluster) -> list[str]:
+    if not cluster.requeue:
+        return ["trap 'kill -USR1 $pid' USR1 TERM"]
+    return ["cancelled=", "trap 'kill -USR1 $pid' USR1", "trap 'cancelled=1; kill -USR1 $pid' TERM"]
 
 
 def _expanded(text: str) -> str:
@@ -213,23 +243,28 @@ def _expanded(text: str) -> str:
 
 def _launcher(request: Request, cluster: Cluster) -> str:
     """The beginning of the line that starts the ranks."""
-    dpnn = "dpnn" if cluster.setup or cluster.modules or cluster.container else f"{shlex.quote(sys.executable)} -m dpnn"
+    # A script that is passed on doesn't know where dpnn lies.
+    found = cluster.setup or cluster.modules or cluster.container or not request.source
+    dpnn = "dpnn" if found else f"{shlex.quote(sys.executable)} -m dpnn"
     if cluster.launcher == "mpirun":
-        return f"{dpnn} launch -n {request.nodes * request.ranks_per_node}"
+        return f'{dpnn} launch -n "$SLURM_NTASKS"'
     # Ranks aren't bound to a core: dpnn gives each its share of the node's.
     gpus = " --gpu-bind=none" if request.gpus_per_node else ""
+    parts = f" --het-group=0-{request.parts - 1}" if request.parts > 1 else ""
     return " ".join(
-        filter(None, (f"{cluster.launcher} --cpu-bind=none{gpus} --kill-on-bad-exit=1", cluster.container, dpnn))
+        filter(None, (f"{cluster.launcher}{parts} --cpu-bind=none{gpus} --kill-on-bad-exit=1", cluster.container, dpnn))
     )
 
 
 def _again(request: Request, cluster: Cluster) -> list[str]:
     if not cluster.requeue:
-        return []
+        return ['echo $code 2>/dev/null > "$run/exit"  # for the later jobs of the chain']
     return [
+        "",
         "# Stopped with a checkpoint, and not because somebody cancelled it: queued again.",
-        f'if [ $code = {Stopped.exit_code} ] && [ "$told" != cancelled ]; then',
-        f'    scontrol requeue "{_number(request)}"',
+        f'if [ $code = {Stopped.exit_code} ] && [ ! "$cancelled" ]; then',
+        f'    scontrol requeue "{_number(request)}" ||',
+        '        echo "dpnn: not queued again; go on with: dpnn submit --resume $run ..." >&2',
         "fi",
     ]
 

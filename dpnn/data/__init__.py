@@ -12,7 +12,7 @@ from dpnn.data.manifest import Manifest
 from dpnn.data.owners import Location
 from dpnn.data.reader import ShardReader, check_shards
 from dpnn.data.runs import Leases, Run
-from dpnn.data.sampler import Sampler, default_grains, default_lanes, default_window
+from dpnn.data.sampler import Sampler, default_grains, default_lanes, default_window, pools_nbytes
 from dpnn.data.view import View, network_shape, view_of
 
 __all__ = [
@@ -33,5 +33,6 @@ __all__ = [
     "default_window",
     "network_shape",
     "no_samples",
+    "pools_nbytes",
     "view_of",
 ]

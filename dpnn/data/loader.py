@@ -90,7 +90,7 @@ class Loader:
         self._maker = Maker(folder, manifest, view, skips)
         self.window_mb, self.pooled = self._reader.window_mb, self._reader.pooled
 
-        self._closing = False
+        self._closing, self._patience_s = False, _PATIENCE_S
         self._failure: BaseException | None = None
         self._ready: deque[Batch] = deque()
         self._free_pools: SimpleQueue[int | None] = SimpleQueue()
@@ -134,7 +134,7 @@ class Loader:
         self._free_pools.put(None)
         self._windows.put(None)
         self._free_buffers.put(None)
-        until = monotonic() + _PATIENCE_S
+        until = monotonic() + self._patience_s
         for thread in self._threads:
             thread.join(max(until - monotonic(), 0.0))
         # A thread that a dead file system holds dies with the process; its files can't be closed under it.
@@ -159,6 +159,7 @@ class Loader:
             if not job.done.wait(None if until is None else max(until - monotonic(), 0.0)):
                 raise Empty
         except Empty:
+            self._patience_s = 0.0  # `close` needn't wait for the file system once more
             raise DataError(
                 f"no batch came from {self._folder} for {self._limit_s:g} s: its file system doesn't answer, or is "
                 "much too slow; try again, or raise parallel.stall_abort_s"

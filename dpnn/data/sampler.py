@@ -53,13 +53,18 @@ def most_slots(samples: int, lanes: int, window: int, block: int) -> int:
     return min(samples, lanes * (window + 2 * (block - 1)))
 
 
+def pools_nbytes(samples: int, lanes: int, window: int, block: int, sample_nbytes: float) -> float:
+    """Bytes that the windows of some lanes take on the rank that owns these, at most."""
+    return POOLS * most_slots(samples, lanes, window, block) * sample_nbytes
+
+
 def default_window(samples: int, lanes: int, share: int, block: int, sample_nbytes: float, window_mb: float) -> int:
     """The window where a job names none: the largest power of two up to 1024 with which the windows of all `lanes` fit
     into `window_mb` MiB on a rank alone, but at least a block and a lane's share of a step.
     """
     for window in (1024 >> k for k in range(11)):
         whole = -(-window // share) * share
-        if POOLS * most_slots(samples, lanes, whole, block) * sample_nbytes <= window_mb * 2**20:
+        if pools_nbytes(samples, lanes, whole, block, sample_nbytes) <= window_mb * 2**20:
             break
     return max(window, block, share)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from dpnn.comm import launch
 from dpnn.data.durable import replacing
 from dpnn.errors import JobError
-from dpnn.observe.metrics import Metrics, last_exit
+from dpnn.observe.metrics import Metrics, last_exit, unwritable
 
 
 class RunFolder:
@@ -33,9 +33,14 @@ class RunFolder:
         return choices if isinstance(choices, dict) else {}
 
     def write_choices(self, choices: dict[str, str]) -> None:
-        """Keep them."""
-        if choices:
-            self.choices.write_text(json.dumps(choices, indent=1, sort_keys=True) + "\n")
+        """Keep them. DataError where the disk doesn't take them."""
+        if not choices:
+            return
+        try:
+            with replacing(self.choices) as temporary:
+                temporary.write_text(json.dumps(choices, indent=1, sort_keys=True) + "\n")
+        except OSError as error:
+            raise unwritable(self.choices, error) from error
 
     @classmethod
     def create(cls, wanted: str, name: str) -> "RunFolder":
@@ -125,14 +130,12 @@ class RunFolder:
     def claim(self, message: str, code: int) -> bool:
         """Whether this process is the first to report a failure of the run: that one, of all ranks, tells it.
 
-        Kept in `failure.txt`, and as the `end` line of the metrics.
+        Kept in `failure.txt`, and as the `end` line of the metrics. OSError, DataError where the disk takes neither.
         """
         try:
             file = os.open(self.failure, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
-        except OSError:
-            return True
         with os.fdopen(file, "w") as text:
             text.write(message + "\n")
         metrics = Metrics(self.metrics)

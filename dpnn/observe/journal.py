@@ -62,6 +62,10 @@ class Journal:
         self._metrics.write("eval", epoch=epoch, step=step, **values)
         self._say(f"epoch {epoch}: {text}")
 
+    def flush(self) -> None:
+        """Write what is kept back: what a checkpoint holds is told before, since a killed run goes on behind it."""
+        self._metrics.flush()
+
     def event(self, event: str, text: str = "", **values: Any) -> None:
         """Something else happened; `text` is for people, where they should know."""
         self._metrics.write("event", event=event, **values)

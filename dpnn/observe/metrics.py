@@ -4,12 +4,14 @@ import os
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 
 from dpnn.errors import DataError
+
+T = TypeVar("T")
 
 _PERIOD_S = 1.0
 
@@ -31,7 +33,7 @@ class Metrics:
             try:
                 self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             except OSError as error:
-                raise _unwritable(path, error) from error
+                raise unwritable(path, error) from error
             size = os.fstat(self._file).st_size
             if size and os.pread(self._file, 1, size - 1) != b"\n":
                 self._lines.append(b"")
@@ -56,7 +58,7 @@ class Metrics:
             while rest:
                 rest = rest[os.write(self._file, rest) :]
         except OSError as error:
-            raise _unwritable(self._path, error) from error
+            raise unwritable(self._path, error) from error
 
     def close(self) -> None:
         """Write the rest; further lines are dropped."""
@@ -83,19 +85,35 @@ class _End(msgspec.Struct, tag_field="kind", tag="end"):
     exit: int
 
 
+class _Eval(msgspec.Struct, tag_field="kind", tag="eval"):
+    step: int
+
+
 def last_exit(path: Path, since: int = 0) -> int | None:
     """The exit code in the last `end` line behind byte `since` of a file; None where it can't be read, or has none."""
-    code = None
+    end = _last(path, b'"end"', _End, since)
+    return None if end is None else end.exit
+
+
+def last_evaluated(path: Path) -> int:
+    """After how many steps the run was last evaluated; 0 where it wasn't, or the file can't be read."""
+    evaluated = _last(path, b'"eval"', _Eval)
+    return 0 if evaluated is None else evaluated.step
+
+
+def _last(path: Path, mark: bytes, kind: type[T], since: int = 0) -> T | None:
+    """The last line of a kind, behind byte `since`; lines with `mark` may be of it."""
+    found = None
     try:
         with path.open("rb") as file:
             file.seek(since)
             for line in file:
-                if b'"end"' in line:
+                if mark in line:
                     with suppress(msgspec.DecodeError, UnicodeDecodeError):  # cut short, or another kind
-                        code = msgspec.json.decode(line, type=_End).exit
+                        found = msgspec.json.decode(line, type=kind)
     except OSError:
         pass
-    return code
+    return found
 
 
 def _plain(value: Any) -> Any:
@@ -103,5 +121,6 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else str(value)
 
 
-def _unwritable(path: Path | None, error: OSError) -> DataError:
+def unwritable(path: Path | None, error: OSError) -> DataError:
+    """The error for a file of the run folder that the disk doesn't take."""
     return DataError(f"{path} can't be written ({error.strerror}); make room there, or set output.dir")

@@ -9,7 +9,7 @@ from dpnn.plan.memory import Arena, Layout
 from dpnn.plan.placement import Placement
 from dpnn.plan.schedule import Plan, compile_plan
 from dpnn.plan.spread import Placed, spread
-from dpnn.plan.store import Piece, Store, clip, fill, lay
+from dpnn.plan.store import Piece, Store, clip, lay
 
 __all__ = [
     "Arena",
@@ -30,7 +30,6 @@ __all__ = [
     "choose",
     "clip",
     "compile_plan",
-    "fill",
     "lay",
     "measured",
     "n_params",

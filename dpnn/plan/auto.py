@@ -6,6 +6,7 @@ neighbour, a branch to another part, a layer's filters are shared out or brought
 of a step (plan/forecast.py), under the limit on memory.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -60,13 +61,15 @@ def choose(
     wanted: str | Mapping[str, Pattern],
     microbatches: int = 0,
     memory_gb: float = 0.0,
+    room: float = math.inf,
 ) -> list[tuple[str, Forecast]]:
     """What was looked at, by name, the best first; JobError where nothing stays under `memory_gb` (0: any).
 
-    `microbatches`: 0 for the best number.
+    `microbatches`: 0 for the best number. `room`: bytes that a rank should stay under where no `memory_gb` says so;
+    where none does, what needs least comes first.
     """
     numbers = [microbatches] if microbatches else forecaster.microbatches()
-    search = _Search(forecaster, parts, memory_gb)
+    search = _Search(forecaster, parts, memory_gb, room)
     if wanted == "auto":
         for number in numbers:
             for name, placement in _candidates(forecaster, parts, number):
@@ -110,9 +113,9 @@ def _candidates(forecaster: Forecaster, parts: int, number: int) -> Iterator[tup
 class _Search:
     """Settings that were looked at, and the way to better ones."""
 
-    def __init__(self, forecaster: Forecaster, parts: int, memory_gb: float) -> None:
+    def __init__(self, forecaster: Forecaster, parts: int, memory_gb: float, room: float) -> None:
         self._forecaster, self._graph, self._parts = forecaster, forecaster.graph, parts
-        self._limit = memory_gb * GB or float("inf")
+        self._limit, self._memory_gb = memory_gb * GB or room, memory_gb
         self._found: dict[object, tuple[str, Forecast]] = {}
         self._left = max(50, _LOOKS // len(self._graph.nodes))
         self._units = forecaster.loads(1).units
@@ -131,12 +134,12 @@ class _Search:
         return max(0.0, most - self._limit), forecast.timing.step, most
 
     def results(self) -> list[tuple[str, Forecast]]:
-        """All that was looked at, the best first; JobError where the best needs too much memory."""
+        """All that was looked at, the best first; JobError where the best needs more memory than the job allows."""
         ranked = sorted(self._found.values(), key=lambda item: self.rank(item[1]))
         name, best = ranked[0]
-        if max(best.nbytes) > self._limit:
+        if self._memory_gb and max(best.nbytes) > self._limit:
             raise JobError(
-                f"parallel.memory_gb = {self._limit / GB:g}: with parallel.parts = {self._parts} the least is "
+                f"parallel.memory_gb = {self._memory_gb:g}: with parallel.parts = {self._parts} the least is "
                 f"{max(best.nbytes) / GB:.3g} GB on a rank ({name}, {best.setting.microbatches} micro-batches); "
                 "use more parts, a smaller batch, or a higher limit"
             )

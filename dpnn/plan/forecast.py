@@ -49,7 +49,10 @@ class Forecast:
 
 
 class Forecaster:
-    """Forecasts for one network on one kind of rank; `rows`: the most samples of a replica's step."""
+    """Forecasts for one network on one kind of rank; `rows`: the most samples of a replica's step.
+
+    `sharing`: how many replicas of a node have their parameters, and what the optimizer keeps, in common.
+    """
 
     def __init__(
         self,
@@ -59,8 +62,10 @@ class Forecaster:
         states: int,
         costs: Costs,
         pipeline: Pipeline = "1f1b",
+        sharing: int = 1,
     ) -> None:
         self.graph, self.rows, self.costs = graph, rows, costs
+        self._sharing = sharing
         self._backends, self._states, self._pipeline = backends, states, pipeline
         self.groups = choose_groups(graph.nodes, backends, "train")
         """Those of the whole network on one part."""
@@ -105,6 +110,10 @@ class Forecaster:
             return 0.0
 
         timing = simulate(plans, seconds, self.costs.message, message_nbytes)
-        arrays = (3 + 2 * self._states) * self._backends[0].dtype.itemsize
-        nbytes = tuple(Layout(plan, rooms=False).nbytes + n * arrays for plan, n in zip(plans, params, strict=True))
+        # Of each number: its gradient, and a share of the parameter and of what the optimizer keeps, each with the copy
+        # that checkpoints are written from.
+        each = (1 + 2 * (1 + self._states) / self._sharing) * self._backends[0].dtype.itemsize
+        nbytes = tuple(
+            Layout(plan, rooms=False).nbytes + math.ceil(n * each) for plan, n in zip(plans, params, strict=True)
+        )
         return Forecast(setting, placed, plans, timing, params, nbytes)

@@ -6,7 +6,7 @@ from the graph and the placement only, so equal parts of all replicas have equal
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpnn.errors import DataError
 from dpnn.memory import HOST, Memory, Wire
 from dpnn.nn.graph import Node
 from dpnn.nn.init import draw
@@ -123,28 +122,3 @@ class Store:
     def split(self, flat: Array) -> dict[str, Array]:
         """A flat array as arrays by parameter name (views); of a store that holds whole parameters."""
         return {piece.name: self._view(flat, piece.name, piece.lo) for piece in self.pieces}
-
-    def fill(self, flat: Array, values: Mapping[str, Array], source: str) -> None:
-        """Copy arrays by parameter name into a flat array; DataError where they aren't those of the whole network."""
-        fill(self.pieces, flat, values, source)
-        unknown = sorted(set(values) - {piece.name for piece in self.pieces})
-        if unknown:
-            raise DataError(
-                f"{source}: {unknown[0]} is not a parameter of this network; use the job file it was made with"
-            )
-
-
-def fill(pieces: Sequence[Piece], flat: Array, values: Mapping[str, Array], source: str) -> None:
-    """Copy whole arrays by parameter name into the flat array of some pieces.
-
-    DataError, naming `source`, where one is missing or has another shape.
-    """
-    for piece in pieces:
-        value = values.get(piece.name)
-        if value is None or value.shape != piece.whole:
-            found = "is missing" if value is None else f"has the shape {value.shape}"
-            raise DataError(
-                f"{source}: {piece.name} {found}, this network's has {piece.whole}; "
-                "the checkpoint is of another network: use the job file that it was made with"
-            )
-        flat[piece.offset : piece.end] = value.reshape(-1)[piece.lo : piece.hi]

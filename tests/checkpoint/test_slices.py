@@ -18,7 +18,7 @@ import pytest
 
 from dpnn.checkpoint import Checkpoint, InParts, Note, Slice, newest, read, write
 from dpnn.errors import DataError, NotFiniteError
-from dpnn.evaluate import read_checkpoint
+from dpnn.evaluate import find_checkpoint
 
 from .test_whole import ROOT, assert_equal, flip, names
 
@@ -93,17 +93,17 @@ def test_parameters_are_cut_in_the_middle(tmp_path: Path):
 def test_evaluation_takes_a_folder_a_file_and_a_run(tmp_path: Path):
     file = write(tmp_path / "checkpoints", make(1), keep=2)
     path = save(tmp_path / "checkpoints", make(2), 2, keep=2)
-    assert [read_checkpoint(each).steps for each in (file, path, tmp_path)] == [1, 2, 2]
+    assert [find_checkpoint(each, {})[0].steps for each in (file, path, tmp_path)] == [1, 2, 2]
     for inner in path.iterdir():
         with pytest.raises(DataError, match=f"{inner} is only a part of a checkpoint; name its folder, {path}"):
-            read_checkpoint(inner)
+            find_checkpoint(inner, {})
 
 
 def test_until_it_is_complete_nobody_sees_it(tmp_path: Path):
     save(tmp_path, make(10), 2, keep=3)
     save_part(tmp_path, make(20), 0, 2)
     assert names(tmp_path) == [f".step-000000020.{MARK}.tmp", "step-000000010"]
-    assert (newest(tmp_path) or pytest.fail("nothing found"))[1].steps == 10
+    assert (newest(tmp_path) or pytest.fail("nothing found"))[0].steps == 10
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -144,11 +144,12 @@ def test_a_harmed_part_is_named_and_the_one_before_is_taken(tmp_path: Path, harm
     save(tmp_path, make(10), 3, keep=2)
     part = save(tmp_path, make(20), 3, keep=2) / "part-0001-of-0003.h5"
     reason = harm(part)
-    with pytest.raises(DataError, match=f"{part}:? {reason}"):
+    with pytest.raises(DataError, match=f"{part}:? {reason}") as refused:
         read(part.parent)
-    path, found, damaged = newest(tmp_path) or pytest.fail("nothing found")
-    assert path.name == "step-000000010"
-    assert_equal(found, make(10))
+    damage = str(refused.value)
+    found, damaged = newest(tmp_path, {part.parent: damage}) or pytest.fail("nothing found")
+    assert found.path.name == "step-000000010"
+    assert_equal(read(found.path), make(10))
     assert len(damaged) == 1
     assert str(part) in damaged[0]
 
@@ -198,10 +199,10 @@ def test_files_and_folders_stand_in_the_order_of_steps_and_the_newest_stay(tmp_p
     write(tmp_path, make(15), keep=3)
     save(tmp_path, make(100), 3, keep=3)
     assert names(tmp_path) == ["step-000000010", "step-000000015.h5", "step-000000100"]
-    assert (newest(tmp_path) or pytest.fail("nothing found"))[1].steps == 100
+    assert (newest(tmp_path) or pytest.fail("nothing found"))[0].steps == 100
     write(tmp_path, make(110), keep=2)
     assert names(tmp_path) == ["step-000000100", "step-000000110.h5"]
-    assert (newest(tmp_path) or pytest.fail("nothing found"))[1].steps == 110
+    assert (newest(tmp_path) or pytest.fail("nothing found"))[0].steps == 110
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path):
@@ -217,7 +218,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path):
 
 def test_one_that_was_about_to_be_replaced_is_still_found(tmp_path: Path):
     save(tmp_path, make(5), 2, keep=1).rename(tmp_path / "step-000000005.old")
-    assert_equal((newest(tmp_path) or pytest.fail("nothing found"))[1], make(5))
+    assert_equal(read((newest(tmp_path) or pytest.fail("nothing found"))[0].path), make(5))
     save(tmp_path, make(5), 2, keep=1)
     assert names(tmp_path) == ["step-000000005"]
 
@@ -283,7 +284,7 @@ def test_a_part_that_may_not_grow_leaves_the_older_checkpoints(tmp_path: Path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "part-0001-of-0002.h5 can't be written (file too large); earlier ones" in done.stderr.replace("File", "file")
     assert names(tmp_path / f".step-000000002.{MARK}.tmp") == []
-    assert (newest(tmp_path) or pytest.fail("nothing found"))[1].steps == 1
+    assert (newest(tmp_path) or pytest.fail("nothing found"))[0].steps == 1
 
 
 WRITER = """
@@ -307,9 +308,9 @@ def test_writers_that_are_killed_leave_a_good_checkpoint(tmp_path: Path):
             time.sleep(random.uniform(0.0, 0.05))
             writer.send_signal(signal.SIGKILL)
             written = max([written, *map(int, writer.stdout.read().split())])
-        _, latest, damaged = newest(tmp_path) or pytest.fail("nothing found")
+        latest, damaged = newest(tmp_path) or pytest.fail("nothing found")
         assert latest.steps >= written, "what was reported as written is there"
-        assert_equal(latest, make(latest.steps))
+        assert_equal(read(latest.path), make(latest.steps))
         assert damaged == []
         written = latest.steps
     save(tmp_path, make(written + 1), 3, keep=1)

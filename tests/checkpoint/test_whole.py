@@ -78,8 +78,8 @@ def test_the_newest_stay(tmp_path: Path):
     assert names(tmp_path) == ["step-000000015.h5", "step-000000100.h5"]
     found = newest(tmp_path)
     assert found is not None
-    path, latest, damaged = found
-    assert (path.name, latest.steps, damaged) == ("step-000000100.h5", 100, [])
+    latest, damaged = found
+    assert (latest.path.name, latest.steps, damaged) == ("step-000000100.h5", 100, [])
 
 
 def test_a_damaged_newer_one_neither_hides_nor_displaces_the_good_ones(tmp_path: Path):
@@ -87,13 +87,13 @@ def test_a_damaged_newer_one_neither_hides_nor_displaces_the_good_ones(tmp_path:
         write(tmp_path, make(steps), keep=3)
     broken = tmp_path / "step-000000020.h5"
     os.truncate(broken, 500)
-    path, latest, damaged = newest(tmp_path) or pytest.fail("nothing found")
-    assert (path.name, latest.steps) == ("step-000000010.h5", 10)
+    latest, damaged = newest(tmp_path) or pytest.fail("nothing found")
+    assert (latest.path.name, latest.steps) == ("step-000000010.h5", 10)
     assert len(damaged) == 1
     assert "step-000000020.h5 is cut short" in damaged[0]
     write(tmp_path, make(15), keep=1)
     assert names(tmp_path) == ["step-000000015.h5", "step-000000020.h5"]
-    assert (newest(tmp_path) or pytest.fail("nothing found"))[1].steps == 15
+    assert (newest(tmp_path) or pytest.fail("nothing found"))[0].steps == 15
 
 
 def test_without_checkpoints_there_is_no_newest(tmp_path: Path):
@@ -202,7 +202,7 @@ try:
 except DataError as caught:
     error = str(caught)
 found = newest(folder)
-print(json.dumps({"error": error, "names": names(folder), "steps": found[1].steps, "damaged": found[2]}))
+print(json.dumps({"error": error, "names": names(folder), "steps": found[0].steps, "damaged": found[1]}))
 """
 
 
@@ -258,9 +258,9 @@ def test_a_writer_that_is_killed_leaves_a_good_checkpoint(tmp_path: Path):
             written = max([written, *map(int, writer.stdout.read().split())])
         found = newest(tmp_path)
         assert found is not None
-        _, latest, damaged = found
+        latest, damaged = found
         assert latest.steps >= written, "what was reported as written is there"
-        assert_equal(latest, make(latest.steps, 50_000))
+        assert_equal(read(latest.path), make(latest.steps, 50_000))
         assert damaged == []
         written = latest.steps
     write(tmp_path, make(written + 1), keep=1)

@@ -44,8 +44,9 @@ KillWait=5
 JobRequeue=1
 SlurmdParameters=config_overrides
 TmpFS={folder}/tmp/%n
-NodeName=n0 NodeHostname=n0 NodeAddr=127.0.0.1 Port={first} CPUs=2 RealMemory={memory} State=UNKNOWN
-NodeName=n1 NodeHostname=n1 NodeAddr=127.0.0.1 Port={second} CPUs=2 RealMemory={memory} State=UNKNOWN
+GresTypes=gpu
+NodeName=n0 NodeHostname=n0 NodeAddr=127.0.0.1 Port={first} CPUs=2 RealMemory={memory} Gres=gpu:1 State=UNKNOWN
+NodeName=n1 NodeHostname=n1 NodeAddr=127.0.0.1 Port={second} CPUs=2 RealMemory={memory} Gres=gpu:1 State=UNKNOWN
 PartitionName=debug Nodes=n[0-1] Default=YES MaxTime=INFINITE State=UP
 """
 NODES = ("n0", "n1")
@@ -64,7 +65,7 @@ class LocalSlurm:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environ = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        self.conf = str(folder / "slurm.conf")
         for name in ("state", "spool/n0", "spool/n1", "tmp/n0", "tmp/n1"):
             (folder / name).mkdir(parents=True)
         port = 20000 + os.getpid() % 10000
@@ -73,6 +74,8 @@ class LocalSlurm:
         (folder / "slurm.conf").write_text(
             _CONF.format(folder=folder, host=host, port=port, first=port + 1, second=port + 2, memory=memory)
         )
+        # A GPU that jobs can ask for; there is none behind it.
+        (folder / "gres.conf").write_text("NodeName=n[0-1] Name=gpu File=/dev/null\n")
         hosts = folder / "hosts"
         hosts.write_text(Path("/etc/hosts").read_text() + "".join(f"127.0.0.1 {node}\n" for node in NODES))
         library, wanted = _PMIX
@@ -95,7 +98,7 @@ class LocalSlurm:
 
     def call(self, *command: str) -> str:
         """What one of Slurm's commands prints."""
-        done = subprocess.run(command, env=self.environ, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, env=self._environ(), capture_output=True, text=True, timeout=60, check=False)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr or done.stdout}")
         return done.stdout
@@ -121,19 +124,24 @@ class LocalSlurm:
     def stop(self) -> None:
         """End all jobs and daemons."""
         for job in self.call("squeue", "-h", "-o", "%i").split():
-            subprocess.run(["scancel", job], env=self.environ, check=False, timeout=60)
-        for name in ("slurmd.n0", "slurmd.n1", "slurmctld", "munged"):
-            pid = int((self.folder / f"{name}.pid").read_text())
+            subprocess.run(["scancel", job], env=self._environ(), check=False, timeout=60)
+        pids = [
+            int((self.folder / f"{name}.pid").read_text()) for name in ("slurmd.n0", "slurmd.n1", "slurmctld", "munged")
+        ]
+        for pid in pids:
             os.kill(pid, signal.SIGTERM)
-            for _ in range(30):
-                if not Path(f"/proc/{pid}").exists():
-                    break
-                time.sleep(0.1)
-            else:
+        end = time.monotonic() + 3
+        while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < end:
+            time.sleep(0.1)
+        for pid in pids:
+            if Path(f"/proc/{pid}").exists():
                 os.kill(pid, signal.SIGKILL)
 
     def _call(self, *command: str) -> None:
         subprocess.run(
-            command, env=self.environ, check=True, timeout=60,
+            command, env=self._environ(), check=True, timeout=60,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
+
+    def _environ(self) -> dict[str, str]:
+        return {**os.environ, "SLURM_CONF": self.conf}

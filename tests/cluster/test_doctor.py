@@ -1,15 +1,15 @@
 """`dpnn doctor`: each thing that it calls wrong is made so, and found."""
 
+import os
 import re
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 
 from dpnn.cli import main
-from dpnn.cluster import between, doctor
-from dpnn.cluster.doctor import Finding, memory_limit, table
+from dpnn.cluster import between, software, system
+from dpnn.cluster.findings import Finding, table
 from dpnn.errors import JobError
 
 LOOK = """
@@ -31,7 +31,10 @@ def test_all_is_well_here_and_mpi_is_not_started(python):
     done = python("-c", LOOK)
     assert done.returncode == 0, done.stderr
     found = states(done.stdout)
-    assert {"Python", "MPI library", "launcher", "shared memory", "HDF5", "open files", "memory"} <= set(found)
+    assert {
+        "Python", "MPI library", "launcher", "CPU kernels", "oneDNN", "GPU", "memory", "cores", "shared memory",
+        "temporary files", "HDF5", "cache", "open files", "threads", "stack",
+    } <= set(found)  # fmt: skip
     assert "wrong" not in found.values()
 
 
@@ -60,27 +63,95 @@ def test_too_few_open_files_are_wrong(python):
 
 def test_little_shared_memory_is_to_be_looked_at(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(64 << 20, 0, 64 << 20))
-    (found,) = doctor._shared_memory(str(tmp_path))
+    (found,) = system._shared_memory(str(tmp_path))
     assert found.state == "attention"
-    (found,) = doctor._shared_memory(str(tmp_path / "nowhere"))
+    (found,) = system._shared_memory(str(tmp_path / "nowhere"))
     assert found.state == "attention"
 
 
 def test_a_folder_that_can_not_be_written_is_to_be_looked_at(tmp_path):
-    (found,) = doctor._file_system(tmp_path / "nowhere")
+    (found,) = system._file_system(tmp_path / "nowhere")
     assert found.state == "attention"
     assert "--data" in found.remedy
 
 
-def test_the_least_limit_of_the_cgroups_counts(tmp_path, monkeypatch):
-    whole = memory_limit()
-    group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip().lstrip("/")
-    (tmp_path / group).mkdir(parents=True, exist_ok=True)
-    monkeypatch.setattr(doctor, "_CGROUP", tmp_path)
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory_limit() >= whole
-    (tmp_path / "memory.max").write_text("123456\n")
-    assert memory_limit() == 123456
+def test_too_little_memory_is_wrong(start_in_group):
+    limits = {"limit_in_bytes": 400 << 20}
+    done = start_in_group("memory", limits, sys.executable, "-c", LOOK).finish()
+    assert done.returncode == JobError.exit_code, done.stderr
+    assert states(done.stdout)["memory"] == "wrong"
+    assert "0.4 GiB for all ranks here, by control group /sys/fs/cgroup/memory/" in done.stdout
+
+
+def test_less_than_a_core_is_to_be_looked_at(start_in_group):
+    limits = {"cfs_period_us": 100000, "cfs_quota_us": 80000}
+    done = start_in_group("cpu", limits, sys.executable, "-c", LOOK).finish()
+    assert states(done.stdout)["cores"] == "attention", done.stderr
+    assert "keeps 0.8 busy at a time" in done.stdout
+
+
+def test_no_place_for_temporary_files_is_wrong(python, tmp_path):
+    done = python("-c", LOOK, env={"TMPDIR": str(tmp_path / "nowhere")})
+    assert done.returncode == JobError.exit_code
+    assert states(done.stdout)["temporary files"] == "wrong"
+
+
+def test_limits_of_the_shell_are_to_be_looked_at(python):
+    limits = """
+import resource
+resource.setrlimit(resource.RLIMIT_STACK, (512 << 10, 512 << 10))
+resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+"""
+    found = states(python("-c", limits + LOOK).stdout)
+    assert (found["stack"], found["addresses"]) == ("attention", "attention")
+
+
+def test_a_cache_that_can_not_be_written_is_to_be_looked_at(python, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = python("-c", LOOK, env={"XDG_CACHE_HOME": str(tmp_path / "file")})
+    assert done.returncode == 0
+    assert states(done.stdout)["cache"] == "attention"
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """slurm(plugins, site="") -> the environment of a cluster whose srun has these plugins."""
+
+    def make(plugins: str, site: str = "") -> dict[str, str]:
+        srun = tmp_path / "srun"
+        srun.write_text(f"#!/bin/sh\necho MPI plugin types are...; echo {plugins} >&2\n")
+        srun.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        (tmp_path / "site.toml").write_text(site)
+        return {"DPNN_SITE": str(tmp_path / "site.toml")}
+
+    return make
+
+
+def test_a_plugin_of_slurm_that_does_not_fit_the_mpi_is_wrong(slurm):
+    environ = slurm("none pmix pmi2", '[cluster]\nlauncher = "srun --mpi=pmi2"')
+    (found,) = software._srun("Open MPI v5.0.11", environ)
+    assert (found.state, "--mpi=pmix" in found.remedy) == ("wrong", True)
+    assert [found.state for found in software._srun("MPICH Version: 5.0", environ)] == ["ok"]
+
+
+def test_a_step_of_slurm_with_another_plugin_is_wrong(slurm):
+    environ = {**slurm("none pmix_v4 pmi2"), "SLURM_STEP_NUM_TASKS": "4", "SLURM_MPI_TYPE": "none"}
+    (found,) = software._srun("MPICH Version: 5.0", environ)
+    assert found.state == "wrong"
+    assert "--mpi=none doesn't fit MPICH" in found.text
+    (found,) = software._srun("Open MPI v5.0.11", {**environ, "SLURM_MPI_TYPE": "pmix_v4"})
+    assert found.state == "ok"
+
+
+def test_slurm_without_the_plugin_is_to_be_looked_at(slurm):
+    (found,) = software._srun("Open MPI v5.0.11", slurm("none pmi2"))
+    assert (found.state, found.remedy) == ("attention", 'cluster.launcher = "mpirun" in the site file')
+
+
+def test_a_site_file_that_is_not_one_is_wrong(slurm):
+    (found,) = software._srun("Open MPI v5.0.11", slurm("pmix", "[cluster]\nlauncher = 3"))
+    assert (found.what, found.state) == ("site file", "wrong")
 
 
 def test_a_table_tells_what_to_do_and_counts():
@@ -96,7 +167,9 @@ def test_a_table_tells_what_to_do_and_counts():
 @pytest.mark.parallel([2, 3])
 def test_ranks_are_compared(world):
     found = {finding.what: finding for finding in between.compare(world)}
-    assert {"versions", "binding", "threads of MPI", "neighbours", "progress", "clocks"} <= set(found)
+    assert {"versions", "binding", "memory of ranks", "threads of MPI", "neighbours", "progress", "clocks"} <= set(
+        found
+    )
     assert all(finding.state != "wrong" for finding in found.values())
     assert "GB/s" in found["neighbours"].text
 

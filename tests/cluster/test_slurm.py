@@ -1,19 +1,17 @@
 """`dpnn submit`: the script it writes, and that script under a real Slurm with two nodes."""
 
-import json
-import os
 import re
 import subprocess
 from pathlib import Path
 
+import h5py
 import pytest
 
 from dpnn.cli import main
 from dpnn.cluster.slurm import seconds
-from dpnn.comm.library import version
 from dpnn.errors import JobError
 
-from . import local_slurm
+from .conftest import lines, plugin
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ("mpirun", pytest.param("srun", marks=pytest.mark.soak))
@@ -87,7 +85,7 @@ def test_the_site_file_says_how_ranks_are_started(asked, capsys):
 def test_each_task_of_an_array_has_a_run_of_its_own(asked, capsys):
     assert asked("--array", "0-3", "--set", "seed=%a", "--dry-run") == 0
     script = capsys.readouterr().out
-    assert 'run="${DPNN_CHAIN:-runs/job-${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"' in script
+    assert 'run="runs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' in script
     assert '--set seed="$SLURM_ARRAY_TASK_ID"' in script
     assert 'requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' in script
 
@@ -117,27 +115,9 @@ def test_without_slurm_the_way_out_is_told(asked, capsys, monkeypatch):
     assert "no sbatch on the PATH" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
-    """A real Slurm of two nodes."""
-    why = local_slurm.missing()
-    if why:
-        pytest.skip(why)
-    cluster = local_slurm.LocalSlurm(tmp_path_factory.mktemp("slurm"))
-    try:
-        yield cluster
-    finally:
-        cluster.stop()
-
-
 @pytest.fixture
-def submit(slurm, asked, capsys, monkeypatch):
+def submit(under_slurm, asked, capsys):
     """Submit a training of so many epochs; the numbers of the jobs."""
-    monkeypatch.setenv("SLURM_CONF", slurm.environ["SLURM_CONF"])
-    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
-    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
-    for name in [name for name in os.environ if name.startswith(("PYTEST_", "OMPI_MCA", "PMIX_"))]:
-        monkeypatch.delenv(name)
 
     def start(epochs: int, *arguments: str, launcher: str = "mpirun") -> list[str]:
         assert main(["pack", "digits", "data/digits"]) == 0
@@ -149,26 +129,15 @@ def submit(slurm, asked, capsys, monkeypatch):
     return start
 
 
-def lines(kind: str, run: Path) -> list[dict]:
-    """Of a run's metrics."""
-    path = run / "metrics.jsonl"
-    every = path.read_text().splitlines() if path.exists() else []
-    return [line for line in map(json.loads, every) if line["kind"] == kind]
-
-
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("how", LAUNCHERS)
 def test_a_job_near_its_limit_is_queued_again_and_goes_on(slurm, submit, tmp_path, how):
-    srun = "srun --mpi=pmix" if "Open MPI" in version() else "srun --mpi=pmi2"
-    (job,) = submit(25, launcher=srun if how == "srun" else how)
+    (job,) = submit(25, launcher=f"srun --mpi={plugin()}" if how == "srun" else how)
     run = tmp_path / "runs" / f"job-{job}"
     slurm.wait_for(lambda: lines("step", run), 60)
     slurm.call("scancel", "--batch", "--signal=USR1", job)
-    slurm.wait_for(lambda: (run / "exit").exists(), 60)
-    assert (run / "exit").read_text().strip() == "75"
-    slurm.wait_for(lambda: slurm.state(job) == "PENDING", 30)
-    stopped = lines("end", run)[-1]
-    assert stopped["exit"] == 75
+    slurm.wait_for(lambda: slurm.state(job) == "PENDING", 60)
+    assert lines("end", run)[-1]["exit"] == 75
     slurm.wait_until_left(job)
     slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")  # else in two minutes
     slurm.wait_for(lambda: slurm.state(job) == "COMPLETED", 100)
@@ -198,5 +167,54 @@ def test_a_cancelled_job_leaves_a_checkpoint_and_is_not_queued_again(slurm, subm
     slurm.wait_for(lambda: lines("step", run), 60)
     slurm.call("scancel", "--batch", "--signal=TERM", job)
     slurm.wait_for(lambda: slurm.state(job) == "FAILED", 30)
+    assert "ExitCode=75:0" in slurm.call("scontrol", "show", "job", job)
     assert lines("end", run)[-1]["exit"] == 75
     assert list((run / "checkpoints").iterdir())
+
+
+def bits(run: Path) -> dict[str, bytes]:
+    """All numbers of a run's newest checkpoint: a file, or a folder of them."""
+    newest, found = max((run / "checkpoints").iterdir()), {}
+    for path in [newest] if newest.is_file() else sorted(newest.iterdir()):
+
+        def keep(name: str, what: object, part: str = path.name if newest.is_dir() else "") -> None:
+            if isinstance(what, h5py.Dataset) and name.startswith(("params/", "optimizer/")):
+                found[part, name] = what[()].tobytes()
+
+        with h5py.File(path) as file:
+            file.visititems(keep)
+    assert found
+    return found
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("how", ["mpirun", "srun"])
+def test_cut_by_slurms_own_time_limit_a_run_ends_with_the_same_bits(slurm, submit, tmp_path, how):
+    """Slurm looks at time limits twice a minute: a signal 50 s before the end of a minute comes within 40 s.
+
+    The other run is never cut. Both compute by the reference: what is chosen by timing could differ.
+    """
+    launcher = f"srun --mpi={plugin()}" if how == "srun" else how
+    same = ["--set", "backend.name=reference", "--set", "parallel.bucket_mb=1", "--set", "backend.threads=1"]
+    (whole,) = submit(200, *same, launcher=launcher)
+    slurm.wait_for(lambda: slurm.state(whole) == "COMPLETED", 600)
+    (job,) = submit(200, *same, "--time", "1", "--before", "50", launcher=launcher)
+
+    def ended() -> bool:
+        state = slurm.state(job)
+        if state == "PENDING" and "Restarts=0" not in slurm.call("scontrol", "show", "job", job):
+            slurm.wait_until_left(job)
+            slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")  # else in two minutes
+        return state not in ("PENDING", "RUNNING", "COMPLETING")
+
+    slurm.wait_for(ended, 800)
+    assert slurm.state(job) == "COMPLETED"
+    run, other = (tmp_path / "runs" / f"job-{number}" for number in (job, whole))
+    *cut, last = [line["exit"] for line in lines("end", run)]
+    assert cut, "it was never cut"
+    assert {*cut} == {75}
+    assert last == 0
+    steps = [line["step"] for line in lines("step", run)]
+    assert steps == list(range(1, len(lines("step", other)) + 1))
+    assert bits(run) == bits(other)

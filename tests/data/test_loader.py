@@ -238,10 +238,16 @@ def test_a_file_system_that_does_not_answer_is_an_error_in_time(write_folder, mo
     data = write_folder()
     held = threading.Event()
     monkeypatch.setattr(ShardReader, "read_blocks", lambda *args: held.wait(30))
-    with Loader(data.folder, data.manifest, sampler_of(data), limit_s=0.2) as loader:
-        with pytest.raises(DataError, match=rf"no batch came from {data.folder} for 0.2 s: its file system"):
-            loader.next()
-        held.set()
+    told = rf"no batch came from {data.folder} for 0.2 s: its file system"
+    with (
+        Loader(data.folder, data.manifest, sampler_of(data), limit_s=0.2) as loader,
+        pytest.raises(DataError, match=told),
+    ):
+        loader.next()
+    held.set()
+    for thread in loader._threads:  # which `close` has not waited for
+        thread.join(30)
+    loader.close()
 
 
 def test_the_limit_of_memory_is_that_of_both_pools(write_folder):

@@ -11,7 +11,7 @@ import pytest
 
 from dpnn.errors import DataError
 from dpnn.observe import metrics
-from dpnn.observe.metrics import Metrics, last_exit, read
+from dpnn.observe.metrics import Metrics, last_evaluated, last_exit, read
 
 
 @pytest.fixture
@@ -165,3 +165,15 @@ def test_a_full_disk_is_an_error_and_what_was_written_stays(tmp_path: Path):
     lines = read(tmp_path / "m")
     assert [line["step"] for line in lines] == list(range(len(lines)))
     assert len(lines) > 20
+
+
+def test_the_last_evaluation_is_found_behind_all_else(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    assert last_evaluated(path) == 0
+    one = Metrics(path)
+    one.write("eval", epoch=1, step=15, loss=1.0)
+    one.write("event", event="eval")
+    one.close()
+    with path.open("ab") as file:
+        file.write(b'{"kind":"eval","step":3')
+    assert last_evaluated(path) == 15

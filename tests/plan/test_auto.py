@@ -79,6 +79,15 @@ def test_a_layer_that_is_too_large_is_shared_out():
         choose(made, 4, "auto", memory_gb=limit / 100)
 
 
+def test_the_room_of_a_rank_is_kept_where_it_can_be_and_else_the_least_is_taken():
+    network = Chain(Conv(4, 3, padding=1), Flatten(), Dense(2000), ReLU(), Dense(5))
+    made = forecaster(network, rows=4)
+    whole = max(made.look(Setting(Placement(1, (0,) * len(made.graph.nodes)), 1)).nbytes)
+    assert max(choose(made, 4, "auto", room=0.35 * whole)[0][1].nbytes) <= 0.35 * whole
+    looked = choose(made, 4, "auto", room=0.01 * whole)
+    assert max(looked[0][1].nbytes) == min(max(forecast.nbytes) for _, forecast in looked)
+
+
 def test_more_micro_batches_are_chosen_where_stages_wait():
     made = forecaster(chain(5), rows=32, costs=Costs(multiply_adds=1e8, call=0.0, latency=1e-6))
     best = choose(made, 2, "depth")[0][1]

@@ -1,9 +1,6 @@
 """The flat arrays of parameters."""
 
 import numpy as np
-import pytest
-
-from dpnn.errors import DataError
 
 from .conftest import wide
 
@@ -32,25 +29,3 @@ def test_initial_values_depend_on_seed_and_name_alone(build):
     assert np.array_equal(one.params, other.params)
     other.draw(6)
     assert not np.array_equal(one.params, other.params)
-
-
-def test_what_is_split_can_be_filled_in_again(build):
-    store = build(wide()).store
-    store.draw(1)
-    values = {name: value.copy() for name, value in store.split(store.params).items()}
-    before = store.params.copy()
-    store.params[:] = 0
-    store.fill(store.params, values, "checkpoint")
-    assert np.array_equal(store.params, before)
-
-
-def test_a_checkpoint_of_another_network_is_refused_by_name(build):
-    store = build(wide()).store
-    values = dict(store.split(store.params))
-    weight = values.pop("conv1.weight")
-    with pytest.raises(DataError, match=r"step-1\.h5: conv1\.weight is missing"):
-        store.fill(store.params, values, "step-1.h5")
-    with pytest.raises(DataError, match=r"conv1\.weight has the shape \(3, 2, 9\)"):
-        store.fill(store.params, {**values, "conv1.weight": weight.reshape(3, 2, 9)}, "step-1.h5")
-    with pytest.raises(DataError, match=r"other\.weight is not a parameter of this network"):
-        store.fill(store.params, {**values, "conv1.weight": weight, "other.weight": weight}, "step-1.h5")

@@ -1,5 +1,6 @@
 """Small data, packed once, and whole runs of `dpnn train`, each made once."""
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -98,7 +99,7 @@ def last(folder: Path) -> Checkpoint:
     """The newest checkpoint of a run."""
     found = checkpoint.newest(folder / "checkpoints")
     assert found is not None
-    return found[1]
+    return checkpoint.read(found[0].path)
 
 
 @pytest.fixture(name="last")
@@ -121,6 +122,20 @@ def identical():
         return sum(array.size for array in arrays.values())
 
     return compare
+
+
+@pytest.fixture
+def until_trained():
+    """until_trained(program, folder): returns once the first rank has told of a step; fails where the program ends."""
+
+    def wait(program, folder: Path) -> None:
+        end, lines = time.monotonic() + 60, folder / "metrics.jsonl"
+        while not lines.exists() or b'"step"' not in lines.read_bytes():
+            assert program.process.poll() is None, program.stderr
+            assert time.monotonic() < end, "no step in time"
+            time.sleep(0.02)
+
+    return wait
 
 
 @pytest.fixture

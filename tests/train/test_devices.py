@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 
-from dpnn import checkpoint
 from dpnn.backends.cuda import device_of_rank
 from dpnn.native import Unavailable
 from dpnn.observe import metrics
 from dpnn.observe.folder import RunFolder
 
-from .conftest import HERE, JOB
+from .conftest import HERE, JOB, last
 
 PROGRAM = HERE / "programs" / "stand_in.py"
 NETWORKS = HERE / "networks.py"
@@ -75,7 +74,7 @@ def run(mpirun, python, tmp_path, images):
 
 def close(one, other, limit=CLOSE):
     """Two runs have the same parameters and state, losses and scores, up to rounding."""
-    (_, a, _), (_, b, _) = (checkpoint.newest(folder / "checkpoints") for folder in (one, other))
+    a, b = last(one), last(other)
     assert (a.epoch, a.step, a.steps) == (b.epoch, b.step, b.steps)
     arrays, others = dict(a.arrays()), dict(b.arrays())
     assert arrays.keys() == others.keys()
@@ -88,7 +87,7 @@ def close(one, other, limit=CLOSE):
 
 def identical(one, other):
     """Two runs have the same bits."""
-    (_, a, _), (_, b, _) = (checkpoint.newest(folder / "checkpoints") for folder in (one, other))
+    a, b = last(one), last(other)
     for (name, array), (_, its) in zip(a.arrays(), b.arrays(), strict=True):
         assert array.tobytes() == its.tobytes(), name
 

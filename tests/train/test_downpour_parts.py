@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -129,14 +128,11 @@ def test_a_replay_ends_with_the_same_bits(mpirun, job, identical, request):
 
 
 @pytest.fixture
-def going(start_mpirun, job):
+def going(start_mpirun, job, until_trained):
     """A long run of two replicas of two parts, and two servers, and its folder: it has taken steps."""
     made = job()
     program = start_mpirun(6, "train", made.path, *words(*PLAIN, *LONG, "output.checkpoint_every=1000"))
-    end, lines = time.monotonic() + 60, made.out / "metrics.jsonl"
-    while not lines.exists() or b'"step"' not in lines.read_bytes():
-        assert time.monotonic() < end, "no step in time"
-        time.sleep(0.02)
+    until_trained(program, made.out)
     return program, made.out
 
 
@@ -169,7 +165,7 @@ def test_a_loss_that_is_not_finite_is_told_once_by_its_layer(mpirun, job, messag
     """The part that has the loss isn't the one where it began."""
     run = job()
     line = ("train", run.path, *words(*PLAIN, *LONG))
-    ended = mpirun(6, *line, script=watched, env={"FAULT": "2 4 infinite"}, timeout=30)
+    ended = mpirun(6, *line, script=watched, env={"FAULT": "2 4 infinite"})
     assert ended.returncode == 5, ended.stderr
     (message,) = messages(ended.stderr)
     assert message.startswith(("dpnn: rank 2: ", "dpnn: rank 3: "))

@@ -42,7 +42,7 @@ def test_after_an_epoch_the_batch_may_change_and_the_next_epoch_is_a_whole_one(p
     lines = metrics.read(one_epoch.out / "metrics.jsonl")
     taken = [line for line in lines if line["kind"] == "step"]
     assert [line["epoch"] for line in taken] == [1] * 15 + [2] * steps
-    found = checkpoint.newest(one_epoch.out / "checkpoints")[1]
+    found = checkpoint.newest(one_epoch.out / "checkpoints")[0]
     assert (found.epoch, found.step, found.steps) == (2, 0, 15 + steps)
 
 

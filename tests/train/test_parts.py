@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -140,28 +139,22 @@ def test_a_run_of_parts_is_evaluated_on_any_number_of_ranks(run, mpirun, ranks):
     assert str(wanted) in ended.stdout
 
 
-def test_stopped_and_resumed_parts_end_with_the_same_bits(start_mpirun, mpirun, run, identical, job, messages):
+def test_stopped_and_resumed_parts_end_with_the_same_bits(
+    start_mpirun, mpirun, run, identical, job, until_trained, messages
+):
     """One rank gets the signal, one that doesn't read the data."""
     settings = ("train.epochs=4", *DEPTH, "parallel.microbatches=2")
     it = job()
     program = start_mpirun(4, "train", it.path, *(word for setting in settings for word in ("--set", setting)))
-    until_trained(it.out)
+    until_trained(program, it.out)
     os.kill(program.pids()[3], signal.SIGTERM)
-    ended = program.finish(20)
+    ended = program.finish()
     assert ended.returncode == 75, ended.stderr
     (message,) = messages(ended.stderr)
     assert message.startswith("dpnn: stopped after step ")
     ended = mpirun(4, "train", "--resume", it.out)
     assert ended.returncode == 0, ended.stderr
     identical(it.out, run(4, *settings))
-
-
-def until_trained(folder):
-    """Until the first rank has told of a step."""
-    end, lines = time.monotonic() + 60, folder / "metrics.jsonl"
-    while not lines.exists() or b'"step"' not in lines.read_bytes():
-        assert time.monotonic() < end, "no step in time"
-        time.sleep(0.02)
 
 
 def test_a_chosen_placement_is_kept_when_the_run_goes_on(mpirun, job):

@@ -175,4 +175,4 @@ def test_the_newest_run_of_a_job_is_found(python, job, watched, tmp_path):
     ended = python("-m", "dpnn", *line, "--resume", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert "run folder: runs/job-002" in ended.stdout
-    assert checkpoint.newest(tmp_path / "runs" / "job-002" / "checkpoints")[1].steps == 2 * EPOCH
+    assert checkpoint.newest(tmp_path / "runs" / "job-002" / "checkpoints")[0].steps == 2 * EPOCH

@@ -71,7 +71,7 @@ class Cuda:
         self.device, self.kernels = device, kernels
         self.memory: Memory = DeviceMemory(device, wait)
         self.arithmetic = Flat(device, self.memory)
-        self.about = device.about
+        self.about, self.unkept = device.about, device.unkept
         self.choices: dict[str, str] = {}
 
     def groups(self, nodes: Sequence[Node], mode: Mode) -> list[Group]:

@@ -30,9 +30,15 @@ class Device(Protocol):
     """Which device it is."""
     processors: int
     """Multiprocessors: how many blocks run side by side at least."""
+    unkept: str
+    """Why compiled kernels can't be kept for other runs; empty where they can."""
 
     def empty(self, nbytes: int) -> Array:
         """Memory of the device, uint8, aligned to 256 bytes."""
+        ...
+
+    def free(self) -> int:
+        """Bytes that are free, for all processes that use it."""
         ...
 
     def address(self, array: Array) -> int:

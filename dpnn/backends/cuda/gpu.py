@@ -4,11 +4,14 @@ All work of a `Gpu` is one queue: a stream of its own. Copies to the host have a
 such a copy waits for what was queued before it, and nothing queued later waits for it.
 """
 
+import ctypes
 import gc
 import os
 import weakref
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +21,7 @@ from dpnn.backends.base import Array
 from dpnn.backends.cuda import nccl
 from dpnn.backends.cuda.device import Device, Grid, Kernel, check_alike, layout, order
 from dpnn.backends.cuda.source import OPTIONS, source
+from dpnn.caches import kernels_folder, one_by_one, trouble
 from dpnn.errors import JobError, RankError
 from dpnn.memory import Group, Test
 from dpnn.native import Unavailable
@@ -43,12 +47,30 @@ def visible() -> int:
 
 
 def about_driver() -> str:
-    """The GPUs, the driver's CUDA and cuDNN, in words. Unavailable as `visible`."""
+    """The GPUs and the driver's CUDA, in words. Unavailable as `visible`."""
     count, cupy = visible(), _cupy()
     runtime = cupy.cuda.runtime
     driver, own = (f"{n // 1000}.{n % 1000 // 10}" for n in (runtime.driverGetVersion(), runtime.runtimeGetVersion()))
     names = dict.fromkeys(runtime.getDeviceProperties(i)["name"].decode() for i in range(count))
     return f"{count} x {', '.join(names)}; driver for CUDA {driver}, CuPy {cupy.__version__} with CUDA {own}"
+
+
+def cudnn_version() -> str:
+    """Of the library that is installed, from NVIDIA's wheel or on the system; empty where there is none."""
+    found = find_spec("nvidia.cudnn") if find_spec("nvidia") else None
+    wheel = [
+        str(path)
+        for place in (found.submodule_search_locations if found else None) or ()
+        for path in sorted(Path(place, "lib").glob("libcudnn.so.*"))
+    ]
+    for path in (*wheel, "libcudnn.so.9", "libcudnn.so.8"):
+        with suppress(OSError, AttributeError):
+            function = ctypes.CDLL(path).cudnnGetVersion
+            function.restype = ctypes.c_size_t
+            version = int(function())
+            scale = 10_000 if version >= 90_000 else 1000
+            return f"{version // scale}.{version % scale // 100}.{version % 100}"
+    return ""
 
 
 class Failing:
@@ -72,6 +94,7 @@ class Gpu(Device):
         if not 0 <= number < count:
             raise Unavailable(f"there is no GPU {number}: CUDA finds {count}, counted from 0{_hidden()}")
         cupy = _cupy()
+        self.unkept = _unkept()
         self._cuda = cuda = cupy.cuda
         about = cuda.runtime.getDeviceProperties(number)
         self.bus_id: str = cuda.runtime.deviceGetPCIBusId(number)
@@ -100,6 +123,11 @@ class Gpu(Device):
         array: Array = _cupy().ndarray((nbytes,), np.uint8, self._cuda.MemoryPointer(memory, 0))
         return array
 
+    def free(self) -> int:
+        with self._failing:
+            free, _ = self._current().runtime.memGetInfo()
+        return int(free)
+
     def address(self, array: Array) -> int:
         return _address(array)
 
@@ -123,9 +151,14 @@ class Gpu(Device):
 
     def kernel(self, file: str, name: str) -> Kernel:
         self._current()
-        if file not in self._modules:
-            self._modules[file] = _cupy().RawModule(code=source(file), options=OPTIONS)
-        function = self._modules[file].get_function(name)
+        if file in self._modules:
+            function = self._modules[file].get_function(name)
+        else:
+            # Compiled here, by the first process of the node that comes; the others find it in the cache.
+            with nullcontext() if self.unkept else one_by_one(f"kernels-{file}"):
+                module = _cupy().RawModule(code=source(file), options=OPTIONS)
+                function = module.get_function(name)
+            self._modules[file] = module
         allowed = _SHARED
 
         def launch(grid: Grid, block: Grid, *arguments: object, shared: int = 0) -> None:
@@ -262,7 +295,15 @@ def _extra(cupy: Any) -> str:
 
 
 @cache
+def _unkept() -> str:
+    """Why CuPy can't keep what it compiles; empty where it can. Its own cache would fail in such a folder."""
+    return trouble(kernels_folder())
+
+
+@cache
 def _cupy() -> Any:
+    if _unkept():
+        os.environ["CUPY_CACHE_IN_MEMORY"] = "1"  # read when CuPy is imported
     try:
         import cupy
     except ImportError as error:

@@ -83,6 +83,9 @@ class DeviceMemory:
         self._device.pin(buf)
         return DeviceWire(self._device, array, buf, self._wait)
 
+    def free(self) -> int:
+        return self._device.free()
+
     def mark(self) -> Test:
         return self._device.mark()
 

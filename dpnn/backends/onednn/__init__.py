@@ -22,6 +22,7 @@ from dpnn.backends.onednn.library import Library
 from dpnn.backends.onednn.op import Tools
 from dpnn.backends.onednn.unfold import Unfold
 from dpnn.backends.onednn.winograd import Winograd
+from dpnn.machine import processor
 from dpnn.memory import HOST, Memory
 from dpnn.native import Kernels, Unavailable
 from dpnn.nn.conv import Conv
@@ -72,13 +73,19 @@ class OneDNN:
         self._tools = Tools(kernels, team)
         threadpool_limits(1, "blas")  # the team's threads multiply matrices side by side, each its own
         library = self.library
-        name = f"onednn-{library.version}-{library.isa}-{kernels.level}-{team.size}"
+        name = f"onednn-{library.version}-{library.isa}-{kernels.level}-{team.size}-{processor()}"
         self.choices: dict[str, str] = {}
         self.about = f"oneDNN {library.version} ({library.isa}) from {library.path}"
         algorithms: list[Algorithm] = [Direct(library, bfloat16)]
         if not bfloat16:
             algorithms += [Unfold(team), Winograd(kernels)]
-        self._kit = Kit(self._tools, algorithms, Choices(name, self.choices))
+        self._choices = Choices(name, self.choices)
+        self._kit = Kit(self._tools, algorithms, self._choices)
+
+    @property
+    def unkept(self) -> str:
+        """Why choices can't be kept for other runs; empty where they can."""
+        return self._choices.trouble
 
     def groups(self, nodes: Sequence[Node], mode: Mode) -> list[Group]:
         """Chains of layers that one op computes."""

@@ -55,6 +55,7 @@ class Reference:
     memory: Memory = HOST
     kernels: Kernels | None = None
     arithmetic = None
+    unkept = ""
 
     def __init__(self, dtype: DTypeLike = np.float32) -> None:
         self.dtype = np.dtype(dtype)

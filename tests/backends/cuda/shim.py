@@ -54,6 +54,7 @@ class Shim:
 
     about = "a stand-in on the CPU"
     processors = 2
+    unkept = ""
 
     def __init__(self, reverse: bool = False, seed: int | None = None, watch: bool = False) -> None:
         self.order = int(reverse) if seed is None else seed + 2
@@ -68,6 +69,9 @@ class Shim:
         raw[begin - GUARD : begin] = raw[begin + nbytes :][:GUARD] = GUARDED
         self._memory[raw.ctypes.data, begin, nbytes] = raw
         return raw[begin : begin + nbytes]
+
+    def free(self) -> int:
+        return 1 << 30
 
     def address(self, array: Array) -> int:
         return int(array.ctypes.data)

@@ -65,7 +65,9 @@ def test_a_folder_that_can_not_be_made_costs_nothing_else(tmp_path, monkeypatch)
     file = tmp_path / "file"
     file.write_text("not a folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
-    assert Choices("machine", {}).fastest("a shape", ["slow", "fast"], Clock(slow=2.0, fast=1.0)) == "fast"
+    choices = Choices("machine", {})
+    assert choices.fastest("a shape", ["slow", "fast"], Clock(slow=2.0, fast=1.0)) == "fast"
+    assert choices.trouble == f"{file}/dpnn/machine.json can't be written (Not a directory)"
 
 
 def test_two_runs_at_once_keep_each_others_choices(cache):

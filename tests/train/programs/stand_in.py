@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from dpnn import cli, evaluate
+from dpnn.backends import cuda
 from dpnn.comm import library
 from dpnn.native import Unavailable
 
@@ -62,5 +63,6 @@ def device_of_rank(local_rank):
 way = os.environ["STAND_IN"]
 if way != "gpu":
     library.takes_device_memory = lambda: way == "mpi"
-    evaluate.device_of_rank = device_of_rank
+    evaluate.has_gpu_driver = lambda: True
+    cuda.device_of_rank = device_of_rank
 sys.exit(cli.main())

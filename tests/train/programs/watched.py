@@ -3,13 +3,19 @@
 SEEN      a folder: each process writes a line "epoch step id id ..." for every batch that it trains on.
 TOGETHER  a number: no process goes on from its first batch before so many have written into SEEN.
 FAULT     "RANK STEP DEED": at its training batch number STEP (from 0, in this process) the rank, or every rank ("*"),
-          does DEED: a signal's name, sent to itself; "raise"; "infinite" (its samples become so); or "truncate PATH".
+          does DEED: a signal's name, sent to itself; "raise"; "infinite" (its samples become so); "truncate PATH";
+          "touch PATH"; "hoard PATH" (joins the control group whose list of processes PATH is, and takes 1 GiB);
+          "exhaust" (takes 1 GiB, where its address space may grow by less than a thread needs).
 """
 
 import os
+import resource
 import signal
 import sys
 import time
+from pathlib import Path
+
+import numpy as np
 
 from dpnn import cli
 from dpnn.data import Batch, Loader
@@ -52,6 +58,16 @@ def do(deed: str, batch: Batch) -> None:
         batch.x[...] = float("inf")
     elif deed.startswith("truncate "):
         os.truncate(deed.removeprefix("truncate "), 1000)
+    elif deed.startswith("touch "):
+        Path(deed.removeprefix("touch ")).touch()
+    elif deed.startswith("hoard "):
+        Path(deed.removeprefix("hoard ")).write_text(str(os.getpid()))
+        np.ones(1 << 27)
+    elif deed == "exhaust":
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + (1 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        np.ones(1 << 27)
 
 
 Loader.next = watched_next
