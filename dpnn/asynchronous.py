@@ -7,6 +7,7 @@ and when the last one is done.
 """
 
 from collections import deque
+from contextlib import closing
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,9 @@ from dpnn.cluster.signals import StopRequest
 from dpnn.comm import library
 from dpnn.comm.faults import deadline
 from dpnn.comm.mesh import Mesh
+from dpnn.comm.pulse import PULSE
 from dpnn.comm.ranks import Ranks
+from dpnn.comm.watchdog import Watchdog
 from dpnn.comm.world import World
 from dpnn.data import Leases, Loader, Location, Run, Sampler, Skipped, no_samples
 from dpnn.errors import NotFiniteError, Stopped
@@ -52,13 +55,12 @@ def run(world: World, request: StopRequest, start: Start) -> int:
     mesh = Mesh(world, start.job.parallel.parts, start.job.parallel.servers)
     with deadline(world.timeout_s, "preparing the lines between workers and servers", world.fail):
         link = world.comm.Dup()
+    watchdog = Watchdog(world, start.job.parallel, start.folder, RunFolder(start.folder).event)
     if mesh.server is not None:
-        return serve(world, mesh, link, request, start)
+        return serve(world, mesh, link, request, start, watchdog)
     replica = Replica(world, mesh, link, request, start)
-    try:
+    with closing(replica.journal), watchdog:
         return replica.run()
-    finally:
-        replica.journal.close()
 
 
 class Course:
@@ -93,7 +95,7 @@ class Course:
         return [(hi - lo, hi - lo) for lo, hi in pairwise(cuts)]
 
 
-def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Start) -> int:
+def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Start, watchdog: Watchdog) -> int:
     """Be a server until the run is over; the exit code."""
     job, number = start.job, mesh.server or 0
     course, folder, limit_s = Course(start), RunFolder(start.folder), job.parallel.stall_abort_s
@@ -153,7 +155,7 @@ def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Star
         metrics.write("event", event="checkpoint", step=course.shift + steps, path=str(path))
 
     every = max(1, round(job.output.checkpoint_every * course.epoch))
-    with denormals_flushed():  # as where replicas update their own
+    with watchdog, denormals_flushed():  # as where replicas update their own
         server.run(Cut(server, mesh.crew.comm, write, tell, every).turn)
     return Stopped.exit_code if server.steps < course.total else 0
 
@@ -279,11 +281,13 @@ class Replica:
         took, step = Took(0.0, 0.0, 0.0, 0.0), held[0].first
         while held and not worker.stop:
             begin, run = perf_counter(), held[0]
+            PULSE.epoch, PULSE.step, PULSE.doing = run.epoch + 1, self._steps() + 1, "reading a batch"
             batch = loader.next() if loader is not None else no_samples(run.epoch, step)
             read = perf_counter()
             counts = course.counts(run.lanes.start, step, micro)
             worker.asked, worker.samples = worker.asked or self.request.asked, sum(rows for rows, _ in counts)
             worker.rate, worker.skipped = worker.known.rate, len(batch.bad)
+            PULSE.doing = self.executor
             try:
                 self.executor.run(batch, counts, worker.samples)
             except NotFiniteError as error:
@@ -371,8 +375,8 @@ class Replica:
             )
         if self.first:
             self.folder.write_choices(self.model.choices)
-        for name in start.damaged:
-            self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {name}", path=name)
+        for reason in start.damaged:
+            self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {reason}", path=reason)
         if start.steps:
             left = f"going on at step {start.steps + 1}"
             if course.leases["steps"] >= course.total:

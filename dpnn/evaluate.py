@@ -23,6 +23,7 @@ from dpnn.checkpoint import Contents
 from dpnn.comm.edges import Edges
 from dpnn.comm.faults import wait
 from dpnn.comm.mesh import Mesh
+from dpnn.comm.pulse import PULSE
 from dpnn.comm.ranks import Ranks
 from dpnn.comm.reduce import BucketReducer
 from dpnn.comm.share import share
@@ -254,6 +255,7 @@ class Evaluator:
         finally:
             if loader is not None:
                 loader.close()
+        PULSE.doing = "summing the scores"
         self._reducer.start(0, self._sums.size)
         self._reducer.finish()
         samples, first, five, loss, bad = self._sums
@@ -264,7 +266,9 @@ class Evaluator:
         executor = self._executor
         counts = self._sampler.micro(step, self._replica, self._replicas, 1)
         rows = counts[0][0]
+        PULSE.doing = "reading held-out samples"
         batch = loader.next() if loader is not None else no_samples(0, step)
+        PULSE.doing = executor
         executor.run(batch, [(rows, rows)], total=1)
         if loader is not None:
             loader.release(batch)
@@ -310,7 +314,7 @@ def score(world: World, source: Source) -> int:
     share(mesh.data, store.params, limit_s)
     store.params_wire.push()
     executor = model.executor(model.lay_out(world, lambda: model.evaluation(MOST_ROWS)))
-    damaged = [f"passed over a damaged checkpoint: {name}" for name in source.damaged]
+    damaged = (f"passed over a damaged checkpoint: {name}" for name in source.damaged)
     for text in (*damaged, *(text for _, text in model.notes)) if world.rank == 0 else ():
         print(text, file=sys.stderr)
     threads = job.data.threads or world.threads()

@@ -148,7 +148,7 @@ def prepare(
         start = going_on(start, *newest)
     try_out(start, ranks)
     folder.write_job(start.job.dump())
-    folder.failure.unlink(missing_ok=True)
+    folder.forget_failure()
     return start
 
 

@@ -23,6 +23,8 @@ from dpnn.plan import Store
 from dpnn.state import Array, sliced
 from dpnn.team import Team
 
+_TOLD_S = 1.0
+"""How often all hear that a checkpoint gets on."""
 _LEAST = 1 << 20
 """Numbers of an array that are worth a thread."""
 
@@ -99,14 +101,14 @@ class Saver:
 
         All hear now and then that it gets on: that may take longer than a rank waits for another.
         """
-        while self._mesh.crew.any(self._goes_on(self._limit_s / 4)):
+        while self._mesh.crew.any(self._goes_on()):
             pass
 
-    def _goes_on(self, seconds: float) -> bool:
-        """Whether a checkpoint is still being written after so many seconds."""
-        end, writing = time.monotonic() + seconds, self._writing
+    def _goes_on(self) -> bool:
+        """Whether a checkpoint is still being written, and has got on for some time."""
+        end, writing = time.monotonic() + min(_TOLD_S, self._limit_s / 4), self._writing
         if writing is not None:
-            wait(lambda: writing.done() or time.monotonic() > end, "the last checkpoint to be written", math.inf)
+            wait(lambda: writing.done() or writing.moved > end, "the last checkpoint to be written", math.inf)
             self.look()
         return self.busy
 

@@ -8,6 +8,7 @@ be wrong is found while building.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from dataclasses import replace as changed
 from functools import partial
@@ -24,7 +25,9 @@ from dpnn.comm.grains import stack_places
 from dpnn.comm.lifted import devices_of
 from dpnn.comm.mesh import Mesh, replicas_of
 from dpnn.comm.node import Node
+from dpnn.comm.pulse import PULSE
 from dpnn.comm.reduce import BucketReducer, measured_bucket
+from dpnn.comm.watchdog import Watchdog
 from dpnn.comm.world import World
 from dpnn.data import Loader, Sampler, Skipped, no_samples
 from dpnn.errors import NotFiniteError, Stopped
@@ -81,10 +84,9 @@ def attempt(world: World, request: StopRequest, prepared: Callable[[], Start]) -
 
         return asynchronous.run(world, request, start)
     training = Training(world, start)
-    try:
+    watchdog = Watchdog(world, start.job.parallel, start.folder, training.folder.event)
+    with closing(training.journal), watchdog:
         return training.run(request)
-    finally:
-        training.journal.close()
 
 
 def placed(world: World, start: Start) -> Start:
@@ -265,8 +267,10 @@ class Training:
                 saves = last or self.steps % every == 0
                 evaluates = self.evaluator is not None and self._is_due()
                 if saves or evaluates:
+                    PULSE.doing = "gathering the parameters"
                     self.strategy.gather()
                     if saves:
+                        PULSE.doing = "writing a checkpoint"
                         self.journal.flush()
                         self.saver.save((self.epoch, self.step, self.steps), self.start.info())
                     if evaluates:
@@ -275,6 +279,7 @@ class Training:
                     break
                 if saves or evaluates:
                     self.strategy.release()
+            PULSE.doing = "ending the run"
         finally:
             if loader is not None:
                 loader.close()
@@ -289,6 +294,7 @@ class Training:
         """One step; its number of samples on all replicas."""
         strategy, sampler, mesh = self.strategy, self.sampler, self.mesh
         begin = perf_counter()
+        PULSE.epoch, PULSE.step, PULSE.doing = self.epoch + 1, self.steps + 1, "reading a batch"
         batch = loader.next() if loader is not None else no_samples(self.epoch, self.step)
         read = perf_counter()
         total = sampler.total(self.step)
@@ -296,6 +302,7 @@ class Training:
         rows = sum(mine for mine, _ in counts)
         strategy.rate, strategy.stop, strategy.samples = self.rate(self.at), request.asked, rows
         strategy.skipped = len(batch.bad)
+        PULSE.doing = self.executor
         try:
             self.executor.run(batch, counts, total if strategy.together else rows)
         except NotFiniteError as error:
@@ -363,8 +370,8 @@ class Training:
             )
         if world.rank == 0:
             self.folder.write_choices(self.model.choices)
-        for name in start.damaged:
-            self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {name}", path=name)
+        for reason in start.damaged:
+            self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {reason}", path=reason)
         if self.steps:
             left = f"going on at epoch {self.epoch + 1}, step {self.steps + 1}"
             if self.at >= self.end:

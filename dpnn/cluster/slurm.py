@@ -73,17 +73,22 @@ def checked(request: Request, cluster: Cluster, chain: int) -> Request:
 
     JobError where it can't work: read and checked now, not after hours in the queue.
     """
-    for what in ("nodes", "ranks_per_node", "before_s"):
-        if getattr(request, what) < 1:
-            raise JobError(
-                f"--{what.replace('_s', '').replace('_', '-')} {getattr(request, what)}: 1 or more is wanted"
-            )
+    asked = {
+        "nodes": (request.nodes, 1), "ranks-per-node": (request.ranks_per_node, 1), "before": (request.before_s, 1),
+        "cpus-per-rank": (request.cpus_per_rank, 0), "gpus-per-node": (request.gpus_per_node, 0), "chain": (chain, 0),
+    }  # fmt: skip
+    for option, (number, least) in asked.items():
+        if number < least:
+            raise JobError(f"--{option} {number}: {least} or more is wanted")
     limit = seconds(request.time)
     if limit <= request.before_s:
         raise JobError(
             f"--time {request.time} is no longer than the {request.before_s} s before its end at which the run is told "
             "to stop; ask for more time, or lower --before"
         )
+    for text in request.overrides:
+        if "%a" in text and not request.array:
+            raise JobError(f"--set {text}: %a is the number of an array's task; ask for one, as in --array 0-3")
     for option, given in (("--resume", request.resume), ("--chain", chain)):
         if request.array and given:
             raise JobError(f"--array starts a run for each of its tasks: leave out {option}")

@@ -40,5 +40,10 @@ class Background(Generic[T]):
         wait(self.done, self._what, math.inf)
         return self._result.result()
 
+    @property
+    def moved(self) -> float:
+        """When it last got on (time.monotonic)."""
+        return self._noted[0]
+
     def _note(self, whom: str) -> None:
         self._noted = time.monotonic(), whom

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
+from dpnn.comm.pulse import PULSE
 from dpnn.errors import DpnnError, RankError
 
 if TYPE_CHECKING:
@@ -38,16 +39,28 @@ def wait(test: Callable[[], object], whom: str, limit_s: float) -> None:
     """
     begin = time.monotonic()
     while not tested(test, whom):
+        if time.monotonic() - begin > _EAGER_S:
+            with PULSE.waiting(whom, begin):
+                _wait_napping(test, whom, limit_s, begin)
+            return
+        os.sched_yield()
+
+
+def _wait_napping(test: Callable[[], object], whom: str, limit_s: float, begin: float) -> None:
+    """The rest of a wait that began at `begin`."""
+    while not tested(test, whom):
         waited = time.monotonic() - begin
         if waited > limit_s:
-            raise RankError(
-                f"waited {limit_s:g} s for {whom}: a rank has stopped, or is that much slower than this one; "
-                "if all ranks are well, raise parallel.stall_abort_s"
-            )
-        if waited < _EAGER_S:
-            os.sched_yield()
-        else:
-            time.sleep(_NAP_S if waited < _LONG_S else _LONG_NAP_S)
+            raise given_up(limit_s, whom)
+        time.sleep(_NAP_S if waited < _LONG_S else _LONG_NAP_S)
+
+
+def given_up(limit_s: float, whom: str) -> RankError:
+    """What a rank raises that has waited for too long."""
+    return RankError(
+        f"waited {limit_s:g} s for {whom}: a rank has stopped, or is that much slower than this one; "
+        "if all ranks are well, raise parallel.stall_abort_s"
+    )
 
 
 def within(limit_s: float, whom: str, call: Callable[[], T]) -> T:

@@ -9,9 +9,13 @@ _BOX = re.compile(
     rb"|Primary job +terminated normally, but"
 )
 """The first line inside a box of Open MPI (5 and 4) that says no more than that a rank ended the job."""
-_LINE = re.compile(rb"Abort\(\d+\) on node \d+|BAD TERMINATION OF ONE OF YOUR APPLICATION PROCESSES")
-"""The line that MPICH writes for MPI_Abort."""
-_MAY_BECOME = (_MESSAGE, b"-" * 20, b"Abort(")
+_LINE = re.compile(
+    rb"Abort\(\d+\) on node \d+|BAD TERMINATION OF ONE OF YOUR APPLICATION PROCESSES"
+    rb"|\[[^]]+\] \[\[\d+,\d+\],\d+\] ORTE_ERROR_LOG: .*/show_help\.c at line \d+"
+    rb"|\[[^]]+\] (\d+ more process(es)? has sent help message|Set MCA parameter .*_base_help_aggregate)"
+)
+"""The line that MPICH writes for MPI_Abort, and those of Open MPI 4 where ranks end while it collects their boxes."""
+_MAY_BECOME = (_MESSAGE, b"-" * 20, b"Abort(", b"[")
 
 
 class Notes:

@@ -3,7 +3,6 @@
 import atexit
 import os
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, NoReturn, Self
 from dpnn.comm import library
 from dpnn.comm.faults import deadline, exit_code, message, tell, within
 from dpnn.comm.ranks import Ranks
-from dpnn.errors import DpnnError
+from dpnn.comm.slots import shared_file
+from dpnn.errors import DpnnError, RankError
 from dpnn.machine import Limits, Share, core_limits, memory_limits, share
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class World(Ranks):
     one's memory, `limits` are what its ranks may take of it, `room` is this rank's share, in bytes. `claim(message,
     code)` decides which rank may say why the job ends, where ranks fail on their own, and may keep a record of it: to
     begin with, one of each node; a job with a folder that all nodes see replaces it by one that is exact over nodes.
+    `post_mortem` is told beneath that where a rank failed: what the others were doing.
 
     As a context manager it ends the job on all ranks when the block raises, and else waits until all have left it.
     """
@@ -68,6 +69,7 @@ class World(Ranks):
 
         super().__init__(comm, timeout_s)
         self.claim: Callable[[str, int], bool] = self._first_of_node
+        self.post_mortem: Callable[[], str] | None = None
         self._claims = -1
         self._failing = threading.Lock()
         self._closed = False
@@ -76,7 +78,7 @@ class World(Ranks):
             with deadline(timeout_s, f"meeting the other {self.size - 1} ranks", self.fail):
                 self.comm = comm.Dup()
                 self.node: MPI.Comm = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
-                self._claims = self._open_claims()
+                self._claims = shared_file(self.node, os.O_RDWR | os.O_APPEND)
                 mine = os.sched_getaffinity(0), core_limits(), memory_limits()
                 cores, at_once, memory = zip(*self.node.allgather(mine), strict=True)
                 self.limits: tuple[Limits, ...] = memory
@@ -110,6 +112,9 @@ class World(Ranks):
             mine = self.rank == 0 or not agreed
             if mine and (self._claim(text, code) or agreed):
                 tell(text)
+                if isinstance(error, RankError) and not agreed and self.post_mortem is not None:
+                    with suppress(Exception):  # it mustn't keep this rank from ending the job
+                        tell(self.post_mortem())
                 time.sleep(_READ_S)
             else:
                 time.sleep(_PATIENCE_S)
@@ -161,25 +166,6 @@ class World(Ranks):
             with suppress(Exception):
                 return within(_CLAIM_S, "the record of the failure", partial(claim, text, code))
         return True
-
-    def _open_claims(self) -> int:
-        """A file that the ranks of this node share, already without a name, so that nobody is left to remove it.
-
-        -1 where the folder for temporary files can't be written; then every rank may speak.
-        """
-        name, descriptor = "", -1
-        if self.node.rank == 0:
-            with suppress(OSError):
-                made, name = tempfile.mkstemp(prefix="dpnn-")
-                os.close(made)
-        name = self.node.bcast(name)
-        with suppress(OSError):
-            descriptor = os.open(name, os.O_RDWR | os.O_APPEND)
-        self.node.barrier()
-        if self.node.rank == 0:
-            with suppress(OSError):
-                os.unlink(name)
-        return descriptor
 
     def _first_of_node(self, text: str, code: int) -> bool:
         """Whether no other rank of this node asked before, also one that is dead by now: who asks appends its number,

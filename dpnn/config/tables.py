@@ -161,8 +161,10 @@ class Parallel(Table, frozen=True, kw_only=True):
     """Least size of a bucket of gradients; 0: measured."""
     wire: Literal["float32", "bfloat16"] = "float32"
     """What gradients cross between nodes as."""
+    stall_warn_s: Positive = 30.0
+    """A rank that hasn't got on for so long says what it is at, and for whom it waits."""
     stall_abort_s: Positive = 300.0
-    """How long a rank waits for another."""
+    """How long a rank waits for another, or may be at one and the same thing, before the job ends."""
 
 
 class Backend(Table, frozen=True, kw_only=True):

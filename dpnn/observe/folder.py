@@ -6,15 +6,19 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from dpnn.comm import launch
+from dpnn.comm import launch, postmortem
 from dpnn.data.durable import replacing
 from dpnn.errors import JobError
 from dpnn.observe.metrics import Metrics, last_exit, unwritable
 
 
 class RunFolder:
-    """`job.toml` (as resolved), `metrics.jsonl`, `choices.json`, `checkpoints/`; `failure.txt` of a run that failed."""
+    """`job.toml` (as resolved), `metrics.jsonl`, `choices.json`, `checkpoints/`.
+
+    Of a run that failed also `failure.txt`, and `post-mortem.txt` where ranks waited for others in vain.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -126,6 +130,17 @@ class RunFolder:
         size, _, path = os.fsdecode(text).partition(" ")
         folder = cls(Path(path))
         return folder, last_exit(folder.metrics, int(size))
+
+    def forget_failure(self) -> None:
+        """The run goes on."""
+        self.failure.unlink(missing_ok=True)
+        postmortem.forget(self.path)
+
+    def event(self, event: str, **values: Any) -> None:
+        """A line of the metrics, by any rank: for what is rare. DataError where it can't be written."""
+        metrics = Metrics(self.metrics)
+        metrics.write("event", event=event, **values)
+        metrics.close()
 
     def claim(self, message: str, code: int) -> bool:
         """Whether this process is the first to report a failure of the run: that one, of all ranks, tells it.

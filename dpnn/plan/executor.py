@@ -22,6 +22,7 @@ from dpnn.plan.instructions import (
     Collected,
     Finish,
     Forward,
+    Instruction,
     Load,
     Loss,
     Open,
@@ -32,7 +33,6 @@ from dpnn.plan.instructions import (
     Sent,
 )
 from dpnn.plan.memory import Arena, Buffers, Key, Layout
-from dpnn.plan.messages import Message
 from dpnn.plan.schedule import Plan
 from dpnn.plan.store import Store
 
@@ -114,7 +114,7 @@ class Executor:
         self.memory = memory = arena.memory
         self.dtype = layout.dtype
         self.place = 0
-        """Number of the instruction that is being executed: what a post-mortem reads."""
+        """Rises by one with every call of every step: what a watchdog reads."""
         self.loss = 0.0
         """This rank's share of the loss of the last step."""
         self._steps = [Step(seed=seed) for _ in range(plan.slots)]
@@ -144,7 +144,9 @@ class Executor:
         self._results: list[Array] = []
         if part == plan.placed.writer:
             self._results = [self._slots[0].output(graph.nodes[node]) for node in (graph.output, layout.labels)]
-        self._calls = list(self._bind())
+        self._calls = self._bind()
+        self._walked = 0
+        """Calls of all steps so far."""
 
     @_QUIET
     def run(self, batch: Batch, counts: Sequence[tuple[int, int]], total: int) -> None:
@@ -159,9 +161,10 @@ class Executor:
         if self._strategy is not None:
             self._strategy.begin()
         with denormals_flushed():
-            for place, call in enumerate(self._calls):
+            for place, call in enumerate(self._calls, self._walked):
                 self.place = place
                 call()
+            self._walked += len(self._calls)
             for wires in self.inputs:
                 for wire in wires:
                     wire.wait()  # the batch's memory may be written again
@@ -173,6 +176,10 @@ class Executor:
             return None
         scores, labels = map(self.memory.read, self._results)
         return scores, labels
+
+    def instruction(self) -> str:
+        """The one that is being executed, for people. Any thread may ask."""
+        return self.plan.words(self._instructions[self.place % len(self._calls)]) if self._calls else "nothing to do"
 
     @_QUIET
     def not_finite(self) -> str | None:
@@ -246,7 +253,7 @@ class Executor:
             for slot, buffers in enumerate(self._slots):
                 # Slots are taken in turn on both parts, and MPI keeps the order: the number alone is the tag.
                 number, wire = message.number, self.memory.wire(buffers.message(message))
-                buffer, what = wire.buf, self._what(message)
+                buffer, what = wire.buf, plan.content(message)
                 if message.source == plan.part:
                     start, end = edges.send(message.crew, message.target, number, buffer, what)
                     calls |= {Send(number, slot): _all(wire.pull, wire.wait, start), Sent(number, slot): end}
@@ -255,12 +262,10 @@ class Executor:
                     calls |= {PostRecv(number, slot): _all(wire.wait, start), Recv(number, slot): _all(end, wire.push)}
         return calls
 
-    def _what(self, message: Message) -> str:
-        name = self.plan.graph.nodes[message.node].name
-        return f"the gradient by {name}" if message.gradient else f"the output of {name}"
-
     def _bind(self) -> list[Call]:
         self._bound: list[tuple[object, Call]] = []
+        self._instructions: list[Instruction] = []
+        """The one that each call belongs to."""
         calls: list[Call] = []
         under_way = self._eager
         for step in self.plan.instructions:
@@ -272,6 +277,7 @@ class Executor:
                 calls.append(self._strategy.poke)
             if self._calls_of and self._edges is not None and isinstance(step, Forward | Backward):
                 calls.append(self._edges.poke)
+            self._instructions += [step] * (len(calls) - len(self._instructions))
         return calls
 
     def _call(self, step: object) -> Call:

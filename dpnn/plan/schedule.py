@@ -76,6 +76,32 @@ class Plan:
         """The network as it is placed."""
         return self.placed.graph
 
+    def content(self, message: Message) -> str:
+        """What a message carries, for people."""
+        name = self.graph.nodes[message.node].name
+        return f"the gradient by {name}" if message.gradient else f"the output of {name}"
+
+    def words(self, instruction: Instruction) -> str:
+        """An instruction, for people who know the network, not the plan."""
+        kind, nodes = type(instruction).__name__, self.graph.nodes
+        match instruction:
+            case Forward(group, _) | Backward(group, _):
+                return f"{kind} {' + '.join(node.name for node in self.groups[group].nodes)}"
+            case Collect(node, _, gradient) | Collected(node, _, gradient):
+                return f"{kind} the {'gradient by' if gradient else 'output of'} {nodes[node].name} over the replicas"
+            case PostRecv(number, _) | Recv(number, _):
+                message = self.messages[number]
+                return f"{kind} {self.content(message)} from part {message.source}"
+            case Send(number, _) | Sent(number, _):
+                message = self.messages[number]
+                return f"{kind} {self.content(message)} to part {message.target}"
+            case Load(micro, _):
+                return f"{kind} micro-batch {micro + 1}"
+            case Open(lo, hi) | Ready(lo, hi):
+                return f"{kind} gradients {lo:,} to {hi:,}"
+            case _:
+                return kind
+
     def __str__(self) -> str:
         names = [" + ".join(node.name for node in group.nodes) for group in self.groups]
         nodes = self.graph.nodes

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import sys
+import time
 
 import pytest
 
@@ -180,6 +181,36 @@ def test_another_version_on_another_rank_is_wrong(world, monkeypatch):
     found = {finding.what: finding for finding in between.compare(world)}
     assert found["versions"].state == "wrong"
     assert "0.1" in found["versions"].text
+
+
+@pytest.mark.parallel(2)
+def test_clocks_binding_and_a_slow_way_are_to_be_looked_at(world, monkeypatch):
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 100 * world.rank)
+    (clocks,) = between._clocks(world)
+    assert clocks.state == "attention"
+    assert float(re.findall(r"[\d.]+", clocks.text)[0]) > 90
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {world.rank})
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    (binding,) = between._places(world)
+    assert (binding.state, "rank 0 is bound to a single core" in binding.text) == ("attention", True)
+
+    sent = iter(range(0, 1 << 60, 1 << 40))
+    monkeypatch.setattr(between, "_counters", lambda: {"network eth0": next(sent)})
+    monkeypatch.setattr(between, "has_infiniband", lambda: world.rank == 1)
+    (neighbours,) = between._network(world)
+    assert neighbours.state == "attention"
+    assert neighbours.text.endswith("by network eth0, beside InfiniBand")
+
+
+def test_locked_memory_is_wanted_by_infiniband_alone(monkeypatch):
+    monkeypatch.setattr(system, "_soft", lambda kind: 65536)
+    monkeypatch.setattr(system, "has_infiniband", lambda: False)
+    assert list(system._infiniband()) == []
+    monkeypatch.setattr(system, "has_infiniband", lambda: True)
+    (found,) = system._infiniband()
+    assert (found.state, found.text) == ("attention", "locked memory is limited to 64 KiB")
 
 
 def test_under_a_launcher_it_is_told_once(mpirun):

@@ -22,7 +22,7 @@ def messages(stderr: str) -> list[str]:
     [
         ("exception", 1, "dpnn: rank 2: ValueError: bad value"),
         ("data_error", 3, "dpnn: rank 2: shard 3 is truncated"),
-        ("thread", 3, "dpnn: rank 2: shard 4 is truncated"),
+        pytest.param("thread", 3, "dpnn: rank 2: shard 4 is truncated", marks=pytest.mark.smoke),
         ("thread_exception", 1, "dpnn: rank 2: KeyError: 'absent'"),
         ("sys_exit", 3, "dpnn: rank 2: ended by sys.exit(3) while the job was running"),
         ("interrupt", 130, "dpnn: rank 2: interrupted (SIGINT)"),

@@ -1,10 +1,12 @@
 """Waiting ends: with an answer, with an error, or at its limit."""
 
 import threading
+import time
 
 import pytest
 
 from dpnn.comm.faults import deadline, exit_code, message, reported, wait, within
+from dpnn.comm.pulse import PULSE
 from dpnn.errors import DataError, NotFiniteError, RankError, Stopped
 
 
@@ -17,6 +19,47 @@ def test_a_wait_ends_with_its_answer():
 def test_a_wait_ends_at_its_limit_and_names_whom_it_waited_for():
     with pytest.raises(RankError, match=r"waited 0\.02 s for ranks 1 and 2.*raise parallel\.stall_abort_s"):
         wait(lambda: False, "ranks 1 and 2", 0.02)
+
+
+def test_whom_a_rank_waits_for_is_noted_and_stays_noted_where_it_waited_in_vain():
+    PULSE.begin()
+    seen = []
+
+    def look() -> bool:
+        seen.append((PULSE.whom, PULSE.since))
+        return time.monotonic() > begin + 0.02
+
+    begin = time.monotonic()
+    wait(look, "rank 1", 60)
+    assert seen[0][0] == ""  # most waits end before they are worth a note
+    assert seen[-1][0] == "rank 1"
+    assert begin <= seen[-1][1] <= time.monotonic()
+    assert (PULSE.whom, PULSE.beats) == ("", 1)
+    with pytest.raises(RankError):
+        wait(lambda: False, "rank 2", 0.01)
+    assert PULSE.whom == "rank 2"  # for the post-mortem
+    PULSE.begin()
+
+
+def test_a_wait_in_a_wait_counts_only_where_the_outer_one_is_idle():
+    PULSE.begin()
+    with PULSE.waiting("others", 1.0):
+        with PULSE.waiting("rank 1", 2.0):
+            assert (PULSE.whom, PULSE.since) == ("others", 1.0)
+        assert PULSE.beats == 0  # asking again and again isn't getting on
+    with PULSE.waiting("anybody", 1.0, idle=True):
+        with PULSE.waiting("rank 1", 2.0):
+            assert (PULSE.whom, PULSE.since, PULSE.idle) == ("rank 1", 2.0, False)
+        assert (PULSE.whom, PULSE.since, PULSE.idle) == ("anybody", 1.0, True)
+    assert (PULSE.whom, PULSE.idle) == ("", False)
+
+
+def test_what_another_thread_waits_for_is_not_noted():
+    PULSE.begin()
+    thread = threading.Thread(target=wait, args=(iter([False] * 60 + [True]).__next__, "a file", 60))
+    thread.start()
+    thread.join()
+    assert (PULSE.whom, PULSE.beats) == ("", 0)
 
 
 def test_a_blocking_call_ends_with_its_answer_with_its_error_or_at_its_limit():

@@ -107,6 +107,7 @@ def test_the_line_is_printed_and_the_code_and_the_output_pass_through(python):
     assert rest.count("working") == 2
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("way", "code", "message"),
     [("data_error", 3, "rank 1: shard 3 is truncated"), ("agree", 3, "rank 1: shard 1 is damaged")],
@@ -117,6 +118,7 @@ def test_of_a_failure_only_its_message_is_left(python, way, code, message):
     assert ended.stderr == f"dpnn: {message}\n"
 
 
+@pytest.mark.smoke
 def test_a_killed_rank_is_told_by_mpirun(python):
     ended = python(LAUNCHING, 2, ENDING, "kill", 1000)
     assert ended.returncode != 0
@@ -195,6 +197,7 @@ def test_the_folder_of_a_launch_around_this_one_is_not_ours(ended, tmp_path, mon
     assert not theirs.exists()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_the_first_signal_asks_the_ranks_to_stop(start_python, number):
     job = start_python(LAUNCHING, 2, WORKING)
@@ -215,6 +218,7 @@ def test_the_second_signal_kills(start_python):
     assert job.pids() == {}
 
 
+@pytest.mark.smoke
 def test_a_stopped_rank_is_killed_too(start_python):
     job = start_python(LAUNCHING, 2, WORKING, "stubborn")
     job.wait_for("works", times=2)

@@ -15,8 +15,14 @@ EXITED = RULE + b'prterun has exited due to process rank 1 with PID 0 on node a 
 DETECTED = RULE + b"prterun detected that one or more processes exited with non-zero status,\nthus\n" + RULE
 MPICH = b"Abort(3) on node 1 (rank 1 in comm 0): application called MPI_Abort(MPI_COMM_WORLD, 3) - process 1\n"
 KILLED = RULE + b"prterun noticed that process rank 1 with PID 5340 on node a exited on\nsignal 9 (Killed).\n" + RULE
+COLLECTED = (
+    b"[n1:22998] [[13608,0],0] ORTE_ERROR_LOG: Data unpack would read past end of buffer in file "
+    b"../../../orte/util/show_help.c at line 507\n"
+    b"[n1:22998] 1 more process has sent help message help-mpi-api.txt / mpi-abort\n"
+    b'[n1:22998] Set MCA parameter "orte_base_help_aggregate" to 0 to see all help / error messages\n'
+)
 MESSAGE = b"dpnn: rank 1: shard 3 is truncated\n"
-NOTES = [ABORT + EXITED + b"\0", DETECTED, MPICH]
+NOTES = [ABORT + EXITED + b"\0", DETECTED, MPICH, COLLECTED]
 
 
 def passed(data: bytes, size: int) -> bytes:
@@ -53,9 +59,9 @@ def test_lines_between_rules_that_are_no_note_are_not_kept_back():
     assert notes.feed(b"epoch 1\n") == RULE + b"epoch 1\n"
 
 
-@pytest.mark.parametrize("text", [b"step 10", b"50 %\r", b"dp", b"  dpnn: ", b"Ab"])
+@pytest.mark.parametrize("text", [b"step 10", b"50 %\r", b"dp", b"  dpnn: ", b"Ab", b"[n"])
 def test_a_line_passes_before_it_is_complete_unless_it_may_become_a_note(text):
-    kept = any(start.startswith(text) for start in (b"dpnn: ", b"Abort("))
+    kept = any(start.startswith(text) for start in (b"dpnn: ", b"Abort(", b"[n1:22998] "))
     notes = Notes()
     assert notes.feed(text) == (b"" if kept else text)
     assert notes.rest() == (text if kept else b"")

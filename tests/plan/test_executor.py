@@ -79,6 +79,21 @@ def test_the_strategy_hears_of_a_step_in_order(build, batch):
     assert names.index("tell") < len(names) - 1 - names[::-1].index("ready")
 
 
+def test_where_it_is_can_be_read_from_outside_while_it_is_there(build, batch):
+    """The number rises over steps too: two looks tell whether anything has moved."""
+    built, seen = build(wide()), []
+
+    def look(*_) -> None:
+        seen.append((built.executor.place, built.executor.instruction()))
+
+    built.store.draw(3)
+    built.strategy.tell = look
+    for _ in range(2):
+        run(built, batch(4))
+    assert [words for _, words in seen] == ["Loss", "Loss"]
+    assert seen[0][0] < seen[1][0]
+
+
 def test_evaluation_gives_the_same_scores_for_any_batch(build, batch):
     training = build(wide(dropout=0.0))
     training.store.draw(3)

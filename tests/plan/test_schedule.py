@@ -9,6 +9,7 @@ from dpnn.plan.instructions import Backward, Collect, Collected, Finish, Forward
 from dpnn.plan.schedule import choose_groups, make_buckets
 
 from .conftest import wide
+from .lists import placed_by, plans_of
 
 
 @pytest.mark.parametrize("microbatches", [1, 3])
@@ -91,6 +92,21 @@ def test_a_plan_prints_a_line_an_instruction_with_the_names_of_its_nodes(build):
     lines = str(built.plan).splitlines()
     assert len(lines) == len(built.plan.instructions)
     assert any("conv1" in line and line.startswith("Forward") for line in lines)
+
+
+def test_an_instruction_is_told_in_the_words_of_the_network(build):
+    built = build(wide(sync=True))
+    told = [built.plan.words(step) for step in built.plan.instructions]
+    assert "Load micro-batch 1" in told
+    assert "Forward conv1" in told
+    assert "Collect the output of batchnorm1.sums over the replicas" in told
+    assert "Collected the gradient by batchnorm1.sums over the replicas" in told
+    assert "Open gradients 711 to 729" in told
+    first, second = plans_of(placed_by(Chain(Flatten(), Dense(4), Dense(5)), 2, {"dense2": 1, "*": 0}))
+    sends, receives = map(first.words, first.instructions), list(map(second.words, second.instructions))
+    assert "Send the output of dense1 to part 1" in sends
+    assert "Recv the output of dense1 from part 0" in receives
+    assert "Send the gradient by dense1 to part 0" in receives
 
 
 class Declining(Reference):

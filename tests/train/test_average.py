@@ -3,6 +3,7 @@
 from collections import Counter
 
 import numpy as np
+import pytest
 
 from dpnn.observe import metrics
 
@@ -20,6 +21,7 @@ def test_plain_sgd_averaged_after_every_step_is_synchronous_sgd(trained, last, r
         assert worst < 1e-9
 
 
+@pytest.mark.smoke
 def test_stopped_and_resumed_every_sample_is_seen_once(mpirun, job, last, request, watched, tmp_path):
     """Between two averages, by a signal to one of two replicas; it goes on with three."""
     run, seen = job(), tmp_path / "seen"

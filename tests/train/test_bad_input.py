@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dpnn import cli
+from dpnn.comm.notes import Notes
 from dpnn.data import shards
 from dpnn.data.manifest import Manifest
 from dpnn.observe import metrics
@@ -245,5 +246,5 @@ def test_a_wrong_command_is_refused(images, request, capfd, tmp_path, monkeypatc
 
 def own(stderr: str) -> str:
     """Without what mpirun says itself; `dpnn launch` keeps that back."""
-    lines = stderr.split("\n--------------------------------")[0].splitlines()
-    return "\n".join(line for line in lines if not line.startswith(("---", "Abort(")))
+    notes = Notes()
+    return (notes.feed(stderr.encode()) + notes.rest()).decode()

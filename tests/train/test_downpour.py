@@ -107,6 +107,7 @@ def every_sample(epochs: int) -> Counter:
     return Counter((epoch, sample) for epoch in range(epochs) for sample in range(SAMPLES))
 
 
+@pytest.mark.smoke
 def test_in_an_epoch_every_sample_is_seen_once(mpirun, job, watched, tmp_path):
     run, seen = job(), tmp_path / "seen"
     seen.mkdir()

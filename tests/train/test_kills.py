@@ -27,7 +27,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "soak-kills.json"
 SAMPLES, EPOCH, STEPS = 231, 15, 30
 CADENCE = 2
 """Steps from one checkpoint to the next."""
-LIMIT_S = 20
+LIMIT_S = 60
 OFTEN = f"output.checkpoint_every={CADENCE / EPOCH}"
 SINGLE = "backend.threads=1"
 """Case -> (ranks, settings). BatchNorm, dropout, augmentation, momentum and weight decay are on."""
@@ -109,10 +109,9 @@ class Killed:
     def through(self, moment: Moment) -> None:
         """Start, or go on; and kill. A run that ends before is started once more, and killed as it starts."""
         program, since = self.go_on(), self._nbytes()
-        until = time.monotonic() + LIMIT_S
         if moment.sight != "start":
             program.wait_for("parameters, on ")
-        pids = program.pids()
+        pids, until = program.pids(), time.monotonic() + LIMIT_S
         while not self._seen_of(moment, since):
             if program.process.poll() is not None:
                 assert program.finish().returncode == 0, program.stderr

@@ -73,7 +73,7 @@ def told(folder, kind):
 @pytest.mark.parametrize(
     ("replicas", "parts", "settings"),
     [
-        (2, DEPTH, ()),
+        pytest.param(2, DEPTH, (), marks=pytest.mark.smoke),
         pytest.param(2, FILTERS, (*PIPED, "parallel.pipeline=gpipe"), marks=SOAK),
         pytest.param(2, BRANCHES, PIPED, marks=SOAK),
         pytest.param(2, DEPTH, (HEADS, *PIPED), marks=SOAK),

@@ -29,9 +29,9 @@ def settings(case: str, folder) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("case", "ranks"),
     [
-        ("sync_batchnorm", 2),
+        pytest.param("sync_batchnorm", 2, marks=pytest.mark.smoke),
         ("sync_batchnorm", 3),
-        ("sync_batchnorm", 4),
+        pytest.param("sync_batchnorm", 4, marks=pytest.mark.smoke),
         ("clipped_microbatches", 3),
         ("clipped_microbatches", 4),
         ("last_batch_of_one", 2),

@@ -22,6 +22,7 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
+@pytest.mark.smoke
 def test_stopped_thrice_and_resumed_it_ends_with_the_same_bits(mpirun, trained, identical, job, watched, messages):
     """In the middle of an epoch, at the very end of one, and in the middle of the next; twice by SIGTERM.
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from dpnn import config
 from dpnn.comm.faults import reported, wait
+from dpnn.comm.pulse import PULSE
 from dpnn.errors import RankError
 from dpnn.optim import Optimizer
 from dpnn.strategies.downpour.copies import Copies, Copy
@@ -135,12 +136,22 @@ class Server:
             self._run(also)
 
     def _run(self, also: Callable[[], bool]) -> None:
-        busy, limit_s = time.monotonic(), self.limit_s
+        PULSE.doing = "serving"
         while not self.closed:
-            if self._hear() | self._sent() | self._serve() | also():
-                busy = time.monotonic()
-                continue
-            idle = time.monotonic() - busy
+            if not self._turn(also):
+                with PULSE.waiting("a worker to ask for something", time.monotonic(), idle=True):
+                    self._idle(also)
+
+    def _turn(self, also: Callable[[], bool]) -> bool:
+        """Do what there is to do; whether there was anything."""
+        PULSE.beats += 1
+        return self._hear() | self._sent() | self._serve() | also()
+
+    def _idle(self, also: Callable[[], bool]) -> None:
+        """Return when there was something to do again."""
+        begin, limit_s = time.monotonic(), self.limit_s
+        while not self._turn(also):
+            idle = time.monotonic() - begin
             if idle > limit_s:
                 raise RankError(
                     f"a server has heard of no worker for {limit_s:g} s: they have stopped, or a step takes longer; "
@@ -282,6 +293,7 @@ class Server:
             self._update(client, copy, rate, scale, to)
         self.histogram[min(client.staleness, _BINS - 1)] += 1
         self.steps += push.steps
+        PULSE.step = self.steps
         self.samples += push.samples
         self.loss += push.loss
         self.bad += push.bad

@@ -15,6 +15,7 @@ import numpy as np
 
 from dpnn import config
 from dpnn.comm.faults import wait
+from dpnn.comm.pulse import PULSE
 from dpnn.data import Run
 from dpnn.errors import NotFiniteError, RankError
 from dpnn.optim import Optimizer
@@ -132,8 +133,9 @@ class Worker:
         """They are used in `finish`."""
 
     def poke(self) -> None:
-        """Let MPI move."""
+        """Let MPI move; a step may take longer than the servers wait for a word."""
         self._comm.Iprobe()
+        self.tick()
 
     def tell(self, loss: float) -> None:
         """Tell the other parts the loss, this one's share of the mean over the samples, and what it has heard."""
@@ -229,24 +231,33 @@ class Worker:
 
         One part asks, all hear the answers: so all find the same.
         """
-        steps, since = -1, monotonic()
-        while True:
-            if self._parts.asks:
-                coming = self._comm.Irecv(self._leased.bytes, self._shards[0][0], Tag.LEASED)
-                self._send(Kind.LEASE, self._shards[:1])
-                wait(coming.Test, "the first server to answer", self._limit_s)
-            self._parts.share(self._leased.bytes)
-            answer = self._leased.read()
-            if enough(answer):
-                return answer
-            if answer.steps + answer.alive != steps:
-                steps, since = answer.steps + answer.alive, monotonic()
-            elif monotonic() - since > self._limit_s:
-                raise RankError(
-                    f"no replica has pushed anything for {self._limit_s:g} s, and this one waits for them: a rank has "
-                    "stopped, or a step takes longer; if all ranks are well, raise parallel.stall_abort_s"
-                )
-            sleep(_ASK_AGAIN_S)
+        answer = self._ask()
+        while not enough(answer):
+            answer = self._ask_until_others_move(enough, answer)
+        return answer
+
+    def _ask_until_others_move(self, enough: Callable[[Answer], bool], last: Answer) -> Answer:
+        """The first answer that is enough, or that tells of a replica that has pushed, or said that it is alive."""
+        begin, answer = monotonic(), last
+        with PULSE.waiting("the other replicas to push something", begin):
+            while not enough(answer) and answer.steps + answer.alive == last.steps + last.alive:
+                if monotonic() - begin > self._limit_s:
+                    raise RankError(
+                        f"no replica has pushed anything for {self._limit_s:g} s, and this one waits for them: a rank "
+                        "has stopped, or a step takes longer; if all ranks are well, raise parallel.stall_abort_s"
+                    )
+                sleep(_ASK_AGAIN_S)
+                answer = self._ask()
+        return answer
+
+    def _ask(self) -> Answer:
+        """What the first server says to who asks for work. Collective over the parts."""
+        if self._parts.asks:
+            coming = self._comm.Irecv(self._leased.bytes, self._shards[0][0], Tag.LEASED)
+            self._send(Kind.LEASE, self._shards[:1])
+            wait(coming.Test, "the first server to answer", self._limit_s)
+        self._parts.share(self._leased.bytes)
+        return self._leased.read()
 
     def _hear(self) -> None:
         """What the parts have told one another: the loss of the replica, and whether it stops."""

@@ -5,9 +5,12 @@ TOGETHER  a number: no process goes on from its first batch before so many have 
 FAULT     "RANK STEP DEED": at its training batch number STEP (from 0, in this process) the rank, or every rank ("*"),
           does DEED: a signal's name, sent to itself; "raise"; "infinite" (its samples become so); "truncate PATH";
           "touch PATH"; "hoard PATH" (joins the control group whose list of processes PATH is, and takes 1 GiB);
-          "exhaust" (takes 1 GiB, where its address space may grow by less than a thread needs).
+          "exhaust" (takes 1 GiB, where its address space may grow by less than a thread needs); "sleep SECONDS";
+          "pause" or "hold": sleep for ever in C, as in a driver, where Python's other threads run on, or don't.
+PACE      seconds that it sleeps at every training batch.
 """
 
+import ctypes
 import os
 import resource
 import signal
@@ -29,12 +32,13 @@ def watched_next(loader: Loader) -> Batch:
     if loader.sampler.shuffle:  # evaluation doesn't
         if "SEEN" in os.environ:
             note(batch)
-        if "FAULT" in os.environ:
+        if os.environ.get("FAULT", "none") != "none":
             rank, step, deed = os.environ["FAULT"].split(" ", 2)
             here = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK", "0")
             if rank in ("*", here) and STATE["batches"] == int(step):
                 do(deed, batch)
         STATE["batches"] += 1
+        time.sleep(float(os.environ.get("PACE", "0")))
     return batch
 
 
@@ -68,6 +72,12 @@ def do(deed: str, batch: Batch) -> None:
         limit = pages * resource.getpagesize() + (1 << 20)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         np.ones(1 << 27)
+    elif deed.startswith("sleep "):
+        time.sleep(float(deed.removeprefix("sleep ")))
+    elif deed == "pause":
+        ctypes.CDLL(None).pause()
+    elif deed == "hold":
+        ctypes.PyDLL(None).pause()
 
 
 Loader.next = watched_next
