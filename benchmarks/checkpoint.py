@@ -22,7 +22,7 @@ from dpnn.comm.world import World, start
 from dpnn.saving import Saver
 
 ROWS = {"lenet": 64, "alexnet": 8}
-PAUSE_GOAL, STEP_GOAL, WRITE_GOAL, TORCH_GOAL = 1 / 1.5, 0.7, 0.5, 10.0
+PAUSE_GOAL, STEP_GOAL, WRITE_GOAL, TORCH_GOAL = 1 / 1.5, 0.7, 1 / 3, 10.0
 
 
 class Case:
