@@ -1,7 +1,7 @@
 # Everything runs in an environment beside the code; it needs Python 3.11 or newer, and a package index the first time.
 #
 #   make demo       pack the digits, train on 4 ranks, print the error and where the run lies
-#   make test       the whole suite: what needs no MPI or starts it, then what runs inside MPI on 2, 3, 4 and 6 ranks
+#   make test       the whole suite: what starts MPI; what needs none; what runs inside MPI, on 2, 3, 4 and 6 ranks
 #   make smoke      a small part of the suite: what another MPI could break
 #   make lint       ruff, and mypy on dpnn/
 #   make soak       the long tests        make bench     every program in benchmarks/
@@ -48,7 +48,7 @@ PYTEST := $(BIN)/python -m pytest
 RANKS := timeout --kill-after=20 1200 $(BIN)/python -c \
 	'import sys; from dpnn.comm.launch import launch; sys.exit(launch(int(sys.argv[1]), sys.argv[2:], ("-m", "pytest")))'
 
-.PHONY: setup demo test test-alone test-starting smoke soak gpu verified bench lint clean
+.PHONY: setup demo test test-starting test-alone test-inside smoke soak gpu verified bench lint clean
 
 setup: $(ENV)/.has-$(BASE)
 
@@ -57,17 +57,19 @@ demo: setup
 	$(BIN)/dpnn launch -n 4 train jobs/digits.toml
 
 test: $(ENV)/.has-$(TEST)
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-alone test-starting
-	for n in 2 3 4 6; do \
-		$(RANKS) $$n -m "parallel[$$n] and not soak" -p no:cacheprovider --color=no || exit 1; \
-	done
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-starting test-alone test-inside
 
-# What starts MPI programs waits much of its time: the rest runs meanwhile.
+# Two at a time. What starts MPI programs waits much of its time, and takes longest: the others run meanwhile.
+test-starting:
+	$(PYTEST) -m "$(ONCE) and mpi"
+
 test-alone:
 	$(PYTEST) -m "$(ONCE) and not mpi"
 
-test-starting:
-	$(PYTEST) -m "$(ONCE) and mpi"
+test-inside:
+	for n in 2 3 4 6; do \
+		$(RANKS) $$n -m "parallel[$$n] and not soak" -p no:cacheprovider --color=no || exit 1; \
+	done
 
 smoke: $(ENV)/.has-$(TEST)
 	$(BIN)/dpnn launch -n 2 doctor --ranks

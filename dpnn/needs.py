@@ -19,7 +19,7 @@ from dpnn.errors import JobError
 from dpnn.evaluate import choose_backends
 from dpnn.machine import Limits
 from dpnn.plan import Costs, Setting
-from dpnn.planning import forecaster_of
+from dpnn.planning import common, forecaster_of, lasting
 from dpnn.prepare import Start
 from dpnn.team import Team
 
@@ -37,12 +37,14 @@ _WAY_OUT = (
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a rank needs: at least, for the network (parameters, gradients, optimizer, the arrays of the
-    micro-batches); and about, in all.
-    """
+    """Bytes that a rank needs."""
 
     least: float
+    """For the network: parameters, gradients, optimizer, the arrays of the micro-batches."""
     about: float
+    """In all, about."""
+    copy: float = 0.0
+    """More, on the first replica: of what a checkpoint is written from while training goes on."""
 
 
 def room_of(world: World, start: Start) -> float:
@@ -69,6 +71,8 @@ def check_room(world: World, start: Start) -> tuple[tuple[str, str], ...]:
         return ()
     parts, servers = start.job.parallel.parts, start.job.parallel.servers
     mine = needs[-1] if world.rank >= world.size - servers else needs[world.rank % parts]
+    if world.rank < parts:
+        mine = Need(mine.least, mine.about + mine.copy)
     with deadline(world.timeout_s, "comparing what the ranks of a node need", world.fail):
         near: list[Need] = world.node.allgather(mine)
     told = compare(near, world.limits, world.node.rank)
@@ -104,19 +108,17 @@ def needs_of(world: World, start: Start, most: int) -> list[Need]:
     if backends[0].memory.name:
         return []
     replicas = replicas_of(world.size, parts, job.parallel.servers)
-    together = job.parallel.strategy == "allreduce"
-    sharing = -(-most // parts) if together else 1
-    forecaster = forecaster_of(
-        job, models.graph(job, start.network, start.shape), start.rows, backends, Costs(), sharing
-    )
+    held = 1 + lasting(job) / common(job, most)
+    forecaster = forecaster_of(job, models.graph(job, start.network, start.shape), start.rows, backends, Costs(), held)
     micro = job.train.grains // replicas or job.parallel.microbatches
     found = forecaster.look(Setting(start.placement, micro))
     more = beside(start, world.size)
+    itemsize = backends[0].dtype.itemsize
     needs = [
-        Need(nbytes, nbytes + (more if part == found.placed.reader else BESIDE))
-        for part, nbytes in enumerate(found.nbytes)
+        Need(nbytes, nbytes + (more if part == found.placed.reader else BESIDE), n * lasting(job) * itemsize)
+        for part, (nbytes, n) in enumerate(zip(found.nbytes, found.params, strict=True))
     ]
-    shard = sum(found.params) * backends[0].dtype.itemsize / max(job.parallel.servers, 1)
+    shard = sum(found.params) * itemsize / max(job.parallel.servers, 1)
     return [*needs, Need(shard, shard + BESIDE)]
 
 

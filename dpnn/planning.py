@@ -35,22 +35,37 @@ def assumed(job: config.Job, graph: Graph, rows: int) -> Placement:
 
 
 def forecaster_of(
-    job: config.Job, graph: Graph, rows: int, backends: Sequence[Backend], costs: Costs, sharing: int = 1
+    job: config.Job, graph: Graph, rows: int, backends: Sequence[Backend], costs: Costs, held: float | None = None
 ) -> Forecaster:
-    """Forecasts for a job."""
-    # In downpour the optimizer is the servers'.
-    states = 0 if job.parallel.strategy == "downpour" else len(STATES[job.optimizer.name])
-    return Forecaster(graph, backends, rows, states, costs, job.parallel.pipeline, sharing)
+    """Forecasts for a job; `held`: numbers that a rank has for each parameter, None: as many as it has by itself."""
+    return Forecaster(graph, backends, rows, lasting(job) - 1, costs, job.parallel.pipeline, held)
+
+
+def lasting(job: config.Job) -> int:
+    """Numbers that checkpoints have of each parameter and workers keep: itself, and the optimizer's state."""
+    return 1 if job.parallel.strategy == "downpour" else 1 + len(STATES[job.optimizer.name])  # there it is the servers'
+
+
+def common(job: config.Job, ranks: int) -> int:
+    """How many of `ranks` on a node have one and the same parameters and state in common (comm/node.py), at most."""
+    return max(1, -(-ranks // job.parallel.parts)) if job.parallel.strategy == "allreduce" else 1
 
 
 def forecasts(
-    job: config.Job, graph: Graph, rows: int, backends: Sequence[Backend], costs: Costs, room: float = math.inf
+    job: config.Job,
+    graph: Graph,
+    rows: int,
+    backends: Sequence[Backend],
+    costs: Costs,
+    room: float = math.inf,
+    held: float | None = None,
 ) -> list[tuple[str, Forecast]]:
     """What the job's placement would bring, the best first; JobError where there is none.
 
-    `room`: bytes that a rank should stay under where the job doesn't say (parallel.memory_gb).
+    `room`: bytes that a rank should stay under where the job doesn't say (parallel.memory_gb). `held`: as for
+    `forecaster_of`.
     """
-    parallel, forecaster = job.parallel, forecaster_of(job, graph, rows, backends, costs)
+    parallel, forecaster = job.parallel, forecaster_of(job, graph, rows, backends, costs, held)
     microbatches = 1 if job.train.reproducible else parallel.microbatches
     return choose(forecaster, parallel.parts, parallel.placement, microbatches, parallel.memory_gb, room)
 
@@ -74,6 +89,8 @@ def settle(
     kept = world.first(lambda: folder.read_choices().get(asked, ""))
     if kept:
         return read(kept), {asked: kept}
+    # A gradient; what is kept, in common with others; as much again while a checkpoint is written.
+    held = None if job.parallel.memory_gb else 1 + lasting(job) * (1 / common(job, world.node.size) + 1)
     room = room_of()
     latency, bandwidth = measured_crossing(world.comm, world.timeout_s)
     threads = job.backend.threads or world.threads()
@@ -82,7 +99,7 @@ def settle(
         backends, _ = choose_backends(job, Team(threads), world.node.rank)
         costs = measured(graph, job.parallel.parts, backends, rows)
         costs = replace(costs, latency=latency, crossing=bandwidth)
-        return written(forecasts(job, graph, rows, backends, costs, room)[0][1].setting), costs
+        return written(forecasts(job, graph, rows, backends, costs, room, held)[0][1].setting), costs
 
     kept, costs = world.first(chosen)
     return read(kept), {asked: kept, COSTS: costs.dump()}

@@ -33,6 +33,9 @@ LAUNCHERS_OWN = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI", "HYD", "SLURM_", "DPN
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 os.environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
+# Ranks of tests give way where they wait: other tests have the same cores. Read when MPI starts.
+os.environ |= {"OMPI_MCA_mpi_yield_when_idle": "1"}
+
 # What tests choose by timing stays out of the user's own cache folder. Set here, before any module of tests is
 # imported; what tests start inherits it.
 CACHE = tempfile.mkdtemp(prefix="dpnn-cache-")

@@ -61,6 +61,7 @@ def encoded(info: dict[str, Any]) -> Dataset:
 def write_file(path: Path, datasets: Sequence[Dataset], note: Note, **attributes: int) -> None:
     """Write a file, read it again, and give it its name; OSError or DataError where that fails."""
     runs = _runs(datasets, attributes)
+    note(f"the file system of {path} to make it")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         with FileIO(temporary, "x+") as file:

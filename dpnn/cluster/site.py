@@ -29,6 +29,8 @@ class Cluster(Table, frozen=True, kw_only=True):
     """To be loaded."""
     setup: Texts = ()
     """Commands that make dpnn's environment ready; none: the Python that ran `dpnn submit`."""
+    environment: Text = ""
+    """A packed venv that is unpacked on the nodes' own disks and used there, as in "$HOME/dpnn-env.tar.gz"."""
     container: Text = ""
     """What stands in front of dpnn, as in "apptainer exec --nv dpnn.sif". With srun only."""
     stage: Text = ""
@@ -67,4 +69,6 @@ def read_site(path: str | None, requeue: bool = True, environ: Mapping[str, str]
             f"{named or own}: cluster.container needs the host's launcher to start each rank; "
             'set cluster.launcher = "srun --mpi=pmix" (or pmi2)'
         )
+    if cluster.container and cluster.environment:
+        raise JobError(f"{named or own}: cluster.container is an environment of its own: leave out cluster.environment")
     return replace(cluster, requeue=cluster.requeue and requeue)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpnn import config
+from dpnn.cluster import environment
 from dpnn.cluster.site import Cluster
 from dpnn.comm.mesh import replicas_of
 from dpnn.errors import JobError, RankError, Stopped
@@ -97,6 +98,10 @@ def checked(request: Request, cluster: Cluster, chain: int) -> Request:
             'a heterogeneous job (-- hetjob ...) is started by srun only: set cluster.launcher = "srun --mpi=pmix" '
             "(or pmi2) in the site file"
         )
+    if cluster.environment:
+        if request.parts > 1:
+            raise JobError("cluster.environment: sbcast reaches one part of a heterogeneous job; use cluster.container")
+        environment.check(cluster.environment)
     if not request.source:
         return request
     parallel = config.load(request.source, [text.replace("%a", "0") for text in request.overrides]).parallel
@@ -140,6 +145,7 @@ def script(request: Request, cluster: Cluster) -> str:
             *_unless_ended(cluster),
             'if [ -e "$run/job.toml" ]; then set -- --resume "$run" "${@:2}"',
             'else set -- "$@" --set "output.dir=$run"; fi',
+            *(environment.unpack(cluster.environment) if cluster.environment else []),
             "",
             "# A signal to the script goes on to the ranks, which stop at the next step with a checkpoint.",
             """ended() { grep -c '"kind":"end"' "$run/metrics.jsonl" 2>/dev/null; }""",
@@ -149,6 +155,7 @@ def script(request: Request, cluster: Cluster) -> str:
             "while wait $pid; code=$?; kill -0 $pid 2>/dev/null; do :; done  # a trap ends wait early",
             "wait $pid; again=$?; [ $again = 127 ] || code=$again",
             f'[ $code != 0 ] || [ "$(ended)" != "$before" ] || code={RankError.exit_code}  # srun may call that 0',
+            *(environment.remove() if cluster.environment else []),
             *_again(request, cluster),
             "exit $code",
             "",
@@ -250,7 +257,8 @@ def _launcher(request: Request, cluster: Cluster) -> str:
     """The beginning of the line that starts the ranks."""
     # A script that is passed on doesn't know where dpnn lies.
     found = cluster.setup or cluster.modules or cluster.container or not request.source
-    dpnn = "dpnn" if found else f"{shlex.quote(sys.executable)} -m dpnn"
+    python = environment.PYTHON if cluster.environment else shlex.quote(sys.executable)
+    dpnn = "dpnn" if found and not cluster.environment else f"{python} -m dpnn"
     if cluster.launcher == "mpirun":
         return f'{dpnn} launch -n "$SLURM_NTASKS"'
     # Ranks aren't bound to a core: dpnn gives each its share of the node's.

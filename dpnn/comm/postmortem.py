@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dpnn.comm.slots import Place, here, state_of
 
-_SILENT_S = 5.0
+_SILENT_S = 10.0
 """A watchdog that hasn't been seen for so long can't run either."""
 _SHOWN = 32
 """Lines of a kind that are printed; the file has all."""

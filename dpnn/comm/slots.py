@@ -1,6 +1,7 @@
 """Where each rank of a node stands, in a file that they share: what is left of a rank that can't speak any more."""
 
 import fcntl
+import mmap
 import os
 import tempfile
 import time
@@ -70,29 +71,33 @@ def shared_file(node: "MPI.Comm", flags: int) -> int:
 
 
 class Slots:
-    """A slot for each rank of a node. Where there can be no such file, each rank has a file of its own, with one."""
+    """A slot for each rank of a node. Where there can be no such file, each rank has a file of its own."""
 
     def __init__(self, node: "MPI.Comm") -> None:
         """Collective over `node`, and blocking."""
-        self._at, self._size = node.rank, node.size
+        nbytes = _HEAD + node.size * _SLOT.size
         self._file = shared_file(node, os.O_RDWR)
-        if self._file < 0:
+        try:
+            os.posix_fallocate(self._file, 0, nbytes)  # no write can fail later, for want of room
+        except OSError:
             self._file = os.memfd_create("dpnn-slots")
+            os.truncate(self._file, nbytes)
+        self._memory = mmap.mmap(self._file, nbytes)
+        self._starts = range(_HEAD, nbytes, _SLOT.size)
+        self._mine = self._starts[node.rank]
 
     def close(self) -> None:
         """No more is written, or read."""
+        self._memory.close()
         os.close(self._file)
 
     def write(self, place: Place) -> None:
-        """This rank's place. A disk that has become full keeps the last one."""
-        with suppress(OSError):
-            os.pwrite(self._file, place.pack(), _HEAD + self._at * _SLOT.size)
+        """This rank's place."""
+        self._memory[self._mine : self._mine + _SLOT.size] = place.pack()
 
     def read(self) -> list[Place]:
         """The places of all ranks of the node that have written theirs."""
-        packed = os.pread(self._file, self._size * _SLOT.size, _HEAD)
-        starts = range(0, len(packed) // _SLOT.size * _SLOT.size, _SLOT.size)
-        places = [Place.unpack(packed[at : at + _SLOT.size]) for at in starts]
+        places = [Place.unpack(self._memory[at : at + _SLOT.size]) for at in self._starts]
         return [place for place in places if place.pid]
 
     def due(self, business: int, period_s: float) -> bool:
@@ -101,10 +106,9 @@ class Slots:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, _HEAD)
             try:
                 now, at = time.monotonic(), business * _DUE.size
-                known = os.pread(self._file, _DUE.size, at)
-                if len(known) == _DUE.size and now < _DUE.unpack(known)[0]:
+                if now < _DUE.unpack_from(self._memory, at)[0]:
                     return False
-                os.pwrite(self._file, _DUE.pack(now + period_s), at)
+                _DUE.pack_into(self._memory, at, now + period_s)
                 return True
             finally:
                 fcntl.lockf(self._file, fcntl.LOCK_UN, _HEAD)

@@ -36,6 +36,8 @@ _FOLDER_S = 2.0
 """How long the run folder may take to answer."""
 _WORDS_S = 2.5
 """How long other nodes may take to write their lines. Ranks that fail beside this one wait longer (world.py)."""
+_PATIENCE_S = 5.0
+"""How long the thread may take to end."""
 _NAMED = 3
 """Ranks of the node that a warning names."""
 _WARNING, _LISTENING = range(2)
@@ -77,11 +79,12 @@ class Watchdog:
         if error is not None and self._world.size > 1:
             return
         self._done.set()
-        self._thread.join()
+        self._thread.join(_PATIENCE_S)
         if isinstance(error, RankError):
             tell(self.post_mortem())
         self._world.post_mortem = None
-        self._slots.close()
+        if not self._thread.is_alive():  # else a dead file system holds it; it dies with the process
+            self._slots.close()
 
     def post_mortem(self) -> str:
         """A line for every rank of the job, for people."""

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
+from dpnn.comm.pulse import PULSE
 from dpnn.errors import DataError
 
 T = TypeVar("T")
@@ -55,8 +56,9 @@ class Metrics:
         self._lines.clear()
         self._due = monotonic() + _PERIOD_S
         try:
-            while rest:
-                rest = rest[os.write(self._file, rest) :]
+            with PULSE.waiting(f"the file system to take {self._path}", monotonic()):
+                while rest:
+                    rest = rest[os.write(self._file, rest) :]
         except OSError as error:
             raise unwritable(self._path, error) from error
 

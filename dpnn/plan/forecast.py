@@ -51,7 +51,7 @@ class Forecast:
 class Forecaster:
     """Forecasts for one network on one kind of rank; `rows`: the most samples of a replica's step.
 
-    `sharing`: how many replicas of a node have their parameters, and what the optimizer keeps, in common.
+    `held`: how many numbers a rank has for each parameter; None: itself, its gradient, and the optimizer's `states`.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class Forecaster:
         states: int,
         costs: Costs,
         pipeline: Pipeline = "1f1b",
-        sharing: int = 1,
+        held: float | None = None,
     ) -> None:
         self.graph, self.rows, self.costs = graph, rows, costs
-        self._sharing = sharing
-        self._backends, self._states, self._pipeline = backends, states, pipeline
+        self._backends, self._pipeline = backends, pipeline
+        self._held = 2 + states if held is None else held
         self.groups = choose_groups(graph.nodes, backends, "train")
         """Those of the whole network on one part."""
 
@@ -110,9 +110,7 @@ class Forecaster:
             return 0.0
 
         timing = simulate(plans, seconds, self.costs.message, message_nbytes)
-        # Of each number: its gradient, and a share of the parameter and of what the optimizer keeps, each with the copy
-        # that checkpoints are written from.
-        each = (1 + 2 * (1 + self._states) / self._sharing) * self._backends[0].dtype.itemsize
+        each = self._held * self._backends[0].dtype.itemsize
         nbytes = tuple(
             Layout(plan, rooms=False).nbytes + math.ceil(n * each) for plan, n in zip(plans, params, strict=True)
         )

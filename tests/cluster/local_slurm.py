@@ -61,12 +61,15 @@ def missing() -> str:
 
 
 class LocalSlurm:
-    """Started by its constructor in `folder`; `stop` ends all of it."""
+    """Started by its constructor in `folder`; `stop` ends all of it. `disk`: a folder that is another one on each node,
+    to this machine `folder`/tmp/NODE.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.conf = str(folder / "slurm.conf")
-        for name in ("state", "spool/n0", "spool/n1", "tmp/n0", "tmp/n1"):
+        self.disk = folder / "disk"
+        for name in ("disk", "state", "spool/n0", "spool/n1", "tmp/n0", "tmp/n1"):
             (folder / name).mkdir(parents=True)
         port = 20000 + os.getpid() % 10000
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**21
@@ -92,7 +95,8 @@ class LocalSlurm:
         )  # fmt: skip
         self._call("slurmctld", "-c", "-i")
         for node in NODES:
-            start = f"hostname {node}; mount --bind {hosts} /etc/hosts; exec slurmd -N {node}"
+            mounts = f"mount --bind {hosts} /etc/hosts; mount --bind {folder}/tmp/{node} {self.disk}"
+            start = f"hostname {node}; {mounts}; exec slurmd -N {node}"
             self._call("unshare", "--uts", "--mount", "bash", "-c", start)
         self.wait_for(lambda: self.call("sinfo", "-h", "-N", "-o", "%T").split() == ["idle", "idle"], 30)
 

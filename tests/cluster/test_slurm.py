@@ -165,7 +165,7 @@ def submit(under_slurm, asked, capsys):
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("how", LAUNCHERS)
 def test_a_job_near_its_limit_is_queued_again_and_goes_on(slurm, submit, tmp_path, how):
-    (job,) = submit(25, launcher=f"srun --mpi={plugin()}" if how == "srun" else how)
+    (job,) = submit(12, launcher=f"srun --mpi={plugin()}" if how == "srun" else how)
     run = tmp_path / "runs" / f"job-{job}"
     slurm.wait_for(lambda: lines("step", run), 60)
     slurm.call("scancel", "--batch", "--signal=USR1", job)
@@ -183,7 +183,7 @@ def test_a_job_near_its_limit_is_queued_again_and_goes_on(slurm, submit, tmp_pat
 
 @pytest.mark.timeout(120)
 def test_a_chain_goes_on_with_one_run_and_its_rest_does_nothing(slurm, submit, tmp_path):
-    first, second, third = submit(25, "--chain", "3")
+    first, second, third = submit(12, "--chain", "3")
     run = tmp_path / "runs" / f"job-{first}"
     slurm.wait_for(lambda: lines("step", run), 60)
     slurm.call("scancel", "--batch", "--signal=USR1", first)

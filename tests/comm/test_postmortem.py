@@ -12,8 +12,11 @@ import pytest
 from dpnn.comm.postmortem import LastWords, by_rank, complete, forget, lines_of, table
 from dpnn.comm.slots import Place, here
 
-NOW = time.time()
-WELL = Place(0, os.getpid(), here(), 1, 5, NOW, NOW - 30, "", "Forward conv1")
+
+def well(ago: float = 0.0) -> Place:
+    """Of this process, last seen some seconds ago; it hasn't moved for half a minute."""
+    now = time.time()
+    return Place(0, os.getpid(), here(), 1, 5, now - ago, now - 30, "", "Forward conv1")
 
 
 def line(rank: int, waits: bool = True, node: str = "n0") -> str:
@@ -35,23 +38,23 @@ def dead() -> int:
 
 
 def test_a_rank_waits_or_works():
-    seen = time.strftime("%H:%M:%S", time.localtime(NOW))
-    since = time.strftime("%H:%M:%S", time.localtime(NOW - 30))
-    assert f" works: epoch 1, step 5, Forward conv1, since {since}; last seen {seen}" in said(WELL)
-    waiting = WELL._replace(rank=7, epoch=0, whom="the losses", doing="Finish")
+    place = well()
+    seen, since = (time.strftime("%H:%M:%S", time.localtime(at)) for at in (place.seen, place.since))
+    assert f" works: epoch 1, step 5, Forward conv1, since {since}; last seen {seen}" in said(place)
+    waiting = place._replace(rank=7, epoch=0, whom="the losses", doing="Finish")
     assert f" waits for the losses: step 5, Finish, since {since}; last seen {seen}" in said(waiting)
 
 
 def test_a_rank_that_can_not_be_well_is_told_apart(dead):
-    late = NOW - 60
-    assert " is dead: epoch 1" in said(WELL._replace(pid=dead, seen=late))
-    assert " is stuck, and Python with it: epoch 1" in said(WELL._replace(seen=late))
-    assert ", and waits for rank 1, since" in said(WELL._replace(seen=late, whom="rank 1"))
+    late = well(ago=60)
+    assert " is dead: epoch 1" in said(late._replace(pid=dead))
+    assert " is stuck, and Python with it: epoch 1" in said(late)
+    assert ", and waits for rank 1, since" in said(late._replace(whom="rank 1"))
 
 
 def test_a_process_number_of_another_container_says_nothing(dead):
-    assert " works: " in said(WELL._replace(pid=dead, space=here() + 1))
-    assert " works: " in said(WELL._replace(pid=dead))  # it has just been seen
+    assert " works: " in said(well()._replace(pid=dead, space=here() + 1))
+    assert " works: " in said(well()._replace(pid=dead))  # it has just been seen
 
 
 def test_ranks_without_a_word_are_named_together():

@@ -91,15 +91,6 @@ def test_a_rank_that_is_killed(fails):
     assert list((folder / "checkpoints").iterdir()) == []
 
 
-def test_a_rank_that_is_silent(fails):
-    """Stopped by SIGSTOP: nothing tells the others but the time that they wait."""
-    code, (message,), folder, _ = fails(3, "1 4 SIGSTOP", "parallel.stall_abort_s=5", limit_s=5 + LIMIT_S)
-    assert code == 4
-    assert message.startswith(("dpnn: rank 0: waited 5 s for", "dpnn: rank 2: waited 5 s for"))
-    assert "raise parallel.stall_abort_s" in message
-    check_record(folder, message, code)
-
-
 def test_a_loss_that_is_not_finite(mpirun, job, messages):
     """All ranks know it in the same step, and one says in which layer it began. No checkpoint is written after it."""
     made = job()

@@ -5,6 +5,7 @@ the test's own (programs/frozen.py); what kills for memory is the kernel. Ranks 
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,7 +36,15 @@ DOWNPOUR = (
     ),
 )  # fmt: skip
 AVERAGE = (2, (f"model.name={HERE}/networks.py:plain", "parallel.strategy=average", "parallel.every=4"))
-PARTS = (2, ("parallel.parts=2", "parallel.placement=depth", "parallel.microbatches=2"))
+PARTS = (
+    2,
+    (
+        f"model.name={HERE}/networks.py:plain",
+        "parallel.parts=2",
+        'parallel.placement={"dense*" = 1, "*" = 0}',
+        "parallel.microbatches=2",
+    ),
+)
 EVERYWHERE = [
     pytest.param(ALLREDUCE, id="allreduce"),
     pytest.param(AVERAGE, id="average", marks=SOAK),
@@ -67,10 +76,12 @@ def ended(program, limit_s: float = LIMIT_S, since: str = ""):
     return done
 
 
-def until(done, limit_s: float = 60) -> None:
+def until_saved(program, folder: Path, limit_s: float = 60) -> None:
+    """Until there is a checkpoint in a folder."""
     end = time.monotonic() + limit_s
-    while not done():
-        assert time.monotonic() < end
+    while newest(folder) == 0:
+        assert program.process.poll() is None, program.stderr
+        assert time.monotonic() < end, program.stdout + program.stderr
         time.sleep(0.01)
 
 
@@ -85,7 +96,7 @@ def test_a_rank_that_crashes_takes_the_job_along(start_line, line, job, strategy
     ranks, settings = strategy
     run = job()
     program = start_line(line(ranks, "train", run.path, *words(*LONG, *settings)))
-    until(lambda: newest(run.out / "checkpoints") > 0)
+    until_saved(program, run.out / "checkpoints")
     os.kill(program.pids()[1], signal.SIGSEGV)
     done = ended(program)
     assert done.returncode not in (0, 75)
@@ -94,16 +105,18 @@ def test_a_rank_that_crashes_takes_the_job_along(start_line, line, job, strategy
 
 @pytest.mark.soak
 def test_a_replica_that_is_stopped_is_waited_for_no_longer_than_the_limit(start_line, line, job, messages):
-    """In `average`; that the other strategies do so, too, is in test_failures.py and test_parts_failing.py."""
+    """In `average`; that the other strategies do so, too, is in test_failures.py and test_stalls.py."""
     ranks, settings = AVERAGE
     run = job()
     settings = (*LONG, *settings, f"parallel.stall_abort_s={STALL_S}")
     program = start_line(line(ranks, "train", run.path, *words(*settings)))
-    until(lambda: newest(run.out / "checkpoints") > 0)
+    until_saved(program, run.out / "checkpoints")
     os.kill(program.pids()[1], signal.SIGSTOP)
     done = ended(program)
     assert done.returncode == 4
-    assert messages(done.stderr)[0].startswith(f"dpnn: rank 0: waited {STALL_S} s for ")
+    (message,) = messages(done.stderr)
+    assert message.startswith(f"dpnn: rank 0: waited {STALL_S} s for ")
+    assert re.search(r"^  rank 1 \(.*\) is stopped \(SIGSTOP\): ", done.stderr, re.MULTILINE)
 
 
 # --- memory
@@ -216,7 +229,7 @@ def test_a_full_disk_ends_the_run_and_with_room_it_goes_on(disk, start_line, lin
     small = disk("size=2m", tmp_path / "disk")
     folder = small.outside(run.out)
     program = small.start(line(2, "train", run.path, *words(*LONG)))
-    until(lambda: newest(folder / "checkpoints") > 0)
+    until_saved(program, folder / "checkpoints")
     filler = small.outside(tmp_path / "disk" / "filler")
     fill(filler)
     done = ended(program)
@@ -327,6 +340,7 @@ def test_data_that_do_not_come_any_more_end_the_run(frozen, job, images, message
 @pytest.mark.parametrize("strategy", EVERYWHERE)
 @pytest.mark.parametrize("what", ["run", "run/checkpoints"])
 def test_a_run_folder_that_does_not_answer_ends_the_run(frozen, job, messages, tmp_path, strategy, what):
+    """Metrics can't be written, or a checkpoint can't; of the lines for every rank one says who waits for that."""
     ranks, settings = strategy
     run = job()
     behind = tmp_path / "behind"
@@ -335,18 +349,21 @@ def test_a_run_folder_that_does_not_answer_ends_the_run(frozen, job, messages, t
         *words(*LONG, *settings, f"parallel.stall_abort_s={STALL_S}"),
     )  # fmt: skip
     folder = behind / "checkpoints" if what == "run" else behind
-    until(lambda: newest(folder) > 0)
+    until_saved(program, folder)
     flag.touch()
     done = ended(program, STALL_S + LIMIT_S)
     assert done.returncode == 4
     assert any(f" {STALL_S} s" in message for message in messages(done.stderr)), done.stderr
+    lines = [line for line in done.stderr.splitlines() if re.match("  rank [0-9]+ ", line)]
+    assert len(lines) == ranks
+    assert re.search("the file system|checkpoint", "".join(lines))
     assert newest(folder) > 0
 
 
 def test_a_file_system_that_answers_again_in_time_is_only_waited_for(frozen, job, identical, trained, tmp_path):
     run = job()
     program, flag = frozen(run.out, tmp_path / "behind", 2, "train", run.path)
-    until(lambda: newest(tmp_path / "behind" / "checkpoints") > 0)
+    until_saved(program, tmp_path / "behind" / "checkpoints")
     flag.touch()
     time.sleep(1.5)
     assert program.process.poll() is None

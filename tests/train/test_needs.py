@@ -54,6 +54,16 @@ def test_a_network_larger_than_the_control_group_is_refused(start_in_group, line
     assert "lets its 1 ranks have 0.367 GB; start fewer ranks on a node" in ended.stderr
 
 
+@pytest.mark.soak
+def test_a_placement_is_chosen_that_fits_into_the_control_group(start_in_group, line, tmp_path):
+    """Two parts of one network, and its checkpoint; where there is room they take more."""
+    settings = (HUGE, "parallel.parts=2", "train.global_batch=64")
+    launched = ["-m", "dpnn", "launch", "-n", "2", *line(*settings)[2:]]
+    ended = start_in_group("memory", {"limit_in_bytes": 1100 * MIB}, sys.executable, *launched).finish(100)
+    assert ended.returncode == 0, ended.stderr
+    assert "little_memory" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
 def test_a_job_that_may_need_more_than_slurm_gives_says_so(python, line):
     env = {"SLURM_JOB_ID": "7", "SLURM_MEM_PER_NODE": "90"}
     ended = python(*line(), env=env)
