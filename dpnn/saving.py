@@ -23,7 +23,7 @@ from dpnn.plan import Store
 from dpnn.state import Array, sliced
 from dpnn.team import Team
 
-_LEAST = 1 << 16
+_LEAST = 1 << 20
 """Numbers of an array that are worth a thread."""
 
 
@@ -77,6 +77,11 @@ class Saver:
         what = f"the checkpoint after step {self._steps} in {self._folder}"
         self._writing = Background(what, lambda note: self._write(place, info, note), self._limit_s)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is on its way that wasn't told of."""
+        return self._writing is not None
+
     def look(self) -> None:
         """Tell of a checkpoint that is complete by now.
 
@@ -103,7 +108,7 @@ class Saver:
         if writing is not None:
             wait(lambda: writing.done() or writing.moved > end, "the last checkpoint to be written", math.inf)
             self.look()
-        return self._writing is not None
+        return self.busy
 
     def _write(self, place: tuple[int, int, int], info: dict[str, Any], note: Note) -> Path | None:
         """In a thread: write what was copied; the checkpoint's path, where it is whole."""

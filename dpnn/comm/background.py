@@ -24,7 +24,7 @@ class Background(Generic[T]):
     def __init__(self, what: str, call: Callable[[Callable[[str], object]], T], limit_s: float) -> None:
         self._what, self._limit_s = what, limit_s
         self._noted = time.monotonic(), "a thread to begin"
-        self._result = started(lambda: call(self._note), "dpnn-background")
+        self._result = started(lambda: call(self._note))
 
     def done(self) -> bool:
         """Whether it has ended. What it raised is raised here; RankError where it doesn't get on."""

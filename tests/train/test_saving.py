@@ -13,7 +13,7 @@ from .test_failures import check_record
 EPOCH = 15
 """Steps of an epoch, and from one checkpoint to the next."""
 PROGRAM = Path(__file__).parent / "programs" / "disk.py"
-PARTS = ("parallel.parts=2", "parallel.placement=depth")
+PARTS = ("parallel.parts=2", "parallel.placement=depth", "parallel.microbatches=2")
 AVERAGE = ("parallel.strategy=average", f"model.name={PROGRAM.parents[1]}/networks.py:plain", "parallel.every=4")
 LONG = ("train.epochs=1000", "train.eval_every=0")
 
