@@ -175,7 +175,7 @@ class Watchdog:
         if not self._folder_answers:
             return None
         try:
-            return started(call, "dpnn-run-folder").result(limit_s)
+            return started(call).result(limit_s)
         except TimeoutError:
             self._folder_answers = False
         except (OSError, DpnnError):

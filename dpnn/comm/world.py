@@ -185,7 +185,7 @@ class World(Ranks):
         """Ask `claim`; where it fails, or a dead file system holds it, the node. Better told twice than not at all."""
         for claim in (self.claim, self._first_of_node):
             with suppress(Exception):
-                return started(partial(claim, text, code), "dpnn-claim").result(_CLAIM_S)
+                return started(partial(claim, text, code)).result(_CLAIM_S)
         return True
 
     def _first_of_node(self, text: str, code: int) -> bool:
