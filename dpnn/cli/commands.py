@@ -229,10 +229,13 @@ def launch(arguments: argparse.Namespace) -> int:
 
 
 def _survives(arguments: argparse.Namespace) -> bool:
-    """Whether the training that is asked for goes on where one of its ranks dies. JobError where the job is wrong."""
+    """Whether the training that is asked for goes on where one of its ranks dies. A wrong job is told by itself."""
     from dpnn import config
 
     path = arguments.job
     if path is None:
         path = os.path.join(arguments.resume or arguments.replay, "job.toml")
-    return config.load(path, arguments.overrides).parallel.strategy == "downpour"
+    try:
+        return config.load(path, arguments.overrides).parallel.strategy == "downpour"
+    except JobError:
+        return False

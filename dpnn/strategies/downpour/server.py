@@ -199,13 +199,10 @@ class Server:
         What it had leased is leased to others. Returned: its steps that this shard hasn't got, and those that nobody
         can take.
         """
-        missing = pushed - client.pushed
-        steps, samples, loss, bad = missing.tolist()
+        steps, samples, loss, bad = (pushed - client.pushed).tolist()
         client.pushed = pushed.copy()
-        self.steps += int(steps)
-        self.samples += int(samples)
-        self.loss += loss
-        self.bad += int(bad)
+        self.steps, self.samples = self.steps + int(steps), self.samples + int(samples)
+        self.loss, self.bad = self.loss + loss, self.bad + int(bad)
         out_of_reach = self.ledger.lose(client.replica, int(steps)) if self.ledger is not None else 0
         if not client.left:
             client.left = True
