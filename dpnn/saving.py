@@ -16,15 +16,13 @@ import numpy as np
 
 from dpnn import checkpoint
 from dpnn.checkpoint import Checkpoint, InParts, Note
-from dpnn.comm.background import Background
+from dpnn.comm.background import TOLD_S, Background
 from dpnn.comm.faults import wait
 from dpnn.comm.mesh import Mesh
 from dpnn.plan import Store
 from dpnn.state import Array, sliced
 from dpnn.team import Team
 
-_TOLD_S = 1.0
-"""How often all hear that a checkpoint gets on."""
 _LEAST = 1 << 20
 """Numbers of an array that are worth a thread."""
 
@@ -106,7 +104,7 @@ class Saver:
 
     def _goes_on(self) -> bool:
         """Whether a checkpoint is still being written, and has got on for some time."""
-        end, writing = time.monotonic() + min(_TOLD_S, self._limit_s / 4), self._writing
+        end, writing = time.monotonic() + min(TOLD_S, self._limit_s / 4), self._writing
         if writing is not None:
             wait(lambda: writing.done() or writing.moved > end, "the last checkpoint to be written", math.inf)
             self.look()

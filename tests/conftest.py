@@ -345,3 +345,16 @@ def start_mpirun(start_line):
 def mpirun(start_mpirun):
     """mpirun(n, *args, timeout=60, script=None, env={}, cwd=...) -> CompletedProcess."""
     return lambda n, *args, timeout=60, **how: start_mpirun(n, *args, **how).finish(timeout)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    """A copy of what a package is built from, since a build leaves its own files in the folder."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "dpnn", "kernels"):
+        origin = ROOT / name
+        if origin.is_dir():
+            shutil.copytree(origin, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        else:
+            shutil.copy(origin, folder / name)
+    return folder

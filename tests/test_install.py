@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "dpnn", "kernels")
 LOOK = """
 import json
 from importlib import metadata, resources
@@ -31,19 +30,6 @@ pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("pip", "setuptools")),
     reason="pip and setuptools, which build a package without the network, are not installed here",
 )
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """A copy of what a package is built from, since a build leaves its own files in the folder."""
-    folder = tmp_path_factory.mktemp("source")
-    for name in PARTS:
-        origin = ROOT / name
-        if origin.is_dir():
-            shutil.copytree(origin, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-        else:
-            shutil.copy(origin, folder / name)
-    return folder
 
 
 @pytest.fixture(scope="module")

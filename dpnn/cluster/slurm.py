@@ -16,6 +16,7 @@ from pathlib import Path
 from dpnn import config
 from dpnn.cluster import environment
 from dpnn.cluster.site import Cluster
+from dpnn.comm.launch import DPNN
 from dpnn.comm.mesh import replicas_of
 from dpnn.errors import JobError, RankError, Stopped
 
@@ -258,7 +259,7 @@ def _launcher(request: Request, cluster: Cluster) -> str:
     # A script that is passed on doesn't know where dpnn lies.
     found = cluster.setup or cluster.modules or cluster.container or not request.source
     python = environment.PYTHON if cluster.environment else shlex.quote(sys.executable)
-    dpnn = "dpnn" if found and not cluster.environment else f"{python} -m dpnn"
+    dpnn = "dpnn" if found and not cluster.environment else " ".join([python, *DPNN])
     if cluster.launcher == "mpirun":
         return f'{dpnn} launch -n "$SLURM_NTASKS"'
     # Ranks aren't bound to a core: dpnn gives each its share of the node's.

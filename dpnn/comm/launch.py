@@ -23,7 +23,8 @@ from typing import IO
 from dpnn.comm.notes import Notes
 from dpnn.errors import JobError
 
-_DPNN = ("-m", "dpnn")
+DPNN = ("-P", "-m", "dpnn")
+"""The arguments of Python that run dpnn: the installed one, also in the folder of its code."""
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _SCHEDULERS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
 _KILL_AFTER_S = 5.0
@@ -35,7 +36,7 @@ RUN = "DPNN_RUN"
 """The environment variable that names a file of the launcher, for the job to tell in which folder it runs."""
 
 
-def command(n: int, args: Sequence[str], program: Sequence[str] = _DPNN) -> list[str]:
+def command(n: int, args: Sequence[str], program: Sequence[str] = DPNN) -> list[str]:
     """The line that runs `dpnn args` (or another Python `program`) on `n` ranks.
 
     JobError where there is no mpirun.
@@ -61,7 +62,7 @@ def mpirun_of() -> str:
 def launch(
     n: int,
     args: Sequence[str],
-    program: Sequence[str] = _DPNN,
+    program: Sequence[str] = DPNN,
     settle: Callable[[bytes, int], int] = lambda told, code: code,
 ) -> int:
     """Print the line of `command`, run it, and return its exit code. Main thread only, since it handles signals.

@@ -82,7 +82,7 @@ def test_a_job_that_can_not_unpack_it_ends_and_says_so(under_slurm, submit, pack
 def test_the_script_uses_it_and_nothing_else(submit, packed):
     code, script, _ = submit(f'environment = "{packed}"\nmodules = ["python/3.11"]', "--dry-run")
     assert code == 0
-    assert '"$environment/bin/python" -m dpnn launch -n "$SLURM_NTASKS" train' in script
+    assert '"$environment/bin/python" -P -m dpnn launch -n "$SLURM_NTASKS" train' in script
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False, timeout=30).returncode == 0
 
 

@@ -58,7 +58,7 @@ def test_open_mpi_is_told_what_mpich_does_unasked(environment, monkeypatch):
     mpirun = environment("mpirun (Open MPI) 5.0.11")
     assert launch.command(4, ["train", "job.toml"]) == [
         *[str(mpirun), "--bind-to", "none", "--oversubscribe", "-n", "4"],
-        *[sys.executable, "-m", "dpnn", "train", "job.toml"],
+        *[sys.executable, "-P", "-m", "dpnn", "train", "job.toml"],
     ]
 
 
