@@ -11,8 +11,9 @@ import signal
 from collections import deque
 from contextlib import closing, suppress
 from dataclasses import asdict
+from functools import partial
 from time import perf_counter
-from typing import Any, NoReturn
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -31,7 +32,6 @@ from dpnn.errors import DpnnError, NotFiniteError, RankError, Stopped
 from dpnn.evaluate import Evaluator, Model, check_alike, segments_of
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal, Took
-from dpnn.observe.metrics import Metrics
 from dpnn.optim import STATES, Optimizer
 from dpnn.plan import Strategy
 from dpnn.prepare import Start
@@ -43,13 +43,15 @@ from dpnn.strategies.mirrored import Mirrored
 
 
 def run(world: World, request: StopRequest, start: Start) -> int:
-    """Train on all ranks; the exit code. DamagedError, on all, where the checkpoint to go on from is. Collective."""
-    mesh = Mesh(world, start.job.parallel.parts, start.job.parallel.servers)
+    """Train on all ranks; the exit code. Collective."""
+    parallel, folder = start.job.parallel, RunFolder(start.folder)
+    mesh = Mesh(world, parallel.parts, parallel.servers)
     with deadline(world.timeout_s, "preparing the lines between workers and servers", world.fail):
         link = world.comm.Dup()
-    watchdog = Watchdog(world, start.job.parallel, start.folder, RunFolder(start.folder).event)
     if mesh.server is not None:
-        return serve(world, mesh, link, request, start, watchdog)
+        return serve(world, mesh, link, request, start, Watchdog(world, parallel, start.folder, folder.event))
+    alone = partial(die_alone, world.rank, mesh.replica, folder) if survives() else None
+    watchdog = Watchdog(world, parallel, start.folder, folder.event, alone)
     replica = Replica(world, mesh, link, request, start)
     try:
         with closing(replica), watchdog:
@@ -57,25 +59,22 @@ def run(world: World, request: StopRequest, start: Start) -> int:
         world.lost = replica.worker.lost > 0
         return code
     except Exception as error:
-        servers_live = all(rank < mesh.crew.size for rank in Losses(link).new())
-        if survives() and servers_live and (isinstance(error, RankError) or not isinstance(error, DpnnError)):
-            die_alone(error, world.rank, replica)
+        foreseen = isinstance(error, DpnnError) and not isinstance(error, RankError)
+        if alone and not foreseen and all(rank < mesh.crew.size for rank in Losses(link).new()):
+            alone(error)
         raise
 
 
-def die_alone(error: Exception, rank: int, replica: "Replica") -> NoReturn:
+def die_alone(rank: int, replica: int, folder: RunFolder, error: Exception) -> None:
     """An error that has nothing to do with the job or its data ends this rank alone; the others go on without it.
 
     It kills itself: an exit code other than 0 would take the others along.
     """
     text = message(error, rank)
-    with suppress(DpnnError):
-        metrics = Metrics(replica.folder.metrics)
-        metrics.write("event", event="worker_failed", rank=rank, replica=replica.mesh.replica, error=text)
-        metrics.close()
     tell(f"{text}\ndpnn: rank {rank} ends, the others go on")
+    with suppress(DpnnError):
+        folder.event("worker_failed", rank=rank, replica=replica, error=text)
     os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError("killed")
 
 
 class Replica:

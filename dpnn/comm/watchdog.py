@@ -48,11 +48,20 @@ class Watchdog:
     """As a context manager it watches what this rank does in the block, which has to be its main thread's.
 
     `folder`: of the run. `event(name, **values)` writes into its metrics. Where the block raises and the job has other
-    ranks, it goes on looking until the process ends: another node may still ask for this one's lines.
+    ranks, it goes on looking until the process ends: another node may still ask for this one's lines. `fail` ends the
+    job, or this rank alone, with an error: if it isn't given, as World.fail does.
     """
 
-    def __init__(self, world: World, options: config.Parallel, folder: Path, event: Callable[..., object]) -> None:
+    def __init__(
+        self,
+        world: World,
+        options: config.Parallel,
+        folder: Path,
+        event: Callable[..., object],
+        fail: Callable[[Exception], object] | None = None,
+    ) -> None:
         """Collective over the world."""
+        self._fail = fail or world.fail
         self._world, self._event = world, event
         self._warn_s, self._abort_s = options.stall_warn_s, options.stall_abort_s
         with deadline(world.timeout_s, "making a file that the ranks of a node share", world.fail):
@@ -117,7 +126,7 @@ class Watchdog:
             waits = place.whom and not PULSE.idle
             error = given_up(self._abort_s, place.whom) if waits else self._stuck(place)
             # In a thread of its own, since this one goes on to listen.
-            threading.Thread(target=self._world.fail, args=(error,), name="dpnn-failing", daemon=True).start()
+            threading.Thread(target=self._fail, args=(error,), name="dpnn-failing", daemon=True).start()
         elif stalled >= self._warn_s and self._slots.due(_WARNING, stalled):
             self._warned = place.since
             self._warn(place, stalled)

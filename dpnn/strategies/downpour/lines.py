@@ -80,6 +80,11 @@ class Lines:
         """What the client has pushed."""
         return self._staged[client.staged]
 
+    @property
+    def survives(self) -> bool:
+        """Whether the job goes on where a rank of it dies."""
+        return self._losses.tells
+
     def lost(self) -> list[int]:
         """Ranks that have died since the last call."""
         return self._losses.new()

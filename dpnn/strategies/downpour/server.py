@@ -183,7 +183,7 @@ class Server:
     def _lose_silent(self) -> None:
         """Whoever should speak and doesn't, counts as dead. So says the first server, which looks now and then."""
         now = time.monotonic()
-        if self.ledger is None or now < self._look_again:
+        if self.ledger is None or now < self._look_again or not self._lines.survives:
             return
         self._look_again = now + _LOOK_S
         waiting = {*self._ready, *self._too_far}
