@@ -6,8 +6,8 @@ The map of the house (a room imports only from the floors below it):
     train  asynchronous  prepare       the training loop (read train.py first), that of workers and servers; what rank 0
     planning  balance  evaluate        reads for all; where layers go; lanes by speed; held-out data;
     needs  cluster                     memory that ranks need; batch systems, and whether all is there
-    strategies  checkpoint  state      what becomes of gradients; what a run writes, and how its parts bring it
-    observe  locations                 together; what it tells; where the data lie
+    strategies  checkpoint  state      what becomes of gradients; what a run writes, how its parts bring it
+    saving  observe  locations         together, and when; what it tells; where the data lie
     models  plan  optim                networks by name; who computes what, and when; updates of the parameters
     nn  backends  comm  data           what a network is; how a layer is computed; MPI; shards and their order
     errors  config  philox             what can go wrong; the job file; random numbers;

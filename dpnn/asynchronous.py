@@ -309,6 +309,7 @@ class Replica:
                 took.wait + worker.wait_s + end - computed, took.update + worker.update_s,
             )  # fmt: skip
             if worker.known.steps != self.seen.steps:
+                PULSE.doing = "telling of the step"
                 self._tell_step(took)
                 took = Took(0.0, 0.0, 0.0, 0.0)
             if self.alone is not None:

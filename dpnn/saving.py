@@ -16,16 +16,14 @@ import numpy as np
 
 from dpnn import checkpoint
 from dpnn.checkpoint import Checkpoint, InParts, Note
-from dpnn.comm.background import Background
+from dpnn.comm.background import TOLD_S, Background
 from dpnn.comm.faults import wait
 from dpnn.comm.mesh import Mesh
 from dpnn.plan import Store
 from dpnn.state import Array, sliced
 from dpnn.team import Team
 
-_TOLD_S = 1.0
-"""How often all hear that a checkpoint gets on."""
-_LEAST = 1 << 16
+_LEAST = 1 << 20
 """Numbers of an array that are worth a thread."""
 
 
@@ -79,6 +77,11 @@ class Saver:
         what = f"the checkpoint after step {self._steps} in {self._folder}"
         self._writing = Background(what, lambda note: self._write(place, info, note), self._limit_s)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is on its way that wasn't told of."""
+        return self._writing is not None
+
     def look(self) -> None:
         """Tell of a checkpoint that is complete by now.
 
@@ -101,11 +104,11 @@ class Saver:
 
     def _goes_on(self) -> bool:
         """Whether a checkpoint is still being written, and has got on for some time."""
-        end, writing = time.monotonic() + min(_TOLD_S, self._limit_s / 4), self._writing
+        end, writing = time.monotonic() + min(TOLD_S, self._limit_s / 4), self._writing
         if writing is not None:
             wait(lambda: writing.done() or writing.moved > end, "the last checkpoint to be written", math.inf)
             self.look()
-        return self._writing is not None
+        return self.busy
 
     def _write(self, place: tuple[int, int, int], info: dict[str, Any], note: Note) -> Path | None:
         """In a thread: write what was copied; the checkpoint's path, where it is whole."""

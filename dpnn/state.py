@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from dpnn import checkpoint
 from dpnn.checkpoint import Contents, Slice
+from dpnn.comm.background import Background
 from dpnn.comm.ranks import Ranks
 from dpnn.errors import DataError, JobError
 from dpnn.nn import Graph
@@ -47,13 +47,13 @@ def load(ranks: Ranks, found: Contents, slices: Mapping[str, Sequence[Slice]]) -
     """Read the arrays of `slices`, by name of the state ("": the parameters themselves), in place, and verify them.
 
     Collective. All ranks name the same states, and bring each number of the network once: who needs none brings empty
-    lists, and opens no file. DamagedError, on all.
+    lists, and opens no file. DamagedError, on all; RankError where the reading doesn't get on.
     """
-    crcs: list[NDArray[np.uint32]] = []
+    reading = Background(f"reading {found.path}", lambda note: checkpoint.fill(found, slices, note), ranks.timeout_s)
     try:
-        ranks.check(lambda: crcs.append(checkpoint.fill(found, slices)))
-        ranks.xor(crcs[0])
-        checkpoint.verify(found, crcs[0], slices.keys())
+        crcs = reading.together(ranks)
+        ranks.xor(crcs)
+        checkpoint.verify(found, crcs, slices.keys())
     except DataError as error:
         raise DamagedError(found.path, str(error)) from error
 

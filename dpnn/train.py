@@ -310,6 +310,7 @@ class Training:
         if loader is not None:
             loader.release(batch)
         self.steps += 1
+        PULSE.doing = "telling of the step"
         took = Took(perf_counter() - begin, read - begin, strategy.wait_s, strategy.update_s)
         self.journal.step(
             self.epoch + 1, self.steps, strategy.loss, strategy.rate, total, took, bad_samples=strategy.bad_samples

@@ -141,6 +141,7 @@ def _write(descriptor: int, runs: Sequence[_Run], path: Path, note: Note) -> Non
 def _verify(descriptor: int, runs: Sequence[_Run], path: Path, note: Note) -> None:
     """DataError where the file, read again, isn't what was written."""
     whom, buffer = f"the file system of {path} to give back its bytes", memoryview(bytearray(PIECE))
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     for run in runs:
         crc, at, end = 0, run.at, run.at + len(run.data)
         while at < end:

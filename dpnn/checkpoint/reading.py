@@ -18,32 +18,37 @@ from numpy.typing import NDArray
 from dpnn.checkpoint.contents import Array, Checkpoint, Contents, Slice
 from dpnn.checkpoint.file import WAY_OUT, damaged, reason
 from dpnn.checkpoint.finding import look
+from dpnn.checkpoint.output import Note
 from dpnn.errors import DataError
 
+Crcs = NDArray[np.uint32]
+"""A number for each extent of a checkpoint."""
 _CHUNK = 1 << 20
 """Numbers that are read, and then summed up while they are in the cache."""
 
 
-def fill(contents: Contents, slices: Mapping[str, Sequence[Slice]]) -> NDArray[np.uint32]:
+def fill(contents: Contents, slices: Mapping[str, Sequence[Slice]], note: Note = lambda whom: None) -> Crcs:
     """Read the arrays of `slices`, by name of the state ("": the parameters themselves), in place.
 
     Numbers of another type are converted. The result, one number for each extent, is what this rank has to add to its
-    crc32 (see `verify`). Whatever can't be read is a DataError.
+    crc32 (see `verify`). `note` is called whenever the reading gets on, with what it waits for next. Whatever can't be
+    read is a DataError.
     """
     crcs = np.zeros(len(contents.extents), np.uint32)
     runs = [run for state, pieces in slices.items() for piece in pieces for run in _runs(contents, state, piece)]
     runs.sort(key=lambda run: (run.file, run.offset))
     for path, group in groupby(runs, key=lambda run: run.file):
+        note(f"{path} to be opened")
         try:
             with path.open("rb", buffering=0) as file:
                 for run in group:
-                    crcs[run.extent] ^= crc32_combine(_read(file.fileno(), run), 0, run.behind)
+                    crcs[run.extent] ^= crc32_combine(_read(file.fileno(), run, note), 0, run.behind)
         except OSError as error:
             raise DataError(f"{path} can't be read ({reason(error)}); {WAY_OUT}") from error
     return crcs
 
 
-def verify(contents: Contents, crcs: NDArray[np.uint32], states: Collection[str]) -> None:
+def verify(contents: Contents, crcs: Crcs, states: Collection[str]) -> None:
     """DataError naming one of the arrays of some states ("": the parameters themselves) whose bytes are damaged.
 
     `crcs`: the exclusive or of what `fill` has returned to all who together have read each number of them once.
@@ -91,7 +96,7 @@ def _runs(contents: Contents, state: str, piece: Slice) -> Iterator[_Run]:
             yield _Run(extent.file, extent.offset + offset, stored.dtype, target, index, behind)
 
 
-def _read(file: int, run: _Run) -> int:
+def _read(file: int, run: _Run, note: Note) -> int:
     """Read a run from an open file; the crc32 of its bytes."""
     target, dtype, crc, at = run.target, run.dtype, 0, run.offset
     buffer = None if target.dtype == dtype else np.empty(min(target.size, _CHUNK), dtype)
@@ -100,6 +105,7 @@ def _read(file: int, run: _Run) -> int:
         numbers = chunk if buffer is None else buffer[: chunk.size]
         left = numbers.view(np.uint8).data
         while left:
+            note(f"{run.file} to be read")
             n = os.preadv(file, [left], at)
             if n == 0:
                 raise OSError("it is cut short")

@@ -6,9 +6,13 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from dpnn.comm.faults import started, wait
+from dpnn.comm.ranks import Ranks
 from dpnn.errors import RankError
 
 T = TypeVar("T")
+
+TOLD_S = 1.0
+"""How often ranks that wait for others' work hear that it gets on."""
 
 
 class Background(Generic[T]):
@@ -20,12 +24,39 @@ class Background(Generic[T]):
     def __init__(self, what: str, call: Callable[[Callable[[str], object]], T], limit_s: float) -> None:
         self._what, self._limit_s = what, limit_s
         self._noted = time.monotonic(), "a thread to begin"
-        self._result = started(lambda: call(self._note), "dpnn-background")
+        self._result = started(lambda: call(self._note))
 
     def done(self) -> bool:
         """Whether it has ended. What it raised is raised here; RankError where it doesn't get on."""
-        if self._result.done():
+        if self._ended():
             self._result.result()
+            return True
+        return False
+
+    def result(self) -> T:
+        """What the call returns, once it does; errors as in `done`."""
+        wait(self.done, self._what, math.inf)
+        return self._result.result()
+
+    def together(self, ranks: Ranks) -> T:
+        """What the call returns, once those of all `ranks` have. Collective; a DpnnError of one is raised on all.
+
+        Who waits hears now and then that others get on: that may take longer than a rank waits for another.
+        """
+        results: list[T] = []
+        while ranks.any(self._goes_on()):
+            pass
+        ranks.check(lambda: results.append(self._result.result()))
+        return results[0]
+
+    def _goes_on(self) -> bool:
+        """Whether it is still at it, and has got on for some time."""
+        end = time.monotonic() + min(TOLD_S, self._limit_s / 4)
+        wait(lambda: self._ended() or self.moved > end, self._what, math.inf)
+        return not self._result.done()
+
+    def _ended(self) -> bool:
+        if self._result.done():
             return True
         since, whom = self._noted
         if time.monotonic() - since > self._limit_s:
@@ -34,11 +65,6 @@ class Background(Generic[T]):
                 "if that is only slow, raise parallel.stall_abort_s"
             )
         return False
-
-    def result(self) -> T:
-        """What the call returns, once it does; errors as in `done`."""
-        wait(self.done, self._what, math.inf)
-        return self._result.result()
 
     @property
     def moved(self) -> float:

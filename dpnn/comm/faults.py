@@ -4,6 +4,7 @@ Every wait of dpnn is `wait`; every blocking call to MPI (set-up only) stands in
 a dead or silent rank becomes a RankError here, which ends the job on all ranks.
 """
 
+import _thread
 import os
 import sys
 import threading
@@ -68,12 +69,12 @@ def within(limit_s: float, whom: str, call: Callable[[], T]) -> T:
 
     RankError where it takes longer than `limit_s` seconds; `whom` completes "waited for ...".
     """
-    result = started(call, "dpnn-blocking")
+    result = started(call)
     wait(result.done, whom, limit_s)
     return result.result()
 
 
-def started(call: Callable[[], T], name: str) -> Future[T]:
+def started(call: Callable[[], T]) -> Future[T]:
     """A call that goes on in a thread of its own, which doesn't keep the process from ending."""
     result: Future[T] = Future()
 
@@ -83,7 +84,7 @@ def started(call: Callable[[], T], name: str) -> Future[T]:
         except BaseException as error:
             result.set_exception(error)
 
-    threading.Thread(target=run, name=name, daemon=True).start()
+    _thread.start_new_thread(run, ())  # Thread.start waits until the thread runs
     return result
 
 

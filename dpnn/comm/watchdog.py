@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from dpnn import config
-from dpnn.comm.faults import deadline, given_up, tell, within
+from dpnn.comm.faults import deadline, given_up, started, tell
 from dpnn.comm.postmortem import LastWords, by_rank, clock, complete, lines_of, table, trouble, where
 from dpnn.comm.pulse import PULSE
 from dpnn.comm.slots import Place, Slots, here
@@ -175,8 +175,8 @@ class Watchdog:
         if not self._folder_answers:
             return None
         try:
-            return within(limit_s, "the run folder", call)
-        except RankError:
+            return started(call).result(limit_s)
+        except TimeoutError:
             self._folder_answers = False
         except (OSError, DpnnError):
             pass

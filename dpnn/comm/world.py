@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self
 
 from dpnn.comm import library
-from dpnn.comm.faults import deadline, exit_code, message, tell, within
+from dpnn.comm.faults import deadline, exit_code, message, started, tell
 from dpnn.comm.ranks import Ranks
 from dpnn.comm.slots import shared_file
 from dpnn.errors import DpnnError, RankError
@@ -164,7 +164,7 @@ class World(Ranks):
         """Ask `claim`; where it fails, or a dead file system holds it, the node. Better told twice than not at all."""
         for claim in (self.claim, self._first_of_node):
             with suppress(Exception):
-                return within(_CLAIM_S, "the record of the failure", partial(claim, text, code))
+                return started(partial(claim, text, code)).result(_CLAIM_S)
         return True
 
     def _first_of_node(self, text: str, code: int) -> bool:

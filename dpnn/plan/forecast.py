@@ -40,7 +40,8 @@ class Forecast:
     params: tuple[int, ...]
     """Numbers that each part holds."""
     nbytes: tuple[int, ...]
-    """Of each part: parameters, gradients, what the optimizer keeps, and all arrays between."""
+    """Of each part: parameters, gradients, what the optimizer keeps, the copy that checkpoints are written from, and
+    all arrays between."""
 
     def message_nbytes(self, number: int) -> int:
         """Of a message of one micro-batch."""

@@ -55,8 +55,8 @@ class Average:
         self._samples = np.zeros(1)
         self._weighing = BucketReducer(mesh.data, self._samples, limit_s, "samples taken")
         self._sum = GradientReducer(node, lambda lo, hi: None, limit_s)
-        self._own: list[tuple[Wire, Array]] = []
-        """While the mean is read: what was averaged, and what this replica had there."""
+        self._own: list[Array] = []
+        """What this replica has where the mean is read meanwhile; made for the first time, and kept."""
 
     def begin(self) -> None:
         """Nothing is under way that the step could disturb."""
@@ -110,16 +110,17 @@ class Average:
         """Until `release` the parameters, and what the optimizer keeps, are the mean over all replicas. Collective."""
         self._telling.finish()
         self._flats.pull()
-        self._own = [(wire, wire.buf.copy()) for wire in self._flats.kept]
+        self._own = self._own or [np.empty_like(wire.buf) for wire in self._flats.kept]
+        for wire, own in zip(self._flats.kept, self._own, strict=True):
+            np.copyto(own, wire.buf)
         self._to_mean(self._flats.kept)
 
     def release(self) -> None:
         """Back to this replica's own."""
-        for wire, own in self._own:
+        for wire, own in zip(self._flats.kept, self._own, strict=True):
             wire.wait()
             np.copyto(wire.buf, own)
             wire.push()
-        self._own = []
 
     def _hear(self, asked: bool) -> None:
         """What was told the last time; then tell anew."""

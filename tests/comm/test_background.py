@@ -6,6 +6,7 @@ import time
 import pytest
 
 from dpnn.comm.background import Background
+from dpnn.comm.ranks import Ranks
 from dpnn.errors import DataError, RankError
 
 
@@ -54,3 +55,27 @@ def test_who_gets_on_may_take_long():
         return "done"
 
     assert Background("a copy", crawl, 0.9).result() == "done"
+
+
+@pytest.mark.parallel([2])
+def test_ranks_end_together_however_long_one_takes_that_gets_on(world):
+    """The last one takes twice as long as a rank waits for another."""
+    ranks = Ranks(world.comm, timeout_s=1.5)
+
+    def count(note):
+        for tick in range(30 if world.rank == world.size - 1 else 0):
+            note(f"tick {tick}")
+            time.sleep(0.1)
+        return world.rank
+
+    assert Background("counting", count, 1.5).together(ranks) == world.rank
+
+
+@pytest.mark.parallel([2])
+def test_what_one_raises_all_raise(world):
+    def fail(note):
+        if world.rank == 1:
+            raise DataError("no room")
+
+    with pytest.raises(DataError, match="rank 1: no room"):
+        Background("a copy", fail, 20).together(world)

@@ -63,7 +63,7 @@ def test_what_another_thread_waits_for_is_not_noted():
 
 
 def test_a_blocking_call_ends_with_its_answer_with_its_error_or_at_its_limit():
-    assert within(5.0, "nobody", lambda: threading.current_thread().name) == "dpnn-blocking"
+    assert within(5.0, "nobody", threading.get_ident) != threading.get_ident()
     with pytest.raises(ZeroDivisionError):
         within(5.0, "nobody", lambda: 1 // 0)
     never = threading.Event()

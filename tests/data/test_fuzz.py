@@ -57,7 +57,7 @@ def case(subject, rng):
     {end}
 
 fuzz.Pictures.case = case
-fuzz.LIMIT_S = 1
+fuzz.LIMIT_S = 4
 fuzz.main(0, 9, {str(tmp_path)!r})
 """
     ended = python("-c", program)

@@ -22,7 +22,7 @@ SHORT = (
     PLAIN, "optimizer.name=momentum", "optimizer.lr=0.01",
     "train.epochs=0", "train.steps=6", "train.eval_every=0", "output.checkpoint_every=0.13",
 )  # fmt: skip
-PARTS = ("parallel.parts=2", "parallel.placement=depth", "parallel.microbatches=1")
+PARTS = ("parallel.parts=2", 'parallel.placement={"dense*" = 1, "*" = 0}', "parallel.microbatches=1")
 ALONE = ("parallel.parts=1", "parallel.placement=auto")
 SERVERS = ("parallel.strategy=downpour", "parallel.servers=2", "train.global_batch=0", "train.replica_batch=16")
 

@@ -16,9 +16,10 @@ DOWNPOUR = (
     "parallel.stall_abort_s=20",
 )  # fmt: skip
 PLAIN = (
-    f"model.name={NETWORKS}:plain", "parallel.placement=depth", "optimizer.name=sgd", "optimizer.lr=0.01",
-    "train.replica_batch=7", *DOWNPOUR,
+    f"model.name={NETWORKS}:plain", 'parallel.placement={"dense*" = 1, "*" = 0}', "optimizer.name=sgd",
+    "optimizer.lr=0.01", "train.replica_batch=7", *DOWNPOUR,
 )  # fmt: skip
+"""Placed by hand: nothing need be measured first."""
 LENET = ("model.name=lenet", "model.kernel=3", "model.batchnorm=true", "model.dropout=0.3")
 
 

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 from dpnn import cli
 from dpnn.checkpoint import output
@@ -22,7 +23,7 @@ RANK, STEP, DEED = os.environ["DISK"].split(" ", 2)
 HERE = RANK in ("*", os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK", "0"))
 STATE = {"steps": 0, "saving": 0}
 FOLDERS = []
-pwrite, save, take_step = os.pwrite, Saver.save, Training._take_step
+save, take_step = Saver.save, Training._take_step
 
 
 def counted_step(training, *args):
@@ -43,7 +44,7 @@ def watched_save(saver, place, info):
 def bad_pwrite(descriptor, data, at):
     if STATE["saving"]:
         do(*DEED.split(" "))
-    return pwrite(descriptor, data, at)
+    return os.pwrite(descriptor, data, at)
 
 
 def do(deed, value="0"):
@@ -65,7 +66,8 @@ def do(deed, value="0"):
         os.kill(os.getpid(), signal.Signals[deed])
 
 
-Training._take_step, Saver.save, output.os.pwrite = counted_step, watched_save, bad_pwrite
+Training._take_step, Saver.save = counted_step, watched_save
+output.os = SimpleNamespace(**{**vars(os), "pwrite": bad_pwrite})  # there alone
 
 if __name__ == "__main__":
     sys.exit(cli.main())
