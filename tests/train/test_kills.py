@@ -7,8 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness import machine, versions
 from dpnn import checkpoint
 from dpnn.observe import metrics
 
@@ -265,9 +264,7 @@ def test_two_hundred_kills_leave_no_trace(killed_at):
 
 
 def write_down(rows: list[dict]) -> None:
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    versions = {"python": sys.version.split()[0], "commit": commit}
-    kills = sum(row["kills"] for row in rows)
-    report = {"benchmark": "soak-kills", "versions": versions, "kills": kills, "bits_that_differ": 0, "rows": rows}
+    """Each row is a run that came out as the undisturbed one."""
+    head = {"benchmark": "soak-kills", "machine": machine(), "versions": versions(("numpy", "mpi4py"))}
+    report = {**head, "kills": sum(row["kills"] for row in rows), "rows": rows}
     RESULTS.write_text(json.dumps(report, indent=1) + "\n")
