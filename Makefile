@@ -48,7 +48,10 @@ PYTEST := $(BIN)/python -m pytest
 RANKS := timeout --kill-after=20 1200 $(BIN)/python -c \
 	'import sys; from dpnn.comm.launch import launch; sys.exit(launch(int(sys.argv[1]), sys.argv[2:], ("-m", "pytest")))'
 
-.PHONY: setup demo test test-starting test-alone test-inside smoke soak gpu verified bench lint clean
+# Half of the tests that start MPI programs, by the time they take.
+HALF := $(wildcard tests/train/test_[a-l]*.py)
+
+.PHONY: setup demo test test-starting-1 test-starting-2 test-alone test-inside smoke soak gpu verified bench lint clean
 
 setup: $(ENV)/.has-$(BASE)
 
@@ -57,11 +60,14 @@ demo: setup
 	$(BIN)/dpnn launch -n 4 train jobs/digits.toml
 
 test: $(ENV)/.has-$(TEST)
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-starting test-alone test-inside
+	$(MAKE) --no-print-directory --jobs=3 --output-sync=target test-starting-1 test-starting-2 test-alone test-inside
 
-# Two at a time. What starts MPI programs waits much of its time, and takes longest: the others run meanwhile.
-test-starting:
-	$(PYTEST) -m "$(ONCE) and mpi"
+# What starts MPI programs waits much of its time, and takes longest: it goes on in two halves, beside the rest.
+test-starting-1:
+	$(PYTEST) -m "$(ONCE) and mpi" $(HALF)
+
+test-starting-2:
+	$(PYTEST) -m "$(ONCE) and mpi" $(addprefix --ignore=,$(HALF))
 
 test-alone:
 	$(PYTEST) -m "$(ONCE) and not mpi"

@@ -5,8 +5,6 @@ training. A thread looks whether all is finite, writes the copy, reads it again,
 replica has several parts, each writes its own file, and the first one makes a checkpoint of them once it sees all.
 """
 
-import math
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,8 +14,7 @@ import numpy as np
 
 from dpnn import checkpoint
 from dpnn.checkpoint import Checkpoint, InParts, Note
-from dpnn.comm.background import TOLD_S, Background
-from dpnn.comm.faults import wait
+from dpnn.comm.background import Background
 from dpnn.comm.mesh import Mesh
 from dpnn.plan import Store
 from dpnn.state import Array, sliced
@@ -104,9 +101,7 @@ class Saver:
 
     def _goes_on(self) -> bool:
         """Whether a checkpoint is still being written, and has got on for some time."""
-        end, writing = time.monotonic() + min(TOLD_S, self._limit_s / 4), self._writing
-        if writing is not None:
-            wait(lambda: writing.done() or writing.moved > end, "the last checkpoint to be written", math.inf)
+        if self._writing is not None and not self._writing.goes_on():
             self.look()
         return self.busy
 

@@ -81,3 +81,11 @@ def test_an_installed_dpnn_is_complete(way, source, wheel, tmp_path):
     )
     assert said.returncode == 0, said.stderr
     assert "launch" in said.stdout
+
+
+def test_the_container_is_built_from_the_same_files(source):
+    text = (ROOT / "jobs" / "dpnn.def").read_text()
+    files = text.partition("%files\n")[2].partition("\n\n")[0].splitlines()
+    made = {"build", "dpnn.egg-info"}  # by the builds above
+    assert {line.split()[0] for line in files} == {file.name for file in source.iterdir()} - made
+    assert {line.split()[1] for line in files} == {"/opt/source/"}

@@ -11,7 +11,7 @@ from dpnn.errors import RankError
 
 T = TypeVar("T")
 
-TOLD_S = 1.0
+_TOLD_S = 1.0
 """How often ranks that wait for others' work hear that it gets on."""
 
 
@@ -44,15 +44,15 @@ class Background(Generic[T]):
         Who waits hears now and then that others get on: that may take longer than a rank waits for another.
         """
         results: list[T] = []
-        while ranks.any(self._goes_on()):
+        while ranks.any(self.goes_on()):
             pass
         ranks.check(lambda: results.append(self._result.result()))
         return results[0]
 
-    def _goes_on(self) -> bool:
-        """Whether it is still at it, and has got on for some time."""
-        end = time.monotonic() + min(TOLD_S, self._limit_s / 4)
-        wait(lambda: self._ended() or self.moved > end, self._what, math.inf)
+    def goes_on(self) -> bool:
+        """Return once it has ended, or has got on for some time: whether it is still at it. RankError as in `done`."""
+        end = time.monotonic() + min(_TOLD_S, self._limit_s / 4)
+        wait(lambda: self._ended() or self._noted[0] > end, self._what, math.inf)
         return not self._result.done()
 
     def _ended(self) -> bool:
@@ -65,11 +65,6 @@ class Background(Generic[T]):
                 "if that is only slow, raise parallel.stall_abort_s"
             )
         return False
-
-    @property
-    def moved(self) -> float:
-        """When it last got on (time.monotonic)."""
-        return self._noted[0]
 
     def _note(self, whom: str) -> None:
         self._noted = time.monotonic(), whom

@@ -2,10 +2,8 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,7 +18,7 @@ from dpnn.checkpoint import Checkpoint, InParts, Note, Slice, newest, read, writ
 from dpnn.errors import DataError, NotFiniteError
 from dpnn.evaluate import find_checkpoint
 
-from .test_whole import ROOT, assert_equal, flip, names
+from .test_whole import ROOT, assert_equal, flip, killed_again_and_again, names
 
 MARK = "0a1b2c3d"
 PARAMS = {"conv1.weight": (5, 3, 2), "scale": (), "none": (0, 2), "fc.weight": (4, 10), "fc.bias": (10,)}
@@ -298,20 +296,6 @@ for steps in range(int(sys.argv[2]), int(sys.argv[3])):
 
 
 def test_writers_that_are_killed_leave_a_good_checkpoint(tmp_path: Path):
-    random = np.random.default_rng(1)
-    written = 0
-    for _ in range(6):
-        command = [sys.executable, "-B", "-c", WRITER, str(tmp_path), str(written + 1), str(10**9)]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as writer:
-            assert writer.stdout is not None
-            written = int(writer.stdout.readline())
-            time.sleep(random.uniform(0.0, 0.05))
-            writer.send_signal(signal.SIGKILL)
-            written = max([written, *map(int, writer.stdout.read().split())])
-        latest, damaged = newest(tmp_path) or pytest.fail("nothing found")
-        assert latest.steps >= written, "what was reported as written is there"
-        assert_equal(read(latest.path), make(latest.steps))
-        assert damaged == []
-        written = latest.steps
+    written = killed_again_and_again(tmp_path, WRITER, 0.05, make, str(10**9))
     save(tmp_path, make(written + 1), 3, keep=1)
     assert names(tmp_path) == [f"step-{written + 1:09d}"], "what the killed left behind is gone"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -245,23 +246,35 @@ for steps in itertools.count(int(sys.argv[2])):
 """
 
 
-def test_a_writer_that_is_killed_leaves_a_good_checkpoint(tmp_path: Path):
+def killed_again_and_again(
+    folder: Path, program: str, longest_s: float, expected: Callable[[int], Checkpoint], *more: str
+) -> int:
+    """Kill a program that writes checkpoints into the folder, and prints their steps, six times; the newest's steps.
+
+    `program` has the folder, the first number of steps, and `more` as arguments. It goes on for up to `longest_s` after
+    its first checkpoint.
+    """
     random = np.random.default_rng(1)
     written = 0
     for _ in range(6):
-        command = [sys.executable, "-c", ENDLESS, str(tmp_path), str(written + 1)]
+        command = [sys.executable, "-B", "-c", program, str(folder), str(written + 1), *more]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as writer:
             assert writer.stdout is not None
             written = int(writer.stdout.readline())
-            time.sleep(random.uniform(0.0, 0.1))
+            time.sleep(random.uniform(0.0, longest_s))
             writer.send_signal(signal.SIGKILL)
             written = max([written, *map(int, writer.stdout.read().split())])
-        found = newest(tmp_path)
+        found = newest(folder)
         assert found is not None
         latest, damaged = found
         assert latest.steps >= written, "what was reported as written is there"
-        assert_equal(read(latest.path), make(latest.steps, 50_000))
+        assert_equal(read(latest.path), expected(latest.steps))
         assert damaged == []
         written = latest.steps
+    return written
+
+
+def test_a_writer_that_is_killed_leaves_a_good_checkpoint(tmp_path: Path):
+    written = killed_again_and_again(tmp_path, ENDLESS, 0.1, lambda steps: make(steps, 50_000))
     write(tmp_path, make(written + 1), keep=1)
     assert names(tmp_path) == [f"step-{written + 1:09d}.h5"], "what the killed left behind is gone"

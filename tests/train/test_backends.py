@@ -146,4 +146,5 @@ def test_threads_of_a_rank_are_those_of_its_kernels(ready, monkeypatch):
     original = OneDNN.__init__
     monkeypatch.setattr(OneDNN, "__init__", lambda self, *args: (original(self, *args), made.append(self))[0])
     assert cli.main(["train", str(ready.path), "--set", "backend.threads=1"]) == 0
-    assert [backend.kernels.threads for backend in made] == [1]
+    assert made
+    assert all(backend.kernels.threads == 1 for backend in made)

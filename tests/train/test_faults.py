@@ -321,7 +321,7 @@ def frozen(start_line, line, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", EVERYWHERE)
-def test_data_that_do_not_come_any_more_end_the_run(frozen, job, images, messages, tmp_path, strategy):
+def test_data_that_do_not_come_any_more_end_the_run(frozen, job, images, tmp_path, strategy):
     ranks, settings = strategy
     run = job(data=tmp_path / "data")
     program, flag = frozen(
@@ -332,8 +332,9 @@ def test_data_that_do_not_come_any_more_end_the_run(frozen, job, images, message
     done = ended(program, STALL_S + LIMIT_S, since="fault: ")
     assert flag.exists()
     assert done.returncode in (3, 4)
-    (message,) = messages(done.stderr)[:1]
-    assert f"no batch came from {tmp_path}/data/train for {STALL_S} s: its file system doesn't answer" in message
+    told = f"no batch came from {tmp_path}/data/train for {STALL_S} s: its file system doesn't answer"
+    # Who waits for a rank that waits for data reaches its limit at the same time.
+    assert told in done.stderr or re.search(r"^  rank 0 .*reading a batch", done.stderr, re.MULTILINE)
     assert newest(run.out / "checkpoints") > 0
 
 

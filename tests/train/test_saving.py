@@ -90,6 +90,7 @@ def test_a_blocked_disk_ends_the_run(saves, ranks, epochs):
     check_record(run.out, message, 4)
 
 
+@pytest.mark.soak
 def test_a_full_disk_ends_the_run(saves):
     run = saves(1, f"0 {2 * EPOCH} limit 20000", *LONG)
     assert run.code == 3
@@ -127,7 +128,9 @@ def test_numbers_that_are_not_finite_end_the_run(saves):
     assert run.names == ["step-000000015.h5"]
 
 
-@pytest.mark.parametrize(("ranks", "settings"), [(1, ()), (2, PARTS)], ids=["whole", "parts"])
+@pytest.mark.parametrize(
+    ("ranks", "settings"), [pytest.param(1, (), marks=pytest.mark.soak), (2, PARTS)], ids=["whole", "parts"]
+)
 def test_killed_while_it_writes_a_run_goes_on_from_the_one_before(
     saves, mpirun, python, trained, identical, ranks, settings
 ):
