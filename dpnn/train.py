@@ -7,8 +7,7 @@ be wrong is found while building.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from dataclasses import replace as changed
 from functools import partial
@@ -23,15 +22,15 @@ from dpnn.cluster.signals import StopRequest
 from dpnn.comm import library
 from dpnn.comm.grains import stack_places
 from dpnn.comm.lifted import devices_of
+from dpnn.comm.losses import survives
 from dpnn.comm.mesh import Mesh, replicas_of
 from dpnn.comm.node import Node
 from dpnn.comm.pulse import PULSE
-from dpnn.comm.reduce import BucketReducer, measured_bucket
-from dpnn.comm.watchdog import Watchdog
+from dpnn.comm.reduce import BucketReducer, measured_bucket, most_updates
 from dpnn.comm.world import World
 from dpnn.data import Loader, Sampler, Skipped, no_samples
 from dpnn.errors import NotFiniteError, Stopped
-from dpnn.evaluate import Evaluator, Model, check_alike, check_devices, segments_of
+from dpnn.evaluate import Evaluator, Model, check_alike, check_devices, check_host, segments_of
 from dpnn.locations import locate, readers
 from dpnn.needs import check_room, room_of
 from dpnn.observe.folder import RunFolder
@@ -40,8 +39,9 @@ from dpnn.optim import STATES, schedule
 from dpnn.plan import Costs, n_params, spread
 from dpnn.planning import COSTS, is_open, settle
 from dpnn.prepare import Start, check_same_owners, prepare
+from dpnn.recovery import Past, Stand, Survivors
 from dpnn.saving import Saver
-from dpnn.state import load, passing_over_damaged, sliced
+from dpnn.state import Array, Drawn, Saved, passing_over_damaged
 from dpnn.strategies.allreduce import Allreduce
 from dpnn.strategies.average import Average
 from dpnn.strategies.base import Strategy
@@ -83,10 +83,7 @@ def attempt(world: World, request: StopRequest, prepared: Callable[[], Start]) -
         from dpnn import asynchronous
 
         return asynchronous.run(world, request, start)
-    training = Training(world, start)
-    watchdog = Watchdog(world, start.job.parallel, start.folder, training.folder.event)
-    with closing(training.journal), watchdog:
-        return training.run(request)
+    return Survivors(world, start, partial(Training, world), located).run(request)
 
 
 def placed(world: World, start: Start) -> Start:
@@ -123,10 +120,12 @@ def located(world: World, start: Start) -> Start:
 class Training:
     """One run on this rank. The constructor builds everything; `run` takes the steps."""
 
-    def __init__(self, world: World, start: Start) -> None:
+    def __init__(self, world: World, start: Start, past: Past) -> None:
         """Collective. DamagedError, on all ranks, where the checkpoint to go on from is."""
         job, limit_s = start.job, start.job.parallel.stall_abort_s
         self.world, self.start, self.job = world, start, job
+        origin = past.origin or (Saved(start.found) if start.found is not None else Drawn(job.seed))
+        self.past = changed(past, origin=None)  # which is needed here only
         self.mesh = mesh = Mesh(world, job.parallel.parts)
 
         self.placed = placed = spread(models.graph(job, start.network, start.shape), start.placement)
@@ -143,6 +142,7 @@ class Training:
 
         # Where the run stands: `at` counts steps of today's size from the first epoch on, until `end`.
         self.epoch, self.step, self.steps = start.epoch, start.step, start.steps
+        self.evaluated, self.began = start.evaluated, past.began or perf_counter()
         self.at = start.epoch * sampler.steps + start.step
         self.end = job.train.epochs * sampler.steps or self.at + job.train.steps - start.steps
         self.total_steps = start.steps + max(0, self.end - self.at)
@@ -160,9 +160,12 @@ class Training:
         strategy = STRATEGIES[job.parallel.strategy]
         if strategy.together:
             check_devices(world, self.devices)
+        if survives():
+            check_host(world, self.devices)
         self.node = node = Node(
             mesh, model.store.size, model.dtype, STATES[job.optimizer.name], model.kernels, limit_s,
             strategy.together, partials=stack_places(job.train.grains, mesh.replicas),
+            updates=most_updates(model.store.size, len(model.store.pieces) + 1) if survives() else 0,
         )  # fmt: skip
         store = model.store
         flats = Flats.of(model.memory, node)
@@ -170,14 +173,9 @@ class Training:
         sums = node.sums if strategy.together else node.grads
         optimizer = flats.optimizer(job.optimizer, segments, sums, model.team, model.arithmetic)
         self.rate = schedule(job.schedule, job.optimizer.lr, sampler.steps, self.end)
-        if start.found is not None:
-            pieces = store.pieces if mesh.replica == 0 else ()
-            flat_arrays = {"": node.params, **node.state}
-            load(world, start.found, {name: sliced(pieces, flat) for name, flat in flat_arrays.items()})
-        elif mesh.replica == 0:
-            store.draw(job.seed)
-        for flat in (node.params, *(node.state.values() if start.found else ())):
-            node.share(flat)
+        self.arrays = {"": node.params, **node.state}
+        for name in origin.fill(world, mesh.replica == 0, store, self.arrays):
+            node.share(self.arrays[name])
         flats.push()
 
         if job.train.balance:
@@ -210,7 +208,7 @@ class Training:
         self.journal = Journal(self.folder, self.total_steps, first=world.rank == 0)
         self.saver = Saver(
             self.folder.checkpoints, mesh, store, node.state, model.team, job.output.keep, limit_s,
-            lambda steps, path: self.journal.event("checkpoint", step=steps, path=str(path)),
+            lambda steps, path: self.journal.event("checkpoint", step=steps, path=str(path)), past.writing,
         )  # fmt: skip
 
     def _bucket_nbytes(self) -> int:
@@ -238,60 +236,103 @@ class Training:
 
     def run(self, request: StopRequest) -> int:
         """Take the steps that are left; the exit code. Collective, as is all below."""
-        job, mesh, sampler = self.job, self.mesh, self.sampler
-        self._tell_start()
-        if self.evaluator is not None and self.steps > self.start.evaluated and self._is_due():
-            self._evaluate()  # the run was killed between its last checkpoint and this
-        begin, samples = perf_counter(), 0
-        every = max(1, round(job.output.checkpoint_every * sampler.steps))
-        loader = None
-        if self.reads:
-            loader = Loader(
-                self.start.train_at.folder, self.start.train, sampler, mesh.replica, mesh.replicas,
-                view=self.start.view(self.model.dtype), dtype=self.model.dtype, window_mb=job.data.window_mb,
-                threads=self.decoders, skips=job.data.on_bad == "skip", empty=self.model.memory.host,
-                start=(self.epoch, self.step), last=divmod(self.end - 1, sampler.steps),
-                limit_s=job.parallel.stall_abort_s,
-            )  # fmt: skip
-        if loader is not None and not loader.pooled:
+        past, strategy, saver = self.past, self.strategy, self.saver
+        if not past.began:
+            self._tell_start()
+        elif self.world.rank == 0:
+            self.folder.write_choices(self.model.choices)
+        loader = self._open() if self.reads else None
+        try:
+            # The run was killed between its last checkpoint and an evaluation, or a rank has died before either.
+            self._pause(saves=past.began > 0 and self._saves(), last=False)
+            while self.at < self.end:
+                self._take_step(loader, request)
+                saver.look()
+                last = self.at == self.end or strategy.stop
+                self._pause(saves=last or self._saves(), last=last)
+                if last:
+                    break
+            PULSE.doing = "ending the run"
+        finally:
+            if loader is not None:
+                loader.close()
+        strategy.close()
+        self.skipped.check(strategy.bad_samples, max(self.epoch - self.start.epoch + (self.step > 0), 1))
+        saver.finish()
+        code = 0 if self.at >= self.end else Stopped.exit_code
+        bad = past.bad_samples + strategy.bad_samples
+        self.journal.end(self.steps, self._samples(self.steps), bad, perf_counter() - self.began, code)
+        return code
+
+    def leave(self) -> Stand:
+        """A rank has died, and nothing goes on here: where this one stands."""
+        self.strategy.leave()
+        begun = self.start.steps
+        bad = self.past.bad_samples + self.strategy.bad_samples
+
+        def go_back(steps: int) -> Mapping[str, Array]:
+            self.strategy.go_back(steps - begun)
+            return self.arrays
+
+        return Stand(
+            self.mesh.part, self.mesh.replica, begun + self.strategy.held(), bad, self.began, self.saver.writing,
+            go_back, self._place, self._samples,
+        )  # fmt: skip
+
+    def _place(self, steps: int) -> tuple[int, int]:
+        """The epoch, and the step in it, that follow on so many steps of the run."""
+        return divmod(self.at + steps - self.steps, self.sampler.steps)
+
+    def _samples(self, steps: int) -> int:
+        """How many are taken in so many steps of the run, by its ranks of today and those that have died."""
+        start, sampler = self.start, self.sampler
+        places = range(start.step, start.step + steps - start.steps)
+        return self.past.samples + sum(sampler.total(place % sampler.steps) for place in places)
+
+    def _open(self) -> Loader:
+        """What brings this replica's batches."""
+        job, start, mesh = self.job, self.start, self.mesh
+        loader = Loader(
+            start.train_at.folder, start.train, self.sampler, mesh.replica, mesh.replicas,
+            view=start.view(self.model.dtype), dtype=self.model.dtype, window_mb=job.data.window_mb,
+            threads=self.decoders, skips=job.data.on_bad == "skip", empty=self.model.memory.host,
+            start=(self.epoch, self.step), last=divmod(self.end - 1, self.sampler.steps),
+            limit_s=job.parallel.stall_abort_s,
+        )  # fmt: skip
+        if not loader.pooled:
             self.journal.event(
                 "single_samples",
                 f"windows of {loader.window_mb:,.0f} MB are more than data.window_mb = {job.data.window_mb:g}: "
                 "samples are read one by one, slower and without their checksum",
             )
-        try:
-            while self.at < self.end:
-                samples += self._take_step(loader, request)
-                self.saver.look()
-                last = self.at == self.end or self.strategy.stop
-                saves = last or self.steps % every == 0
-                evaluates = self.evaluator is not None and self._is_due()
-                if saves or evaluates:
-                    PULSE.doing = "gathering the parameters"
-                    self.strategy.gather()
-                    if saves:
-                        PULSE.doing = "writing a checkpoint"
-                        self.journal.flush()
-                        self.saver.save((self.epoch, self.step, self.steps), self.start.info())
-                    if evaluates:
-                        self._evaluate()
-                if last:
-                    break
-                if saves or evaluates:
-                    self.strategy.release()
-            PULSE.doing = "ending the run"
-        finally:
-            if loader is not None:
-                loader.close()
-        self.strategy.close()
-        self.skipped.check(self.strategy.bad_samples, max(self.epoch - self.start.epoch + (self.step > 0), 1))
-        self.saver.finish()
-        code = 0 if self.at >= self.end else Stopped.exit_code
-        self.journal.end(self.steps, samples, self.strategy.bad_samples, perf_counter() - begin, code)
-        return code
+        return loader
 
-    def _take_step(self, loader: Loader | None, request: StopRequest) -> int:
-        """One step; its number of samples on all replicas."""
+    def _saves(self) -> bool:
+        """Whether a checkpoint is due after the last step."""
+        every = max(1, round(self.job.output.checkpoint_every * self.sampler.steps))
+        return self.steps > 0 and (self.at == self.end or self.steps % every == 0)
+
+    def _pause(self, saves: bool, last: bool) -> None:
+        """Between two steps: write a checkpoint, where it `saves`, and evaluate, where it is time to."""
+        evaluator, strategy = self.evaluator, self.strategy
+        evaluates = evaluator is not None and self.steps > self.evaluated and self._is_due()
+        if not (saves or evaluates):
+            return
+        PULSE.doing = "gathering the parameters"
+        strategy.gather()
+        if saves:
+            PULSE.doing = "writing a checkpoint"
+            self.journal.flush()
+            self.saver.save((self.epoch, self.step, self.steps), self.start.info())
+        if evaluates and evaluator is not None:
+            scores = evaluator.run()
+            self.journal.scores(str(scores), self.epoch + (self.step > 0), self.steps, **asdict(scores))
+            self.evaluated = self.steps
+        if not last:
+            strategy.release()
+
+    def _take_step(self, loader: Loader | None, request: StopRequest) -> None:
+        """One step."""
         strategy, sampler, mesh = self.strategy, self.sampler, self.mesh
         begin = perf_counter()
         PULSE.epoch, PULSE.step, PULSE.doing = self.epoch + 1, self.steps + 1, "reading a batch"
@@ -312,20 +353,13 @@ class Training:
         self.steps += 1
         PULSE.doing = "telling of the step"
         took = Took(perf_counter() - begin, read - begin, strategy.wait_s, strategy.update_s)
-        self.journal.step(
-            self.epoch + 1, self.steps, strategy.loss, strategy.rate, total, took, bad_samples=strategy.bad_samples
-        )
+        bad = self.past.bad_samples + strategy.bad_samples
+        self.journal.step(self.epoch + 1, self.steps, strategy.loss, strategy.rate, total, took, bad_samples=bad)
         self.journal.bad_samples(batch.bad)
         self.skipped.note(batch.bad)
         self.skipped.check(strategy.bad_samples, self.epoch - self.start.epoch + 1)
         self.at += 1
         self.epoch, self.step = divmod(self.at, sampler.steps)
-        return total
-
-    def _evaluate(self) -> None:
-        if self.evaluator is not None:
-            scores = self.evaluator.run()
-            self.journal.scores(str(scores), self.epoch + (self.step > 0), self.steps, **asdict(scores))
 
     def _is_due(self) -> bool:
         """Whether the network is evaluated after the last step: it ended the run, or so many epochs."""

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
+from dpnn.comm.alarm import ALARM
 from dpnn.comm.pulse import PULSE
 from dpnn.errors import DpnnError, RankError
 
@@ -36,7 +37,8 @@ _FRAMES = 6
 def wait(test: Callable[[], object], whom: str, limit_s: float) -> None:
     """Call `test` until it is true (an MPI request's Test, which is also what makes MPI progress).
 
-    `whom` completes the sentence "waited for ...". RankError where `limit_s` seconds pass, or MPI reports an error.
+    `whom` completes the sentence "waited for ...". RankError where `limit_s` seconds pass, or MPI reports an error;
+    RankLost where a rank has died that the others can do without.
     """
     begin = time.monotonic()
     while not tested(test, whom):
@@ -53,6 +55,7 @@ def _wait_napping(test: Callable[[], object], whom: str, limit_s: float, begin: 
         waited = time.monotonic() - begin
         if waited > limit_s:
             raise given_up(limit_s, whom)
+        ALARM.look()
         time.sleep(_NAP_S if waited < _LONG_S else _LONG_NAP_S)
 
 

@@ -39,8 +39,8 @@ class Average:
         self.wait_s = self.update_s = 0.0
         self._every, self._state = job.parallel.every, job.parallel.state
         self._node, self._flats, self._optimizer, self._clips = node, flats, optimizer, job.optimizer.clip > 0
-        self._steps, self._taken = 0, 0
-        """Steps since the start; samples since the last average."""
+        self.steps, self._taken = 0, 0
+        """The latter: samples since the last average."""
         self._bad = False
         """Whether a loss of this replica wasn't finite since it last told."""
         self._untold = 0
@@ -88,15 +88,15 @@ class Average:
         if self.samples and math.isfinite(self.loss):
             self._optimizer.apply(0, self._node.grads.size, self.rate, self._clip_scale())
         updated = perf_counter()
-        self._steps += 1
+        self.steps += 1
         self._taken += self.samples
         if not math.isfinite(self.loss):
             self._bad = True
         self._untold += self.skipped
         asked, self.stop = self.stop, False
-        if self._steps % _TELL_STEPS == 0:
+        if self.steps % _TELL_STEPS == 0:
             self._hear(asked)
-        if self._every and self._steps % self._every == 0:
+        if self._every and self.steps % self._every == 0:
             self._average()
         self.wait_s, self.update_s = perf_counter() - updated, updated - start
 
@@ -105,6 +105,15 @@ class Average:
         self._heard()
         self._tell(0.0, 0.0)
         self._heard()
+
+    def leave(self) -> None:
+        """Nothing of it goes on by itself."""
+
+    def held(self) -> int:
+        return self.steps
+
+    def go_back(self, steps: int) -> None:
+        pass
 
     def gather(self) -> None:
         """Until `release` the parameters, and what the optimizer keeps, are the mean over all replicas. Collective."""

@@ -28,6 +28,8 @@ class Strategy(plan.Strategy, Protocol):
     """Seconds spent waiting for other ranks in the last step."""
     update_s: float
     """Seconds spent updating the parameters in the last step."""
+    steps: int
+    """Steps whose updates have ended, since it was made."""
 
     def close(self) -> None:
         """The run has taken its last step; `bad_samples` is now of all steps. Collective."""
@@ -39,4 +41,16 @@ class Strategy(plan.Strategy, Protocol):
 
     def release(self) -> None:
         """The parameters aren't read any more, the run goes on."""
+        ...
+
+    def leave(self) -> None:
+        """A rank has died, and nothing goes on here; what was under way is given up. Not collective."""
+        ...
+
+    def held(self) -> int:
+        """After `leave`: the steps that the parameters have surely behind them."""
+        ...
+
+    def go_back(self, steps: int) -> None:
+        """After `leave`: the parameters, and what the optimizer keeps, as after so many steps: `held` or one less."""
         ...

@@ -1,0 +1,246 @@
+"""A rank dies in synchronous training, and the others go on, from what they have in memory.
+
+Where the MPI tells of deaths (Open MPI 5 under `mpirun --with-ft ulfm`), whoever hears of one wakes all others. The
+ranks that are left agree on a step that all have ended, take back what some have done after it, and form whole
+replicas: the parts of different ones may come together, since replicas are alike. Who is left over leaves. Then the run
+is built anew, by the same constructor, on the ranks that are left; lanes are dealt anew, and no sample is dropped or
+taken twice.
+
+A rank may die at any moment of this too: then the others begin anew.
+"""
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+from msgspec import structs
+from numpy.typing import NDArray
+
+from dpnn.cluster.signals import StopRequest
+from dpnn.comm.alarm import ALARM
+from dpnn.comm.faults import deadline, tell, wait
+from dpnn.comm.losses import survives
+from dpnn.comm.watchdog import Watchdog
+from dpnn.comm.world import World
+from dpnn.errors import RankError
+from dpnn.observe.folder import RunFolder
+from dpnn.observe.journal import Journal
+from dpnn.observe.metrics import last_evaluated, last_exit
+from dpnn.prepare import Start
+from dpnn.saving import Writing
+from dpnn.state import Held, Origin
+
+Array = NDArray[Any]
+
+_FAREWELL_S = 5.0
+"""How long a rank that is left over stays for the others to part from it."""
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a run has behind it when it is built: nothing, or what it did with ranks that have died since."""
+
+    origin: Origin | None = None
+    """Where its parameters come from; None: from where the start says."""
+    began: float = 0.0
+    """When it began (perf_counter)."""
+    samples: int = 0
+    bad_samples: int = 0
+    writing: Writing | None = None
+    """A checkpoint that this rank is still writing."""
+
+
+class Stand(NamedTuple):
+    """Where a rank stands when it leaves a run."""
+
+    part: int
+    replica: int
+    steps: int
+    """Of the run, which its parameters surely have behind them."""
+    bad_samples: int
+    began: float
+    writing: Writing | None
+    go_back: Callable[[int], Mapping[str, Array]]
+    """Makes the parameters (""), and by name what the optimizer keeps, those after so many steps; and returns them."""
+    place: Callable[[int], tuple[int, int]]
+    """The epoch, and the step in it, that follow on so many steps."""
+    samples: Callable[[int], int]
+    """How many the run has taken in so many steps, since it began."""
+
+
+class Run(Protocol):
+    """A run that was built, as far as it matters here (train.py)."""
+
+    journal: Journal
+
+    def run(self, request: StopRequest) -> int:
+        """Take all steps; the exit code."""
+        ...
+
+    def leave(self) -> Stand:
+        """A rank has died: nothing goes on here."""
+        ...
+
+
+class Told(NamedTuple):
+    """What ranks tell one another of where they stand."""
+
+    number: int
+    """Of the rank, when the job started."""
+    part: int
+    replica: int
+    steps: int
+    bad_samples: int
+    stands: bool
+    """Whether it has parameters."""
+
+
+def regrouped(told: Sequence[Told], parts: int, grains: int) -> list[list[int]]:
+    """The ranks of each replica that can be formed, by their places in `told`, part by part.
+
+    `grains`: the replicas divide them; 0: there are none. RankError where no whole replica is left.
+    """
+    ranks = [[rank for rank, one in enumerate(told) if one.part == part] for part in range(parts)]
+    most = min(map(len, ranks))
+    if most == 0:
+        missing = [part for part in range(parts) if not ranks[part]]
+        raise RankError(f"no rank is left of part {missing[0]} of {parts}; go on with --resume")
+    replicas = max(n for n in range(1, most + 1) if grains % n == 0)
+    return [[ranks[part][replica] for part in range(parts)] for replica in range(replicas)]
+
+
+class Survivors:
+    """The ranks of a job, as long as a whole replica is left of them."""
+
+    def __init__(
+        self,
+        world: World,
+        start: Start,
+        build: Callable[[Start, Past], Run],
+        located: Callable[[World, Start], Start],
+    ) -> None:
+        """Collective. `located`: the start with its data where they are read by the ranks that are left."""
+        if survives() and start.job.train.reproducible:
+            # Who is left gets the cores of the dead, but other threads would make other bits.
+            threads = start.job.backend.threads or world.threads()
+            backend = structs.replace(start.job.backend, threads=threads)
+            start = replace(start, job=structs.replace(start.job, backend=backend))
+        self._world, self._start, self._build, self._located = world, start, build, located
+        self._parts, self._all, self._past = start.job.parallel.parts, world.comm, Past()
+        self._stand: Stand | None = None
+        self._failures: list[BaseException] = []
+        """Errors since the run was last built: they keep what messages may still be written into."""
+        self._folder = RunFolder(start.folder)
+        self._since = world.first(lambda: self._folder.metrics.stat().st_size if self._folder.metrics.exists() else 0)
+
+    def run(self, request: StopRequest) -> int:
+        """Train, with the ranks that are left, to the end; the exit code. Collective."""
+        world, parallel = self._world, self._start.job.parallel
+        if survives():
+            ALARM.arm(self._all)
+        while True:
+            run = None
+            with ALARM.outlived(self._failures):
+                run = self._build(self._start, self._past)
+                self._forget()
+                watchdog = Watchdog(world, parallel, self._start.folder, self._folder.event)
+                with closing(run.journal), watchdog, ALARM.outlived(self._failures):
+                    code = run.run(request)
+                    if survives():
+                        world.meet()  # who leaves before is missed
+                    return code
+            if run is not None:
+                self._stand = run.leave()
+            left = self._go_on()
+            if left is not None:
+                return left
+
+    def _forget(self) -> None:
+        """The run is built: of what was there before nothing is needed any more."""
+        self._stand, self._past = None, Past()
+        self._failures.clear()
+        gc.collect()
+
+    def _go_on(self) -> int | None:
+        """Make a world of the ranks that are left, and a start. An exit code, where this rank has nothing to do there.
+
+        Each try loses a rank at least, or it is the last.
+        """
+        for _ in range(self._world.size):
+            with ALARM.outlived(self._failures):
+                return self._try_to_go_on()
+        raise RankError("ranks die faster than the others can go on; go on with --resume")
+
+    def _try_to_go_on(self) -> int | None:
+        world, stand = self._world, self._stand
+        ALARM.sound()
+        world.lost = True
+        replica, part = divmod(world.rank, self._parts)
+        mine = Told(world.number, part, replica, self._start.steps, 0, False)
+        if stand is not None:
+            mine = Told(world.number, stand.part, stand.replica, stand.steps, stand.bad_samples, True)
+        with deadline(world.timeout_s, "making a world of the ranks that are left", world.fail):
+            # Of all that there ever were: those who have got further in an earlier try begin here, too.
+            comm = ALARM.wakes(self._all.Shrink())
+            ALARM.arm(comm)
+            told: list[Told] = comm.allgather(mine)
+        ended = last_exit(self._folder.metrics, self._since)
+        if ended is not None:
+            return ended
+        replicas = regrouped(told, self._parts, self._start.job.train.grains)
+        places = [rank for replica in replicas for rank in replica]
+        start = self._start
+        if all(one.stands for one in told):
+            start = self._go_back(told, first=comm.rank in replicas[0])
+        if comm.rank == places[0]:
+            self._report(told, len(places), start.steps)
+        goes_on = comm.rank in places
+        with deadline(world.timeout_s, "forming replicas of the ranks that are left", world.fail):
+            formed = ALARM.wakes(comm.Split(goes_on, places.index(comm.rank) if goes_on else 0))
+        parting = comm.Ibarrier()
+        if not goes_on:
+            with suppress(RankError):
+                wait(parting.Test, "the others to part from this rank", _FAREWELL_S)
+            return 0
+        world.go_on(formed, [told[rank].number for rank in places])
+        ALARM.arm(world.comm)
+        self._start = self._with_data(start)
+        return None
+
+    def _go_back(self, told: Sequence[Told], first: bool) -> Start:
+        """The start from the last step that all have ended; `first`: from this rank's parameters, and those of other
+        parts.
+        """
+        stand = self._stand
+        if stand is None:
+            raise TypeError("a rank that has never been in a run can't go back to one of its steps")
+        steps = min(one.steps for one in told)
+        writing = stand.writing
+        if writing is not None and len([one for one in told if one.replica == 0]) < self._parts:
+            writing.give_up()  # the part of a dead rank won't come
+            writing = None
+        self._past = Past(
+            Held(stand.go_back(steps) if first else {}), stand.began, stand.samples(steps),
+            min(one.bad_samples for one in told), writing,
+        )  # fmt: skip
+        epoch, step = stand.place(steps)
+        return replace(self._start, epoch=epoch, step=step, steps=steps, found=None, damaged=())
+
+    def _with_data(self, start: Start) -> Start:
+        """The start with what all ranks that go on know of it. Collective."""
+        evaluated = self._world.first(lambda: last_evaluated(self._folder.metrics))
+        start = self._located(self._world, replace(start, evaluated=evaluated))
+        if start.step and start.info()["owners"] != self._start.info()["owners"]:
+            raise RankError(
+                "without the ranks that have died the shards are parted among the nodes in another way, and every "
+                "sample of an epoch is taken once; go on from a checkpoint at the end of an epoch, with --resume"
+            )
+        return start
+
+    def _report(self, told: Sequence[Told], left: int, steps: int) -> None:
+        """Tell of the loss. On one rank."""
+        lost = sorted(set(self._world.numbers) - {one.number for one in told})
+        tell(f"dpnn: lost rank {', '.join(map(str, lost))}; {left} ranks go on after step {steps}")
+        self._folder.event("worker_lost", ranks=lost, left=left, spare=len(told) - left, step=steps)
