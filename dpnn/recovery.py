@@ -1,10 +1,9 @@
 """A rank dies in synchronous training, and the others go on, from what they have in memory.
 
 Where the MPI tells of deaths (Open MPI 5 under `mpirun --with-ft ulfm`), whoever hears of one wakes all others. The
-ranks that are left agree on a step that all have ended, take back what some have done after it, and form whole
-replicas: the parts of different ones may come together, since replicas are alike. Who is left over leaves. Then the run
-is built anew, by the same constructor, on the ranks that are left; lanes are dealt anew, and no sample is dropped or
-taken twice.
+ranks that are left agree on a step to go on from (regroup.py), take back what they have done beyond it, and form whole
+replicas; who is left over leaves. Then the run is built anew, by the same constructor, on the ranks that are left.
+Lanes are dealt anew, and no sample of theirs is dropped or taken twice.
 
 A rank may die at any moment of this too: then the others begin anew.
 """
@@ -24,18 +23,31 @@ from dpnn.comm.faults import deadline, tell, wait
 from dpnn.comm.losses import survives
 from dpnn.comm.watchdog import Watchdog
 from dpnn.comm.world import World
+from dpnn.data import Sampler
 from dpnn.errors import RankError
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal
 from dpnn.observe.metrics import last_evaluated, last_exit
 from dpnn.prepare import Start
+from dpnn.regroup import Regrouped, Told, apart, together
 from dpnn.saving import Writing
-from dpnn.state import Held, Origin
+from dpnn.state import Held, Origin, Own
+from dpnn.strategies.base import NEVER, Since
 
 Array = NDArray[Any]
 
 _FAREWELL_S = 5.0
 """How long a rank that is left over stays for the others to part from it."""
+
+
+class Lanes(NamedTuple):
+    """Whose samples a replica takes, from one step on."""
+
+    sampler: Sampler
+    replica: int
+    homes: Sequence[int]
+    """The number of the first rank of each replica, this one's own among them."""
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -50,24 +62,31 @@ class Past:
     bad_samples: int = 0
     writing: Writing | None = None
     """A checkpoint that this rank is still writing."""
+    since: Since = NEVER
+    backlog: Lanes | None = None
+    """What this replica has still to take alone, before it goes on with the others; None: nothing."""
 
 
 class Stand(NamedTuple):
     """Where a rank stands when it leaves a run."""
 
     part: int
-    replica: int
-    steps: int
-    """Of the run, which its parameters surely have behind them."""
+    lanes: Lanes
+    """What it took last."""
+    held: Callable[[], tuple[int, int]]
+    """The steps of the run, and the averages, that its parameters surely have behind them."""
     bad_samples: int
     began: float
     writing: Writing | None
-    go_back: Callable[[int], Mapping[str, Array]]
-    """Makes the parameters (""), and by name what the optimizer keeps, those after so many steps; and returns them."""
+    go_back: Callable[[int, int], tuple[Mapping[str, Array], Since]]
+    """Makes the parameters (""), and by name what the optimizer keeps, those after so many steps and averages; returns
+    them."""
     place: Callable[[int], tuple[int, int]]
     """The epoch, and the step in it, that follow on so many steps."""
     samples: Callable[[int], int]
     """How many the run has taken in so many steps, since it began."""
+    rows: Callable[[int, int, int], int]
+    """Samples of a replica from one step to another."""
 
 
 class Run(Protocol):
@@ -82,33 +101,6 @@ class Run(Protocol):
     def leave(self) -> Stand:
         """A rank has died: nothing goes on here."""
         ...
-
-
-class Told(NamedTuple):
-    """What ranks tell one another of where they stand."""
-
-    number: int
-    """Of the rank, when the job started."""
-    part: int
-    replica: int
-    steps: int
-    bad_samples: int
-    stands: bool
-    """Whether it has parameters."""
-
-
-def regrouped(told: Sequence[Told], parts: int, grains: int) -> list[list[int]]:
-    """The ranks of each replica that can be formed, by their places in `told`, part by part.
-
-    `grains`: the replicas divide them; 0: there are none. RankError where no whole replica is left.
-    """
-    ranks = [[rank for rank, one in enumerate(told) if one.part == part] for part in range(parts)]
-    most = min(map(len, ranks))
-    if most == 0:
-        missing = [part for part in range(parts) if not ranks[part]]
-        raise RankError(f"no rank is left of part {missing[0]} of {parts}; go on with --resume")
-    replicas = max(n for n in range(1, most + 1) if grains % n == 0)
-    return [[ranks[part][replica] for part in range(parts)] for replica in range(replicas)]
 
 
 class Survivors:
@@ -128,7 +120,8 @@ class Survivors:
             backend = structs.replace(start.job.backend, threads=threads)
             start = replace(start, job=structs.replace(start.job, backend=backend))
         self._world, self._start, self._build, self._located = world, start, build, located
-        self._parts, self._all, self._past = start.job.parallel.parts, world.comm, Past()
+        self._parts, self._apart = start.job.parallel.parts, start.job.parallel.strategy == "average"
+        self._all, self._past = world.comm, Past()
         self._stand: Stand | None = None
         self._failures: list[BaseException] = []
         """Errors since the run was last built: they keep what messages may still be written into."""
@@ -177,10 +170,10 @@ class Survivors:
         world, stand = self._world, self._stand
         ALARM.sound()
         world.lost = True
-        replica, part = divmod(world.rank, self._parts)
-        mine = Told(world.number, part, replica, self._start.steps, 0, False)
+        mine = Told(world.number, world.rank % self._parts, 0, False, self._start.steps)
         if stand is not None:
-            mine = Told(world.number, stand.part, stand.replica, stand.steps, stand.bad_samples, True)
+            home = stand.lanes.homes[stand.lanes.replica]
+            mine = Told(world.number, stand.part, home, True, *stand.held(), stand.bad_samples)
         with deadline(world.timeout_s, "making a world of the ranks that are left", world.fail):
             # Of all that there ever were: those who have got further in an earlier try begin here, too.
             comm = ALARM.wakes(self._all.Shrink())
@@ -189,13 +182,16 @@ class Survivors:
         ended = last_exit(self._folder.metrics, self._since)
         if ended is not None:
             return ended
-        replicas = regrouped(told, self._parts, self._start.job.train.grains)
-        places = [rank for replica in replicas for rank in replica]
-        start = self._start
-        if all(one.stands for one in told):
-            start = self._go_back(told, first=comm.rank in replicas[0])
+        goes_back = all(one.stands for one in told)  # else some were never in a run, and all start anew
+        if goes_back and self._apart:
+            groups = apart(told, self._parts)
+        else:
+            groups = together(told, self._parts, self._start.job.train.grains)
+        start, places = self._start, groups.places
+        if goes_back and comm.rank in places:
+            start = self._go_back(told, groups, comm.rank)
         if comm.rank == places[0]:
-            self._report(told, len(places), start.steps)
+            self._report(told, groups, start.steps)
         goes_on = comm.rank in places
         with deadline(world.timeout_s, "forming replicas of the ranks that are left", world.fail):
             formed = ALARM.wakes(comm.Split(goes_on, places.index(comm.rank) if goes_on else 0))
@@ -209,24 +205,33 @@ class Survivors:
         self._start = self._with_data(start)
         return None
 
-    def _go_back(self, told: Sequence[Told], first: bool) -> Start:
-        """The start from the last step that all have ended; `first`: from this rank's parameters, and those of other
-        parts.
-        """
+    def _go_back(self, told: Sequence[Told], groups: Regrouped, rank: int) -> Start:
+        """The start from where all go on, with what they have; this one is `rank` of those that told."""
         stand = self._stand
         if stand is None:
-            raise TypeError("a rank that has never been in a run can't go back to one of its steps")
-        steps = min(one.steps for one in told)
+            raise TypeError("a rank that was never in a run can't go back to one of its steps")
         writing = stand.writing
-        if writing is not None and len([one for one in told if one.replica == 0]) < self._parts:
-            writing.give_up()  # the part of a dead rank won't come
+        if writing is not None and self._parts > 1:
+            writing.give_up()  # the part of a dead rank may never come
             writing = None
+        origin: Origin = Held({})
+        since, backlog = NEVER, None
+        if rank in groups.back:
+            steps, averages = groups.back[rank]
+            arrays, since = stand.go_back(steps, averages)
+            origin = Held(arrays)
+            if self._apart:
+                most = max(count for _, count in groups.back.values())
+                origin = Own(arrays, groups.ahead, averages < most, self._start.job.parallel.state)
+                since = since if averages == most else Since(averages=most)
+                if steps < groups.steps:
+                    backlog = stand.lanes._replace(steps=steps)
         self._past = Past(
-            Held(stand.go_back(steps) if first else {}), stand.began, stand.samples(steps),
-            min(one.bad_samples for one in told), writing,
+            origin, stand.began, stand.samples(groups.steps), min(one.bad_samples for one in told), writing, since,
+            backlog,
         )  # fmt: skip
-        epoch, step = stand.place(steps)
-        return replace(self._start, epoch=epoch, step=step, steps=steps, found=None, damaged=())
+        epoch, step = stand.place(groups.steps)
+        return replace(self._start, epoch=epoch, step=step, steps=groups.steps, found=None, damaged=())
 
     def _with_data(self, start: Start) -> Start:
         """The start with what all ranks that go on know of it. Collective."""
@@ -239,8 +244,15 @@ class Survivors:
             )
         return start
 
-    def _report(self, told: Sequence[Told], left: int, steps: int) -> None:
+    def _report(self, told: Sequence[Told], groups: Regrouped, steps: int) -> None:
         """Tell of the loss. On one rank."""
         lost = sorted(set(self._world.numbers) - {one.number for one in told})
+        left, stand, past = len(groups.places), self._stand, self._past
         tell(f"dpnn: lost rank {', '.join(map(str, lost))}; {left} ranks go on after step {steps}")
         self._folder.event("worker_lost", ranks=lost, left=left, spare=len(told) - left, step=steps)
+        if stand is not None and groups.homes:
+            homes = stand.lanes.homes
+            begin = steps - past.since.steps - (0 if past.backlog is None else steps - past.backlog.steps)
+            gone = [replica for replica, home in enumerate(homes) if home not in groups.homes]
+            samples = sum(stand.rows(replica, begin, steps) for replica in gone)
+            self._folder.event("samples_lost", replicas=gone, samples=samples, since=begin)

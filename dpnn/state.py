@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from dpnn import checkpoint
 from dpnn.checkpoint import Contents, Slice
 from dpnn.comm.background import Background
+from dpnn.comm.mesh import Mesh
 from dpnn.comm.ranks import Ranks
+from dpnn.comm.share import share
 from dpnn.errors import DataError, JobError
 from dpnn.nn import Graph
 from dpnn.plan import Piece, Store
@@ -63,8 +65,8 @@ def load(ranks: Ranks, found: Contents, slices: Mapping[str, Sequence[Slice]]) -
 class Origin(Protocol):
     """Where the parameters of a run, and what its optimizer keeps, come from."""
 
-    def fill(self, ranks: Ranks, first: bool, store: Store, flats: Mapping[str, Array]) -> Iterable[str]:
-        """Fill the arrays of the first replica (`first`); the names of those that are to be shared with the others.
+    def fill(self, ranks: Ranks, mesh: Mesh, store: Store, flats: Mapping[str, Array]) -> Iterable[str]:
+        """Fill the arrays of the first replica; the names of those that are to be shared with the others.
 
         `flats`: the parameters of `store` (""), and by name what the optimizer keeps, all 0. Collective over `ranks`.
         """
@@ -77,8 +79,8 @@ class Drawn:
 
     seed: int
 
-    def fill(self, ranks: Ranks, first: bool, store: Store, flats: Mapping[str, Array]) -> Iterable[str]:
-        if first:
+    def fill(self, ranks: Ranks, mesh: Mesh, store: Store, flats: Mapping[str, Array]) -> Iterable[str]:
+        if mesh.replica == 0:
             store.draw(self.seed)
         return [""]
 
@@ -89,8 +91,8 @@ class Saved:
 
     found: Contents
 
-    def fill(self, ranks: Ranks, first: bool, store: Store, flats: Mapping[str, Array]) -> Iterable[str]:
-        pieces = store.pieces if first else ()
+    def fill(self, ranks: Ranks, mesh: Mesh, store: Store, flats: Mapping[str, Array]) -> Iterable[str]:
+        pieces = store.pieces if mesh.replica == 0 else ()
         load(ranks, self.found, {name: sliced(pieces, flat) for name, flat in flats.items()})
         return flats
 
@@ -101,10 +103,33 @@ class Held:
 
     arrays: Mapping[str, Array]
 
-    def fill(self, ranks: Ranks, first: bool, store: Store, flats: Mapping[str, Array]) -> Iterable[str]:
+    def fill(self, ranks: Ranks, mesh: Mesh, store: Store, flats: Mapping[str, Array]) -> Iterable[str]:
         for name, array in self.arrays.items():
             np.copyto(flats[name], array)
         return flats
+
+
+@dataclass(frozen=True)
+class Own:
+    """Each replica has its own, in arrays like those to be filled; some take those of another replica, which is ahead.
+
+    `ahead`: that one; None: there is none. `behind`: whether this replica takes them. `state`: parallel.state of the
+    job, which says whether what the optimizer keeps is each replica's own.
+    """
+
+    arrays: Mapping[str, Array]
+    ahead: int | None
+    behind: bool
+    state: str
+
+    def fill(self, ranks: Ranks, mesh: Mesh, store: Store, flats: Mapping[str, Array]) -> Iterable[str]:
+        for name, array in self.arrays.items():
+            np.copyto(flats[name], array)
+        if self.ahead is not None:
+            for name in flats if self.state != "keep" else [""]:
+                takes = self.behind or mesh.replica == self.ahead
+                share(mesh.data, flats[name] if takes else flats[name].copy(), ranks.timeout_s, self.ahead)
+        return []
 
 
 def check_network(found: Contents, graph: Graph, states: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from dpnn.comm.node import Node
 from dpnn.comm.pulse import PULSE
 from dpnn.comm.reduce import BucketReducer, measured_bucket, most_updates
 from dpnn.comm.world import World
-from dpnn.data import Loader, Sampler, Skipped, no_samples
+from dpnn.data import Batch, Loader, Sampler, Skipped, no_samples
 from dpnn.errors import NotFiniteError, Stopped
 from dpnn.evaluate import Evaluator, Model, check_alike, check_devices, check_host, segments_of
 from dpnn.locations import locate, readers
@@ -39,12 +39,12 @@ from dpnn.optim import STATES, schedule
 from dpnn.plan import Costs, n_params, spread
 from dpnn.planning import COSTS, is_open, settle
 from dpnn.prepare import Start, check_same_owners, prepare
-from dpnn.recovery import Past, Stand, Survivors
+from dpnn.recovery import Lanes, Past, Stand, Survivors
 from dpnn.saving import Saver
 from dpnn.state import Array, Drawn, Saved, passing_over_damaged
 from dpnn.strategies.allreduce import Allreduce
 from dpnn.strategies.average import Average
-from dpnn.strategies.base import Strategy
+from dpnn.strategies.base import Since, Strategy
 from dpnn.strategies.flats import Flats
 
 STRATEGIES: dict[str, type[Allreduce] | type[Average]] = {"allreduce": Allreduce, "average": Average}
@@ -174,7 +174,7 @@ class Training:
         optimizer = flats.optimizer(job.optimizer, segments, sums, model.team, model.arithmetic)
         self.rate = schedule(job.schedule, job.optimizer.lr, sampler.steps, self.end)
         self.arrays = {"": node.params, **node.state}
-        for name in origin.fill(world, mesh.replica == 0, store, self.arrays):
+        for name in origin.fill(world, mesh, store, self.arrays):
             node.share(self.arrays[name])
         flats.push()
 
@@ -185,6 +185,11 @@ class Training:
         self.microbatches = job.train.grains // mesh.replicas or job.parallel.microbatches
         rows = sampler.max_micro_rows(mesh.replicas, self.microbatches)
         self.strategy: Strategy = strategy(mesh, node, flats, optimizer, job)
+        self.strategy.since = past.since
+        homes = [world.numbers[replica * mesh.parts] for replica in range(mesh.replicas)]
+        self.lanes = Lanes(sampler, mesh.replica, homes, start.steps)
+        self.behind = past.backlog or self.lanes
+        """What is taken first."""
         evaluates = start.test and job.train.eval_every
         bucket_nbytes = self._bucket_nbytes()
         training, held_out = model.lay_out(
@@ -241,7 +246,9 @@ class Training:
             self._tell_start()
         elif self.world.rank == 0:
             self.folder.write_choices(self.model.choices)
-        loader = self._open() if self.reads else None
+        if past.began and not strategy.together:
+            self._catch_up()
+        loader = self._open(self.lanes, self.start.steps + self.end - self.at)
         try:
             # The run was killed between its last checkpoint and an evaluation, or a rank has died before either.
             self._pause(saves=past.began > 0 and self._saves(), last=False)
@@ -266,17 +273,23 @@ class Training:
 
     def leave(self) -> Stand:
         """A rank has died, and nothing goes on here: where this one stands."""
-        self.strategy.leave()
-        begun = self.start.steps
-        bad = self.past.bad_samples + self.strategy.bad_samples
+        strategy, lanes, start = self.strategy, self.lanes, self.start
+        strategy.leave()
+        if self.behind.steps + strategy.steps < start.steps:
+            lanes = self.behind
 
-        def go_back(steps: int) -> Mapping[str, Array]:
-            self.strategy.go_back(steps - begun)
-            return self.arrays
+        def held() -> tuple[int, int]:
+            steps, averages = strategy.held()
+            return self.behind.steps + steps, averages
 
+        def go_back(steps: int, averages: int) -> tuple[Mapping[str, Array], Since]:
+            since = strategy.go_back(steps - self.behind.steps, averages)
+            return self.arrays, since
+
+        bad = self.past.bad_samples + strategy.bad_samples
         return Stand(
-            self.mesh.part, self.mesh.replica, begun + self.strategy.held(), bad, self.began, self.saver.writing,
-            go_back, self._place, self._samples,
+            self.mesh.part, lanes, held, bad, self.began, self.saver.writing, go_back, self._place, self._samples,
+            self._rows,
         )  # fmt: skip
 
     def _place(self, steps: int) -> tuple[int, int]:
@@ -285,19 +298,25 @@ class Training:
 
     def _samples(self, steps: int) -> int:
         """How many are taken in so many steps of the run, by its ranks of today and those that have died."""
-        start, sampler = self.start, self.sampler
-        places = range(start.step, start.step + steps - start.steps)
-        return self.past.samples + sum(sampler.total(place % sampler.steps) for place in places)
+        places = range(self.start.step, self.start.step + steps - self.start.steps)
+        return self.past.samples + sum(self.sampler.total(place % self.sampler.steps) for place in places)
 
-    def _open(self) -> Loader:
-        """What brings this replica's batches."""
-        job, start, mesh = self.job, self.start, self.mesh
+    def _rows(self, replica: int, begin: int, end: int) -> int:
+        """Samples that one of today's replicas has from one step to another."""
+        places = (self._place(steps)[1] for steps in range(begin, end))
+        counts = (self.sampler.micro(place, replica, self.mesh.replicas, self.microbatches) for place in places)
+        return sum(mine for micro in counts for mine, _ in micro)
+
+    def _open(self, lanes: Lanes, end: int) -> Loader | None:
+        """What brings the batches of some lanes, up to a number of steps of the run; on the part that reads."""
+        if not self.reads or lanes.steps >= end:
+            return None
+        job, start = self.job, self.start
         loader = Loader(
-            start.train_at.folder, start.train, self.sampler, mesh.replica, mesh.replicas,
+            start.train_at.folder, start.train, lanes.sampler, lanes.replica, len(lanes.homes),
             view=start.view(self.model.dtype), dtype=self.model.dtype, window_mb=job.data.window_mb,
             threads=self.decoders, skips=job.data.on_bad == "skip", empty=self.model.memory.host,
-            start=(self.epoch, self.step), last=divmod(self.end - 1, self.sampler.steps),
-            limit_s=job.parallel.stall_abort_s,
+            start=self._place(lanes.steps), last=self._place(end - 1), limit_s=job.parallel.stall_abort_s,
         )  # fmt: skip
         if not loader.pooled:
             self.journal.event(
@@ -306,6 +325,28 @@ class Training:
                 "samples are read one by one, slower and without their checksum",
             )
         return loader
+
+    def _catch_up(self) -> None:
+        """Where others have died, replicas may be behind that don't wait for one another: they take those steps alone.
+
+        All go on when none is behind.
+        """
+        lanes, crew, strategy = self.behind, self.mesh.crew, self.strategy
+        left = range(lanes.steps, self.start.steps)
+        loader = self._open(lanes, self.start.steps)
+        strategy.alone = True
+        try:
+            for number in range(-int(crew.least(-len(left)))):
+                if number < len(left):
+                    place = self._place(left[number])
+                    counts = lanes.sampler.micro(place[1], lanes.replica, len(lanes.homes), self.microbatches)
+                    self._step(loader, place, counts)
+                crew.meet()
+        finally:
+            if loader is not None:
+                loader.close()
+        strategy.alone = False
+        strategy.meet()
 
     def _saves(self) -> bool:
         """Whether a checkpoint is due after the last step."""
@@ -335,31 +376,40 @@ class Training:
         """One step."""
         strategy, sampler, mesh = self.strategy, self.sampler, self.mesh
         begin = perf_counter()
-        PULSE.epoch, PULSE.step, PULSE.doing = self.epoch + 1, self.steps + 1, "reading a batch"
-        batch = loader.next() if loader is not None else no_samples(self.epoch, self.step)
-        read = perf_counter()
-        total = sampler.total(self.step)
+        PULSE.epoch, PULSE.step = self.epoch + 1, self.steps + 1
         counts = sampler.micro(self.step, mesh.replica, mesh.replicas, self.microbatches)
-        rows = sum(mine for mine, _ in counts)
-        strategy.rate, strategy.stop, strategy.samples = self.rate(self.at), request.asked, rows
-        strategy.skipped = len(batch.bad)
-        PULSE.doing = self.executor
-        try:
-            self.executor.run(batch, counts, total if strategy.together else rows)
-        except NotFiniteError as error:
-            self._explain(error)
-        if loader is not None:
-            loader.release(batch)
+        strategy.stop = request.asked
+        batch, read_s = self._step(loader, (self.epoch, self.step), counts)
         self.steps += 1
         PULSE.doing = "telling of the step"
-        took = Took(perf_counter() - begin, read - begin, strategy.wait_s, strategy.update_s)
-        bad = self.past.bad_samples + strategy.bad_samples
+        took = Took(perf_counter() - begin, read_s, strategy.wait_s, strategy.update_s)
+        bad, total = self.past.bad_samples + strategy.bad_samples, sampler.total(self.step)
         self.journal.step(self.epoch + 1, self.steps, strategy.loss, strategy.rate, total, took, bad_samples=bad)
         self.journal.bad_samples(batch.bad)
         self.skipped.note(batch.bad)
         self.skipped.check(strategy.bad_samples, self.epoch - self.start.epoch + 1)
         self.at += 1
         self.epoch, self.step = divmod(self.at, sampler.steps)
+
+    def _step(
+        self, loader: Loader | None, place: tuple[int, int], counts: list[tuple[int, int]]
+    ) -> tuple[Batch, float]:
+        """Train on the next batch of a loader; the batch, and the seconds that it was waited for."""
+        strategy, sampler = self.strategy, self.sampler
+        begin, PULSE.doing = perf_counter(), "reading a batch"
+        batch = loader.next() if loader is not None else no_samples(*place)
+        read_s = perf_counter() - begin
+        rows = sum(mine for mine, _ in counts)
+        strategy.rate, strategy.samples = self.rate(place[0] * sampler.steps + place[1]), rows
+        strategy.skipped = len(batch.bad)
+        PULSE.doing = self.executor
+        try:
+            self.executor.run(batch, counts, sampler.total(place[1]) if strategy.together else rows)
+        except NotFiniteError as error:
+            self._explain(error)
+        if loader is not None:
+            loader.release(batch)
+        return batch, read_s
 
     def _is_due(self) -> bool:
         """Whether the network is evaluated after the last step: it ended the run, or so many epochs."""

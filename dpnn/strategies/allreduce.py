@@ -21,6 +21,7 @@ from dpnn.comm.progress import progress
 from dpnn.comm.reduce import BucketReducer, GradientReducer, blocks
 from dpnn.errors import NotFiniteError
 from dpnn.optim import Optimizer
+from dpnn.strategies.base import NEVER, Since
 from dpnn.strategies.flats import Flats
 
 
@@ -34,7 +35,7 @@ class Allreduce:
         self.rate, self.stop, self.loss, self.samples = 0.0, False, 0.0, 0
         self.skipped = self.bad_samples = 0
         self.wait_s = self.update_s = 0.0
-        self.steps = 0
+        self.steps, self.since, self.alone = 0, NEVER, False
         self._n, self._began = node.grads.size, 0.0
         self._clips, self._optimizer = job.optimizer.clip > 0, optimizer
         self._told = np.zeros(3)  # loss, requests to stop, bad samples
@@ -101,19 +102,23 @@ class Allreduce:
         if self._progress is not None:
             self._progress.close()
 
+    def meet(self) -> None:
+        """All replicas have the same parameters anyway."""
+
     def leave(self) -> None:
         """End the thread that helps MPI to move."""
         self.close()
 
-    def held(self) -> int:
+    def held(self) -> tuple[int, int]:
         """Others of the node may have begun to take the last step back."""
         undo = self._node.undo
-        return self.steps - int(undo is not None and undo.back(self.steps - 1))
+        return self.steps - int(undo is not None and undo.back(self.steps - 1)), 0
 
-    def go_back(self, steps: int) -> None:
+    def go_back(self, steps: int, averages: int) -> Since:
         """Take back what ranks of the node, dead ones too, have done in the step after these."""
         if self._node.undo is not None:
             self._node.undo.take_back(steps)
+        return self.since
 
     def gather(self) -> None:
         """All replicas always have the same parameters, so one of each node brings them to the host."""

@@ -1,8 +1,21 @@
 """What every strategy has beside the calls of the executor (`plan.Strategy`)."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from dpnn import plan
+
+
+class Since(NamedTuple):
+    """What a replica has done since all had the same parameters."""
+
+    steps: int = 0
+    samples: int = 0
+    """Of this replica."""
+    averages: int = 0
+    """How often that has been so."""
+
+
+NEVER = Since()
 
 
 class Strategy(plan.Strategy, Protocol):
@@ -30,9 +43,17 @@ class Strategy(plan.Strategy, Protocol):
     """Seconds spent updating the parameters in the last step."""
     steps: int
     """Steps whose updates have ended, since it was made."""
+    since: Since
+    """May be set before the first step, and is then what came before."""
+    alone: bool
+    """Whether steps are taken while other replicas take none."""
 
     def close(self) -> None:
         """The run has taken its last step; `bad_samples` is now of all steps. Collective."""
+        ...
+
+    def meet(self) -> None:
+        """After steps that were taken alone: all have the same number of them behind them. Collective."""
         ...
 
     def gather(self) -> None:
@@ -47,10 +68,12 @@ class Strategy(plan.Strategy, Protocol):
         """A rank has died, and nothing goes on here; what was under way is given up. Not collective."""
         ...
 
-    def held(self) -> int:
-        """After `leave`: the steps that the parameters have surely behind them."""
+    def held(self) -> tuple[int, int]:
+        """After `leave`: the steps that the parameters have surely behind them, as `steps`, and the averages."""
         ...
 
-    def go_back(self, steps: int) -> None:
-        """After `leave`: the parameters, and what the optimizer keeps, as after so many steps: `held` or one less."""
+    def go_back(self, steps: int, averages: int) -> Since:
+        """After `leave`: the parameters, and what the optimizer keeps, as after so many steps, at most one less than in
+        `held`, and averages.
+        """
         ...

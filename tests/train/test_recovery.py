@@ -62,7 +62,9 @@ def ended_well(program, folder: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     (start,), (end,) = read(folder, "start"), read(folder, "end")
     assert (end["exit"], end["steps"]) == (0, start["total_steps"])
-    assert {line["step"] for line in read(folder, "step")} == set(range(1, end["steps"] + 1))
+    losses = events(folder, "worker_lost")
+    told = {line["step"] for line in read(folder, "step")}
+    assert told >= set(range(losses[-1]["step"] + 1, end["steps"] + 1))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -76,3 +78,66 @@ def test_who_is_left_takes_every_step(going, seed):
     ended_well(program, folder)
     (event,) = events(folder, "worker_lost")
     assert (event["ranks"], event["left"]) == ([victim], 3)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings", "kills", "left"),
+    [
+        (4, ("optimizer.clip=0.5",), ((0,),), 3),
+        (4, (), ((1, 2),), 2),
+        (4, (), ((3,), (0,), (1,)), 1),
+        (4, ("parallel.parts=2",), ((3,),), 2),
+        (6, ("parallel.parts=2",), ((1, 2),), 4),
+    ],
+    ids=["the first", "two at once", "all but one", "a part", "two parts of different replicas"],
+)
+def test_replicas_form_of_who_is_left(going, python, ranks, settings, kills, left):
+    draw = random.Random(ranks + len(settings))
+    program, folder = going(ranks, "train.epochs=60", *settings)
+    pids = program.pids()
+    for victims in kills:
+        time.sleep(draw.uniform(0.0, 0.7))
+        for victim in victims:
+            os.kill(pids[victim], signal.SIGKILL)
+    ended_well(program, folder)
+    assert events(folder, "worker_lost")[-1]["left"] == left
+    assert {rank for event in events(folder, "worker_lost") for rank in event["ranks"]} >= set(sum(kills, ()))
+    assert python("-m", "dpnn", "eval", folder).returncode == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_result_is_that_of_an_undisturbed_run_to_the_last_bit(going, trained, identical, seed):
+    settings = (*SETTINGS, "train.epochs=40", "train.reproducible=true", "train.grains=12")
+    undisturbed = trained(2, *settings)
+    draw = random.Random(100 + seed)
+    program, folder = going(4, *settings)
+    pids = program.pids()
+    victims = draw.sample(range(4), 2)
+    for victim in victims:
+        time.sleep(draw.uniform(0.0, 0.6))
+        os.kill(pids[victim], signal.SIGKILL)
+    ended_well(program, folder)
+    assert identical(undisturbed, folder) > 0
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings", "victims", "lost"),
+    [
+        (4, ("parallel.every=5",), (1,), 1),
+        (4, ("parallel.every=0",), (0, 3), 2),
+        (4, ("parallel.every=3", "parallel.state=keep"), (3, 2, 0), 3),
+        (6, ("parallel.every=5", "parallel.parts=2"), (2,), 1),
+    ],
+    ids=["with averages", "with one at the end", "all but one", "a part"],
+)
+def test_averaging_goes_on_without_those_replicas(going, python, ranks, settings, victims, lost):
+    draw = random.Random(ranks + len(settings))
+    program, folder = going(ranks, "parallel.strategy=average", "train.epochs=40", *settings)
+    pids = program.pids()
+    for victim in victims:
+        time.sleep(draw.uniform(0.0, 0.7))
+        os.kill(pids[victim], signal.SIGKILL)
+    ended_well(program, folder)
+    told = events(folder, "samples_lost")
+    assert sum(len(event["replicas"]) for event in told) == lost
+    assert python("-m", "dpnn", "eval", folder).returncode == 0
