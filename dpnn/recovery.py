@@ -122,6 +122,8 @@ class Survivors:
         self._world, self._start, self._build, self._located = world, start, build, located
         self._parts, self._apart = start.job.parallel.parts, start.job.parallel.strategy == "average"
         self._all, self._past = world.comm, Past()
+        self._known, self._homes = set(world.numbers), tuple[int, ...]()
+        """Ranks, and whole replicas, that others were told to be left."""
         self._stand: Stand | None = None
         self._failures: list[BaseException] = []
         """Errors since the run was last built: they keep what messages may still be written into."""
@@ -191,10 +193,12 @@ class Survivors:
         if goes_back and comm.rank in places:
             start = self._go_back(told, groups, comm.rank)
         if comm.rank == places[0]:
-            self._report(told, groups, start.steps)
+            self._tell(told, groups, start.steps)
         goes_on = comm.rank in places
         with deadline(world.timeout_s, "forming replicas of the ranks that are left", world.fail):
             formed = ALARM.wakes(comm.Split(goes_on, places.index(comm.rank) if goes_on else 0))
+        # Whoever tells of the others has done so.
+        self._known, self._homes = {told[rank].number for rank in places}, groups.homes
         parting = comm.Ibarrier()
         if not goes_on:
             with suppress(RankError):
@@ -244,15 +248,15 @@ class Survivors:
             )
         return start
 
-    def _report(self, told: Sequence[Told], groups: Regrouped, steps: int) -> None:
-        """Tell of the loss. On one rank."""
-        lost = sorted(set(self._world.numbers) - {one.number for one in told})
-        left, stand, past = len(groups.places), self._stand, self._past
+    def _tell(self, told: Sequence[Told], groups: Regrouped, steps: int) -> None:
+        """Tell of those who are lost. On one rank."""
+        here = {one.number for one in told}
+        lost, left, stand, past = sorted(self._known - here), len(groups.places), self._stand, self._past
         tell(f"dpnn: lost rank {', '.join(map(str, lost))}; {left} ranks go on after step {steps}")
         self._folder.event("worker_lost", ranks=lost, left=left, spare=len(told) - left, step=steps)
         if stand is not None and groups.homes:
-            homes = stand.lanes.homes
-            begin = steps - past.since.steps - (0 if past.backlog is None else steps - past.backlog.steps)
-            gone = [replica for replica, home in enumerate(homes) if home not in groups.homes]
+            begin = (steps if past.backlog is None else past.backlog.steps) - past.since.steps
+            homes = self._homes or stand.lanes.homes
+            gone = [i for i, home in enumerate(stand.lanes.homes) if home in homes and home not in groups.homes]
             samples = sum(stand.rows(replica, begin, steps) for replica in gone)
             self._folder.event("samples_lost", replicas=gone, samples=samples, since=begin)

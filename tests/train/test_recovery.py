@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
+from dpnn.comm.launch import command
 from dpnn.observe import metrics
 
+DYING = Path(__file__).parent / "programs" / "dying.py"
 NETWORKS = Path(__file__).parent / "networks.py"
 TOLERANT = pytest.mark.skipif(
     "Open MPI v5" not in MPI.Get_library_version(), reason="only Open MPI 5 tells of processes that have died"
@@ -55,6 +57,18 @@ def going(start_python, job):
     return start
 
 
+@pytest.fixture
+def dying(start_line, job):
+    """dying(ranks, deaths, *settings) -> a run whose ranks kill themselves (programs/dying.py), and its folder."""
+
+    def start(ranks: int, deaths: str, *settings: str):
+        made = job()
+        line = command(ranks, ["train", str(made.path), *words(*SETTINGS, *settings)], (str(DYING),), survives=True)
+        return start_line(line, env={"DIES": deaths}), made.out
+
+    return start
+
+
 def ended_well(program, folder: Path) -> None:
     """The run has ended by itself, with all its steps."""
     ended = program.finish(LIMIT_S)
@@ -62,9 +76,9 @@ def ended_well(program, folder: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     (start,), (end,) = read(folder, "start"), read(folder, "end")
     assert (end["exit"], end["steps"]) == (0, start["total_steps"])
-    losses = events(folder, "worker_lost")
-    told = {line["step"] for line in read(folder, "step")}
-    assert told >= set(range(losses[-1]["step"] + 1, end["steps"] + 1))
+    goes_on = max((event["step"] for event in events(folder, "worker_lost")), default=end["steps"])
+    told = {line["step"] for line in read(folder, "step")}  # what the first had still to write is lost with it
+    assert told >= set(range(goes_on + 1, end["steps"] + 1))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -141,3 +155,21 @@ def test_averaging_goes_on_without_those_replicas(going, python, ranks, settings
     told = events(folder, "samples_lost")
     assert sum(len(event["replicas"]) for event in told) == lost
     assert python("-m", "dpnn", "eval", folder).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "deaths",
+    [
+        "1 20 kept", "1 20 updated", "0 20 updated", "3 19 updated;2 20 kept", "0 0 saving", "0 0 writing",
+        "2 10 evaluating", "1 29 ending", "0 29 ending", "3 20 updated;1 20 regrouping", "3 20 updated;0 20 rebuilding",
+        "0 20 updated;1 29 saving;2 0 rebuilding",
+    ],
+)  # fmt: skip
+def test_wherever_a_rank_dies_not_a_bit_is_lost(dying, trained, identical, deaths):
+    settings = ("train.epochs=3", "train.reproducible=true", "train.grains=12", "train.eval_every=1")
+    program, folder = dying(4, deaths, *settings)
+    ended_well(program, folder)
+    lost = {rank for event in events(folder, "worker_lost") for rank in event["ranks"]}
+    assert lost == {int(death.split()[0]) for death in deaths.split(";")}
+    assert len(read(folder, "eval")) >= 3
+    assert identical(trained(2, *SETTINGS, *settings), folder) > 0
