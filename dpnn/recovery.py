@@ -9,10 +9,10 @@ A rank may die at any moment of this too: then the others begin anew.
 """
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from msgspec import structs
 from numpy.typing import NDArray
@@ -21,33 +21,25 @@ from dpnn.cluster.signals import StopRequest
 from dpnn.comm.alarm import ALARM
 from dpnn.comm.faults import deadline, tell, wait
 from dpnn.comm.losses import survives
+from dpnn.comm.mesh import Mesh
 from dpnn.comm.watchdog import Watchdog
 from dpnn.comm.world import World
-from dpnn.data import Sampler
+from dpnn.data import Loader
 from dpnn.errors import RankError
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal
 from dpnn.observe.metrics import last_evaluated, last_exit
 from dpnn.prepare import Start
 from dpnn.regroup import Regrouped, Told, apart, together
-from dpnn.saving import Writing
+from dpnn.saving import Saver, Writing
 from dpnn.state import Held, Origin, Own
-from dpnn.strategies.base import NEVER, Since
+from dpnn.strategies.base import NEVER, Since, Strategy
+from dpnn.timetable import Lanes, Timetable
 
 Array = NDArray[Any]
 
 _FAREWELL_S = 5.0
 """How long a rank that is left over stays for the others to part from it."""
-
-
-class Lanes(NamedTuple):
-    """Whose samples a replica takes, from one step on."""
-
-    sampler: Sampler
-    replica: int
-    homes: Sequence[int]
-    """The number of the first rank of each replica, this one's own among them."""
-    steps: int
 
 
 @dataclass(frozen=True)
@@ -63,44 +55,81 @@ class Past:
     writing: Writing | None = None
     """A checkpoint that this rank is still writing."""
     since: Since = NEVER
-    backlog: Lanes | None = None
-    """What this replica has still to take alone, before it goes on with the others; None: nothing."""
-
-
-class Stand(NamedTuple):
-    """Where a rank stands when it leaves a run."""
-
-    part: int
-    lanes: Lanes
-    """What it took last."""
-    held: Callable[[], tuple[int, int]]
-    """The steps of the run, and the averages, that its parameters surely have behind them."""
-    bad_samples: int
-    began: float
-    writing: Writing | None
-    go_back: Callable[[int, int], tuple[Mapping[str, Array], Since]]
-    """Makes the parameters (""), and by name what the optimizer keeps, those after so many steps and averages; returns
-    them."""
-    place: Callable[[int], tuple[int, int]]
-    """The epoch, and the step in it, that follow on so many steps."""
-    samples: Callable[[int], int]
-    """How many the run has taken in so many steps, since it began."""
-    rows: Callable[[int, int, int], int]
-    """Samples of a replica from one step to another."""
+    backlog: tuple[int, Lanes] | None = None
+    """From which step on, and whose samples, this replica has to take alone before it goes on with the others."""
 
 
 class Run(Protocol):
     """A run that was built, as far as it matters here (train.py)."""
 
+    start: Start
+    past: Past
+    mesh: Mesh
+    lanes: Lanes
+    table: Timetable
+    microbatches: int
+    arrays: dict[str, Array]
+    """The parameters (""), and by name what the optimizer keeps."""
+    strategy: Strategy
+    saver: Saver
     journal: Journal
+    began: float
 
-    def run(self, request: StopRequest) -> int:
-        """Take all steps; the exit code."""
-        ...
+    def run(self, request: StopRequest) -> int: ...
+    def open(self, lanes: Lanes, begin: int, end: int) -> Loader | None: ...
+    def learn(self, loader: Loader | None, place: tuple[int, int], counts: Sequence[tuple[int, int]]) -> object: ...
 
-    def leave(self) -> Stand:
-        """A rank has died: nothing goes on here."""
-        ...
+
+def catch_up(run: Run) -> None:
+    """Where others have died, replicas that don't wait for one another may be behind: they take those steps alone.
+
+    All go on when none is behind. Collective.
+    """
+    crew, strategy, (begin, lanes) = run.mesh.crew, run.strategy, backlog(run)
+    places = run.table.places(begin, run.start.steps)
+    loader = run.open(lanes, begin, run.start.steps)
+    strategy.alone = True
+    try:
+        for number in range(-int(crew.least(-len(places)))):
+            if number < len(places):
+                run.learn(loader, places[number], lanes.counts(places[number][1], run.microbatches))
+            crew.meet()
+    finally:
+        if loader is not None:
+            loader.close()
+    strategy.alone = False
+    strategy.meet()
+
+
+def backlog(run: Run) -> tuple[int, Lanes]:
+    """The step that a replica begins with, and whose samples it takes first."""
+    return run.past.backlog or (run.start.steps, run.lanes)
+
+
+class Stand:
+    """Where this rank stands, when it has left a run for good."""
+
+    def __init__(self, run: Run) -> None:
+        run.strategy.leave()
+        self.run, self.part, self.writing = run, run.mesh.part, run.saver.writing
+        self.bad_samples = run.past.bad_samples + run.strategy.bad_samples
+        self._begun, self.lanes = backlog(run)
+        if self._begun + run.strategy.steps >= run.start.steps:
+            self.lanes = run.lanes
+
+    @property
+    def home(self) -> int:
+        """The replica that this rank is of, by the number of its first rank."""
+        return self.lanes.homes[self.lanes.replica]
+
+    def held(self) -> tuple[int, int]:
+        """The steps of the run, and the averages, that the parameters surely have behind them."""
+        steps, averages = self.run.strategy.held()
+        return self._begun + steps, averages
+
+    def go_back(self, steps: int, averages: int) -> Since:
+        """Make the parameters those after so many steps and averages."""
+        return self.run.strategy.go_back(steps - self._begun, averages)
 
 
 class Survivors:
@@ -147,7 +176,7 @@ class Survivors:
                         world.meet()  # who leaves before is missed
                     return code
             if run is not None:
-                self._stand = run.leave()
+                self._stand = Stand(run)
             left = self._go_on()
             if left is not None:
                 return left
@@ -174,8 +203,7 @@ class Survivors:
         world.lost = True
         mine = Told(world.number, world.rank % self._parts, 0, False, self._start.steps)
         if stand is not None:
-            home = stand.lanes.homes[stand.lanes.replica]
-            mine = Told(world.number, stand.part, home, True, *stand.held(), stand.bad_samples)
+            mine = Told(world.number, stand.part, stand.home, True, *stand.held(), stand.bad_samples)
         with deadline(world.timeout_s, "making a world of the ranks that are left", world.fail):
             # Of all that there ever were: those who have got further in an earlier try begin here, too.
             comm = ALARM.wakes(self._all.Shrink())
@@ -214,7 +242,7 @@ class Survivors:
         stand = self._stand
         if stand is None:
             raise TypeError("a rank that was never in a run can't go back to one of its steps")
-        writing = stand.writing
+        run, writing = stand.run, stand.writing
         if writing is not None and self._parts > 1:
             writing.give_up()  # the part of a dead rank may never come
             writing = None
@@ -222,19 +250,18 @@ class Survivors:
         since, backlog = NEVER, None
         if rank in groups.back:
             steps, averages = groups.back[rank]
-            arrays, since = stand.go_back(steps, averages)
+            arrays, since = stand.run.arrays, stand.go_back(steps, averages)
             origin = Held(arrays)
             if self._apart:
                 most = max(count for _, count in groups.back.values())
                 origin = Own(arrays, groups.ahead, averages < most, self._start.job.parallel.state)
                 since = since if averages == most else Since(averages=most)
                 if steps < groups.steps:
-                    backlog = stand.lanes._replace(steps=steps)
-        self._past = Past(
-            origin, stand.began, stand.samples(groups.steps), min(one.bad_samples for one in told), writing, since,
-            backlog,
-        )  # fmt: skip
-        epoch, step = stand.place(groups.steps)
+                    backlog = steps, stand.lanes
+        samples = run.past.samples + run.table.samples(groups.steps)
+        bad = min(one.bad_samples for one in told)
+        self._past = Past(origin, run.began, samples, bad, writing, since, backlog)
+        epoch, step = run.table.place(groups.steps)
         return replace(self._start, epoch=epoch, step=step, steps=groups.steps, found=None, damaged=())
 
     def _with_data(self, start: Start) -> Start:
@@ -255,8 +282,9 @@ class Survivors:
         tell(f"dpnn: lost rank {', '.join(map(str, lost))}; {left} ranks go on after step {steps}")
         self._folder.event("worker_lost", ranks=lost, left=left, spare=len(told) - left, step=steps)
         if stand is not None and groups.homes:
-            begin = (steps if past.backlog is None else past.backlog.steps) - past.since.steps
-            homes = self._homes or stand.lanes.homes
-            gone = [i for i, home in enumerate(stand.lanes.homes) if home in homes and home not in groups.homes]
-            samples = sum(stand.rows(replica, begin, steps) for replica in gone)
+            begin = (steps if past.backlog is None else past.backlog[0]) - past.since.steps
+            lanes, homes = stand.lanes, self._homes or stand.lanes.homes
+            gone = [i for i, home in enumerate(lanes.homes) if home in homes and home not in groups.homes]
+            places = stand.run.table.places(begin, steps)
+            samples = sum(lanes._replace(replica=replica).rows(places) for replica in gone)
             self._folder.event("samples_lost", replicas=gone, samples=samples, since=begin)

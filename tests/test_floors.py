@@ -15,7 +15,7 @@ FLOORS = {
         [
             ("errors", "config", "philox", "team", "native", "memory", "machine", "caches"),
             ("nn", "backends", "comm", "data"),
-            ("models", "plan", "optim"),
+            ("models", "plan", "optim", "regroup", "timetable"),
             ("strategies", "checkpoint", "observe", "state", "saving", "locations"),
             (
                 "train",
