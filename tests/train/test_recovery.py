@@ -61,10 +61,10 @@ def going(start_python, job):
 def dying(start_line, job):
     """dying(ranks, deaths, *settings) -> a run whose ranks kill themselves (programs/dying.py), and its folder."""
 
-    def start(ranks: int, deaths: str, *settings: str):
+    def start(ranks: int, deaths: str, *settings: str, **env: str):
         made = job()
         line = command(ranks, ["train", str(made.path), *words(*SETTINGS, *settings)], (str(DYING),), survives=True)
-        return start_line(line, env={"DIES": deaths}), made.out
+        return start_line(line, env={"DIES": deaths, **env}), made.out
 
     return start
 
@@ -172,4 +172,44 @@ def test_wherever_a_rank_dies_not_a_bit_is_lost(dying, trained, identical, death
     lost = {rank for event in events(folder, "worker_lost") for rank in event["ranks"]}
     assert lost == {int(death.split()[0]) for death in deaths.split(";")}
     assert len(read(folder, "eval")) >= 3
+    assert identical(trained(2, *SETTINGS, *settings), folder) > 0
+
+
+@pytest.mark.parametrize(
+    ("ranks", "deaths", "settings"),
+    [
+        (4, "1 6 averaged", ("parallel.every=4",)),
+        (4, "0 6 averaged;2 6 averaged", ("parallel.every=4", "parallel.state=reset")),
+        (4, "1 6 averaged;2 6 rebuilding", ("parallel.every=4",)),
+        (3, "1 0 saving", ("parallel.every=0",)),
+        (3, "2 10 evaluating;0 29 ending", ("parallel.every=4",)),
+        (6, "2 17 updated", ("parallel.every=4", "parallel.parts=2")),
+        (6, "5 6 averaged", ("parallel.every=4", "parallel.parts=2", "optimizer.clip=0.5")),
+    ],
+)
+def test_wherever_a_replica_dies_that_averages_the_others_go_on(dying, ranks, deaths, settings):
+    settings = ("parallel.strategy=average", "train.epochs=3", "train.eval_every=1", *settings)
+    program, folder = dying(ranks, deaths, *settings)
+    ended_well(program, folder)
+    lost = {rank for event in events(folder, "worker_lost") for rank in event["ranks"]}
+    assert lost == {int(death.split()[0]) for death in deaths.split(";")}
+    assert len(events(folder, "samples_lost")) >= 1
+    assert {line["epoch"] for line in read(folder, "eval")} == {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "deaths"),
+    [
+        ("0 0 1 1", "1 20 updated"),
+        ("0 0 1 1", "0 20 updated;1 20 rebuilding"),
+        ("0 0 0 1", "3 20 updated"),
+        ("0 1 2 3", "0 20 updated;2 20 updated"),
+    ],
+)
+def test_on_several_nodes_not_a_bit_is_lost_either(dying, trained, identical, nodes, deaths):
+    settings = ("train.epochs=3", "train.reproducible=true", "train.grains=12")
+    program, folder = dying(4, deaths, *settings, NODES=nodes)
+    ended_well(program, folder)
+    lost = {rank for event in events(folder, "worker_lost") for rank in event["ranks"]}
+    assert lost == {int(death.split()[0]) for death in deaths.split(";")}
     assert identical(trained(2, *SETTINGS, *settings), folder) > 0

@@ -4,6 +4,7 @@ DIES  "RANK STEP PLACE; ...": the rank dies where it comes to PLACE for the firs
       more. Places: "kept" and "updated" (before an update, and in the middle of it), "averaged" (when the first array
       is the mean, the others aren't), "saving", "writing" (a checkpoint's bytes), "evaluating", "ending" (before the
       run's end is told), "regrouping" (who is left makes a world), "rebuilding" (and the run).
+NODES, where it is set, as in nodes.py.
 """
 
 import os
@@ -21,6 +22,10 @@ from dpnn.optim import Optimizer
 from dpnn.saving import Saver
 from dpnn.strategies.average import Average
 
+if "NODES" in os.environ:
+    import nodes
+
+    assert nodes.make_apart
 RANK = os.environ["OMPI_COMM_WORLD_RANK"]
 DEATHS = [death.split() for death in os.environ["DIES"].split(";")]
 MINE = [(int(step), place) for rank, step, place in DEATHS if rank == RANK]
