@@ -18,8 +18,8 @@ from tests.train.accounts import Books
 
 PROGRAMS = Path(__file__).parent / "programs"
 LIMIT_S = 60
-AT_ONCE = 0.25
-"""How often all that die in a run do so within some milliseconds."""
+AT_ONCE, AT_THE_END = 0.25, 0.25
+"""How often all that die in a run do so within some milliseconds; how often one dies when all batches are begun."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,15 @@ class Kill:
 
 def draw(rng: random.Random, ranks: list[int], batches: int) -> list[Kill]:
     """A kill for each of the ranks, in any order, at any time of a run of so many batches, from the first one on."""
-    moments = sorted(rng.randint(1, batches) for _ in ranks)
+    moments = [(rng.randint(1, batches), rng.uniform(0, 0.02)) for _ in ranks]
     if rng.random() < AT_ONCE:
-        moments = [rng.choice(moments)] * len(ranks)
-    kills = []
-    for rank, moment in zip(rng.sample(ranks, len(ranks)), moments, strict=True):
-        moment, delay_s = (batches, rng.uniform(0, 0.3)) if rng.random() < 0.1 else (moment, rng.uniform(0, 0.02))
-        kills.append(Kill(rank, moment, delay_s, rng.choice([signal.SIGKILL] * 4 + [signal.SIGSEGV])))
-    return kills
+        moments = [(moments[0][0], delay_s) for _, delay_s in moments]
+    if rng.random() < AT_THE_END:
+        moments[-1] = batches, rng.uniform(0, 0.3)
+    return [
+        Kill(rank, moment, delay_s, rng.choice([signal.SIGKILL] * 4 + [signal.SIGSEGV]))
+        for rank, (moment, delay_s) in zip(rng.sample(ranks, len(ranks)), sorted(moments), strict=True)
+    ]
 
 
 @dataclass

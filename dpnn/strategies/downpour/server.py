@@ -171,13 +171,15 @@ class Server:
             return
         client.why = why
         self._lines.hang_up(client)
+        if client.parted:
+            return
         if replica in self._ready:
             self._ready.remove(replica)
         self._too_far = [other for other in self._too_far if other != replica]
         if self.ledger is not None:
             self.losses.append(client)
         self.lost(client)
-        if self.speaker is None:
+        if self.speaker is None and not self.written:
             raise RankError("all workers have died; go on from the last checkpoint with --resume")
 
     def _lose_silent(self) -> None:
@@ -214,15 +216,15 @@ class Server:
         """Take what has arrived, and see who has died."""
         if self._order.stops(not self.stop and self._asked()):
             self.stop = True
-        lost = self._lines.lost()
-        for rank in lost:
-            self.lose(rank)
         asking, pushing = self._lines.arrived()
         self._ready.extend(client.replica for client in pushing if client.announced)
         for client in asking:
             if client.request.stop and not self.stop and self._order.stops(True):
                 self.stop = True
             self._look_at(client)
+        lost = self._lines.lost()  # who has parted ends: it is heard before
+        for rank in lost:
+            self.lose(rank)
         return bool(lost or asking or pushing)
 
     def _look_at(self, client: Client) -> None:
