@@ -17,7 +17,7 @@ import numpy as np
 from dpnn import checkpoint
 from dpnn.strategies.downpour.protocol import shards
 
-UNIT = 16.0
+UNIT = 256.0
 """Of a gradient that says which batch it is of: much more than any number that the parameters begin with."""
 
 
@@ -66,7 +66,7 @@ def applied(books: Books, run: Path, n_shards: int, n_slots: int) -> np.ndarray:
         copies = -flat[lo:hi][: (hi - lo) // slots * slots].reshape(-1, slots) / UNIT
         times = np.rint(copies)
         most = np.abs(copies - times).max()
-        assert most < 0.25, f"a number is {most:g} from a whole one, by more than it can have begun with"
+        assert most < 0.02, f"a number is {most:g} from a whole one, by more than it can have begun with"
         torn = np.flatnonzero((times != times[0]).any(axis=0))
         assert torn.tolist() == [], "in a part of the shard only"
         counts.append(times[0].reshape(books.ranks, n_slots).astype(int))

@@ -17,7 +17,7 @@ from dpnn.observe import metrics
 from tests.train.accounts import Books
 
 PROGRAMS = Path(__file__).parent / "programs"
-LIMIT_S = 60
+LIMIT_S = 100
 AT_ONCE, AT_THE_END = 0.25, 0.25
 """How often all that die in a run do so within some milliseconds; how often one dies when all batches are begun."""
 
