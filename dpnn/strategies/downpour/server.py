@@ -19,6 +19,7 @@ import numpy as np
 from dpnn import config
 from dpnn.comm.faults import reported, wait
 from dpnn.comm.pulse import PULSE
+from dpnn.data import Run
 from dpnn.errors import RankError
 from dpnn.optim import Optimizer
 from dpnn.strategies.downpour.copies import Copies, Copy
@@ -171,13 +172,15 @@ class Server:
             return
         client.why = why
         self._lines.hang_up(client)
+        if client.parted:
+            return
         if replica in self._ready:
             self._ready.remove(replica)
         self._too_far = [other for other in self._too_far if other != replica]
         if self.ledger is not None:
             self.losses.append(client)
         self.lost(client)
-        if self.speaker is None:
+        if self.speaker is None and not self.written:
             raise RankError("all workers have died; go on from the last checkpoint with --resume")
 
     def _lose_silent(self) -> None:
@@ -214,15 +217,15 @@ class Server:
         """Take what has arrived, and see who has died."""
         if self._order.stops(not self.stop and self._asked()):
             self.stop = True
-        lost = self._lines.lost()
-        for rank in lost:
-            self.lose(rank)
         asking, pushing = self._lines.arrived()
         self._ready.extend(client.replica for client in pushing if client.announced)
         for client in asking:
             if client.request.stop and not self.stop and self._order.stops(True):
                 self.stop = True
             self._look_at(client)
+        lost = self._lines.lost()  # who has parted ends: it is heard before
+        for rank in lost:
+            self.lose(rank)
         return bool(lost or asking or pushing)
 
     def _look_at(self, client: Client) -> None:
@@ -353,28 +356,29 @@ class Server:
 
     def _lease(self, client: Client) -> None:
         """Answer who asks for work."""
-        speaker, ledger = self.speaker, self.ledger
+        speaker, ledger, lease, run = self.speaker, self.ledger, Lease.NONE, None
         warms_up = self.steps < self._options.warmup_steps and speaker is not None and not speaker.left
-        if ledger is None or self.stop:
-            self._answer(client, Tag.LEASED)
-        elif warms_up and client is not speaker:
-            self._answer(client, Tag.LEASED, Lease.WAIT)
-        elif run := ledger.lease(client.replica):
-            if not client.joined:
-                client.joined = True
-                client.lead = self._slowest(client)
-            self._answer(client, Tag.LEASED, Lease.LANE, (run.epoch, run.lanes.start, run.first, run.last))
-        elif ledger.held_by_others(client.replica):  # one of them may die
-            if client.joined and not ledger.held[client.replica]:
-                client.joined = False
-                self._let_go()
-            self._answer(client, Tag.LEASED, Lease.WAIT)
-        else:
-            self._answer(client, Tag.LEASED)
+        if ledger is not None and not self.stop:
+            if (warms_up and client is not speaker) or (ledger.open and self._is_spare(client)):
+                lease = Lease.WAIT
+            elif run := ledger.lease(client.replica):
+                lease = Lease.LANE
+                if not client.joined:
+                    client.joined, client.lead = True, self._slowest(client)
+            elif ledger.held_by_others(client.replica):  # one of them may die
+                lease = Lease.WAIT
+                if client.joined and not ledger.held[client.replica]:
+                    client.joined = False
+                    self._let_go()
+        self._answer(client, Tag.LEASED, lease, run)
 
-    def _answer(
-        self, client: Client, tag: Tag, lease: Lease = Lease.NONE, lane: tuple[int, int, int, int] = (0, 0, 0, 0)
-    ) -> None:
+    def _is_spare(self, client: Client) -> bool:
+        """Whether so many before it live that it isn't needed."""
+        spares = self._options.spares
+        return sum(not other.lost for other in self.clients[: client.replica]) >= len(self.clients) - spares
+
+    def _answer(self, client: Client, tag: Tag, lease: Lease = Lease.NONE, leased: Run | None = None) -> None:
+        lane = (leased.epoch, leased.lanes.start, leased.first, leased.last) if leased else (0, 0, 0, 0)
         known = (self.version, self.steps, self.samples, self.loss, self._rate(self.steps))
         run = (self.stop, self.left, self.alive, client.staleness, self.discarded, self.bad)
         speaker, lost = self.speaker, sum(client.lost for client in self.clients)

@@ -364,4 +364,6 @@ class Worker:
             if (kind, server) in self._sent:  # it was answered: it has long been sent
                 self._wait(self._sent[kind, server].Test, "the servers to hear of this replica")
             letter.write(Request(kind, stop=self.asked))
-            self._sent[kind, server] = self._comm.Isend(letter.bytes, server, Tag.REQUEST)
+            # What a rank has sent that ends may never arrive, unless it has waited for that.
+            send = self._comm.Issend if kind == Kind.PART else self._comm.Isend
+            self._sent[kind, server] = send(letter.bytes, server, Tag.REQUEST)
