@@ -88,6 +88,13 @@ def test_a_job_whose_rank_is_killed_does_what_the_table_says(killed, started, co
     assert killed(started, column) == cell(started, library(), column)
 
 
+@pytest.mark.skipif("5" not in library(), reason="only Open MPI 5 lets ranks go on where others die")
+@pytest.mark.parametrize("column", ["a server of `downpour`", "a rank of `allreduce`, `average`"])
+def test_a_job_that_is_to_go_on_does_what_the_table_says(killed, column):
+    started = "dpnn launch --with-faults"
+    assert killed(started, column) == cell(started, library(), column)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("started", ["dpnn launch", "mpirun"])
 def test_so_does_one_that_averages(killed, started):
