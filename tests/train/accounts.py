@@ -20,6 +20,9 @@ from dpnn.strategies.downpour.protocol import shards
 UNIT = 256.0
 """Of a gradient that says which batch it is of: much more than any number that the parameters begin with."""
 
+LEAST_SHARE = 0.05
+"""Of a replica in a mean."""
+
 
 class Books:
     """Of a run of `ranks` processes, in `folder`: who trained on what, batch by batch."""
@@ -54,8 +57,11 @@ class Books:
         return [[line.split() for line in text.splitlines()] for text in texts]
 
 
-def applied(books: Books, run: Path, n_shards: int, n_slots: int) -> np.ndarray:
-    """How often each contribution is in each shard: (shards, ranks, n_slots), by the newest checkpoint of a run."""
+def applied(books: Books, run: Path, n_shards: int, n_slots: int, averaged: bool = False) -> np.ndarray:
+    """How often each contribution is in each shard: (shards, ranks, n_slots), by the newest checkpoint of a run.
+
+    `averaged`: parameters are means over replicas, which have a share of it, once if at all: whether it is there.
+    """
     found = checkpoint.newest(run / "checkpoints")
     assert found is not None, f"{run} has no checkpoint"
     params = checkpoint.read(found[0].path).params
@@ -64,8 +70,8 @@ def applied(books: Books, run: Path, n_shards: int, n_slots: int) -> np.ndarray:
     slots, counts = books.ranks * n_slots, []
     for lo, hi in shards(flat.size, n_shards):
         copies = -flat[lo:hi][: (hi - lo) // slots * slots].reshape(-1, slots) / UNIT
-        times = np.rint(copies)
-        most = np.abs(copies - times).max()
+        times = np.ceil(copies - LEAST_SHARE) if averaged else np.rint(copies)
+        most = np.abs(copies - times).max(where=(times == 0) | (not averaged), initial=0)
         assert most < 0.02, f"a number is {most:g} from a whole one, by more than it can have begun with"
         torn = np.flatnonzero((times != times[0]).any(axis=0))
         assert torn.tolist() == [], "in a part of the shard only"

@@ -20,7 +20,7 @@ from tests.train.kills import Case, Outcome
 
 ROOT = Path(__file__).parents[2]
 NETWORKS = Path(__file__).parent / "networks.py"
-SAMPLES, EPOCHS = 231, 6
+SAMPLES, EPOCHS = 231, 4
 COUNTED = (
     f"model.name={NETWORKS}:plain", "model.width=64", "data.lanes=12", f"train.epochs={EPOCHS}", "train.eval_every=0",
     "optimizer.name=sgd", "optimizer.lr=1", "optimizer.weight_decay=0", "parallel.stall_abort_s=20",
@@ -59,7 +59,10 @@ class Kind:
         if servers:
             settings += (f"parallel.servers={servers}", f"parallel.fetch_ahead={rng.choice([0, 1])}")
             settings += (f"parallel.n_push={rng.choice([1, 3])}",) if counted else ()
-        case = Case(workers + servers, servers, settings, () if servers else ("--with-faults",))
+        every = rng.choice([0, 4]) if counted and not servers else 0
+        if every:
+            settings += ("parallel.strategy=average", f"parallel.every={every}")
+        case = Case(workers + servers, servers, settings, every, () if servers else ("--with-faults",))
         batches = self.all_batches if counted else self.trained_batches
         return case, kills.draw(rng, victims, batches)
 
@@ -123,8 +126,8 @@ def account(start_python, job, tmp_path) -> Callable[[str, int], Outcome]:
         shards = case.servers or 1
         env = {"SLOTS": str(kind.batches), "SHARDS": str(shards), "PACE": "0.01"}
         outcome = kills.run(start_python, job(), case, plan, tmp_path / "books", env, kills.LIMIT_S)
-        counts = accounts.applied(outcome.books, outcome.folder, shards, kind.batches)
-        dropped = 0 if case.servers else len(plan)
+        counts = accounts.applied(outcome.books, outcome.folder, shards, kind.batches, averaged=case.every > 0)
+        dropped = 0 if case.servers else len(plan) * max(1, case.every)
         n = accounts.check(outcome.books, counts, EPOCHS, SAMPLES, outcome.dead, stated(outcome), dropped)
         print(f"{len(outcome.killed)} kills: {n} batches, each in once")
         return outcome
