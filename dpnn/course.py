@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from dpnn import models
-from dpnn.comm.losses import survives
 from dpnn.data import Sampler
 from dpnn.optim import schedule
 from dpnn.plan import Piece, clip, lay, spread
@@ -35,9 +34,6 @@ class Course:
         sizes = [pieces[-1].end if pieces else 0 for pieces in self.pieces]
         self.shards = deal(sizes, job.parallel.servers, first=placed.reader)
         """What each server holds: the first one, which leases the lanes, serves the part that reads."""
-
-        self.mirrored = job.parallel.mirror and job.parallel.servers > 1 and not start.replay and survives()
-        """Whether each shard has a mirror, on another server."""
 
     def held(self, shard: int) -> Sequence[Piece]:
         """The pieces of a shard."""

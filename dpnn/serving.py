@@ -75,7 +75,7 @@ def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Star
     metrics = Metrics(folder.metrics)
     host = Host(
         link, number, [shard.part for shard in course.shards], mesh.parts, own, shard_of, job.parallel, order,
-        lambda: request.asked, course.mirrored, world.fail,
+        lambda: request.asked, start.mirrored, world.fail,
     )  # fmt: skip
 
     def lost(client: Client) -> None:
@@ -114,7 +114,7 @@ def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Star
     for shard, server in host.servers.items():
         counts = np.trim_zeros(server.shard.histogram, "b").tolist()
         metrics.write("event", event="staleness", server=shard, pushes=counts, discarded=server.shard.discarded)
-    if course.mirrored:
+    if start.mirrored:
         metrics.write("event", event="mirror", server=number, **asdict(host.spent))
     metrics.close()
     return Stopped.exit_code if own.stop and own.steps < course.total else 0

@@ -51,6 +51,12 @@ def until(program, found) -> None:
         time.sleep(0.01)
 
 
+def until_taken(program, folder: Path, share: float) -> None:
+    """Until that share of the run's steps has been taken."""
+    (start,) = read(folder, "start")
+    until(program, lambda: read(folder, "step")[-1]["step"] >= share * start["total_steps"])
+
+
 def kill(program, *ranks: int) -> None:
     pids = program.pids()
     for rank in ranks:
@@ -66,7 +72,8 @@ def going(start_line, job, watched, tmp_path):
         (tmp_path / f"{out}-seen").mkdir()
         line = ["train", str(made.path), *words(*DOWNPOUR, *settings)]
         program = start_line(
-            command(ranks, line, (str(watched),), survives=True), env={"SEEN": str(tmp_path / f"{out}-seen")}
+            command(ranks, line, (str(watched),), survives=True),
+            env={"SEEN": str(tmp_path / f"{out}-seen"), "PACE": "0.005"},
         )
         until(program, lambda: read(made.out, "step"))
         return program, made.out
@@ -101,7 +108,7 @@ def check(program, folder: Path, servers: set[int] | None, worker: int | None = 
 @pytest.mark.parametrize("victim", [2, 3], ids=["first", "second"])
 def test_one_of_two_servers_dies(going, victim, seed):
     program, folder = going(4, "parallel.servers=2", f"parallel.fetch_ahead={seed % 2}")
-    time.sleep(random.Random(seed * 10 + victim).uniform(0.0, 1.5))
+    until_taken(program, folder, random.Random(seed * 10 + victim).uniform(0.0, 0.8))
     kill(program, victim)
     check(program, folder, {victim - 2})
     lost = events(folder, "update_lost")
@@ -117,7 +124,7 @@ def test_servers_die_one_after_the_other_down_to_one(going, seed):
     for victim in victims:
         kill(program, 2 + victim)
         until(program, lambda victim=victim: any(event["server"] == victim for event in events(folder, "server_lost")))
-        time.sleep(draw.uniform(0.2, 0.6))  # until there is a new mirror
+        time.sleep(draw.uniform(0.2, 0.4))  # until there is a new mirror
     check(program, folder, set(victims))
 
 
@@ -134,7 +141,7 @@ def test_a_server_and_a_worker_die_at_once(going, seed):
     draw = random.Random(seed)
     server, worker = draw.randrange(2), draw.randrange(3)
     program, folder = going(5, "parallel.servers=2")
-    time.sleep(draw.uniform(0.0, 1.0))
+    until_taken(program, folder, draw.uniform(0.0, 0.8))
     kill(program, *draw.sample([worker, 3 + server], 2))
     check(program, folder, {server}, worker)
 
@@ -189,7 +196,7 @@ def test_what_the_optimizer_keeps_survives(going, identical, name, victim):
     settings = ("parallel.servers=2", "parallel.fetch_ahead=0", f"optimizer.name={name}")
     check(*going(3, *settings, out="calm"), set())
     program, folder = going(3, *settings)
-    time.sleep(0.5)
+    until_taken(program, folder, 0.4)
     kill(program, victim)
     check(program, folder, {victim - 1})
     if not events(folder, "update_lost"):

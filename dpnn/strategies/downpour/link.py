@@ -13,8 +13,8 @@ from dpnn.strategies.downpour.protocol import Answer, Array, Letter, Request, Ta
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_KEPT = 64
-"""Pushes whose numbers are remembered: more than can be lost with a server."""
+_KEPT = 1024
+"""Pushes whose numbers are remembered."""
 
 
 class Link:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dpnn.comm.faults import wait
 from dpnn.comm.losses import Losses
+from dpnn.errors import RankError
 from dpnn.strategies.downpour.holders import Holders
 from dpnn.strategies.downpour.link import Link
 from dpnn.strategies.downpour.parts import Alone
@@ -147,6 +148,11 @@ class Links:
         if link.rank != rank:  # that one has died meanwhile, and it has all been done with another
             return
         arrived = link.said.read().pushes
+        if link.history and link.history[0].number > arrived + 1:
+            raise RankError(
+                f"with server {link.number} more pushes were lost than are remembered, from {arrived + 1} to "
+                f"{link.history[0].number - 1}; go on from the last checkpoint with --resume"
+            )
         for push in link.history:
             if push.number > arrived:
                 self._push_again(link, push)

@@ -20,7 +20,7 @@ from dpnn.strategies.downpour.shard import Shard
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_BUFFERS = 2
+BUFFERS = 2
 """For gradients that are on their way to a shadow."""
 
 
@@ -112,7 +112,7 @@ class Shadow:
         self._change: Change | None = None
         """What is to be done next; it may have to wait for numbers."""
         self._arriving: deque[tuple[Array, MPI.Request]] = deque()
-        for array in (shard.params, *shard.state.values(), *(np.empty_like(shard.params) for _ in range(_BUFFERS))):
+        for array in (shard.params, *shard.state.values(), *(np.empty_like(shard.params) for _ in range(BUFFERS))):
             self._receive(array)
         self._told: tuple[bytearray, MPI.Request] | None = None
 
