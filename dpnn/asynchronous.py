@@ -156,6 +156,8 @@ class Replica:
         held: deque[Run] = deque()
         try:
             self._lease(held, leases)
+            if held and self.reads and self.mesh.replica >= self.mesh.replicas - self.job.parallel.spares:
+                self.folder.event("spare_joined", rank=self.mesh.crew.rank, replica=self.mesh.replica)
             if held:
                 worker.join()
                 self.seen = worker.known

@@ -105,8 +105,12 @@ class Memory(Protocol):
         """An array of this memory as the host sees it, when all is computed that was asked for."""
         ...
 
+    def groups(self) -> bool:
+        """Whether devices of several ranks can sum among themselves, as far as this one knows."""
+        ...
+
     def ident(self) -> bytes:
-        """A name for a new group of devices; empty where they can't sum among themselves."""
+        """A name for a new group of devices; empty where they can't form one."""
         ...
 
     def group(self, ident: bytes, size: int, rank: int) -> Group:
@@ -166,6 +170,9 @@ class HostMemory:
 
     def read(self, array: Array) -> Array:
         return array
+
+    def groups(self) -> bool:
+        return False
 
     def ident(self) -> bytes:
         return b""

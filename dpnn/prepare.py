@@ -209,6 +209,11 @@ def resolve(job: config.Job, folder: Path, ranks: int) -> Start:
     check_loss(job, train)
     network = models.build(job.model.name, classes, shape, job.model.options)
     replicas = replicas_of(ranks, job.parallel.parts, job.parallel.servers)
+    if job.parallel.spares >= replicas:
+        raise JobError(
+            f"parallel.spares = {job.parallel.spares} of {replicas} replicas: at least one has to train from the "
+            "beginning; start more ranks, or set fewer spares"
+        )
     if job.parallel.strategy == "downpour":
         lanes = job.data.lanes or leased_lanes(train.samples, job.train.replica_batch, replicas)
         global_batch = lanes * job.train.replica_batch

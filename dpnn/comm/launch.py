@@ -34,6 +34,7 @@ _LOOK_S, _LEAVE_S = 2.0, 10.0
 _MARK = "DPNN_LAUNCH"
 """The environment variable that all processes of one launch are known by, whatever session they put themselves in."""
 _PR_SET_PDEATHSIG = 1
+_SHARED = "/dev/shm"
 RUN = "DPNN_RUN"
 """The environment variable that names a file of the launcher, for the job to tell in which folder it runs."""
 
@@ -81,7 +82,8 @@ def launch(
     """
     line = command(n, args, program, survives)
     print(shlex.join(line), flush=True)
-    with tempfile.TemporaryDirectory(prefix="dpnn-", ignore_cleanup_errors=True) as folder:
+    shared = _SHARED if os.access(_SHARED, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="dpnn-", dir=shared, ignore_cleanup_errors=True) as folder:
         return _run(line, folder, settle, ended if survives else None)
 
 
@@ -138,11 +140,21 @@ def _told(folder: str) -> bytes:
 
 
 def session_folder(folder: str) -> dict[str, str]:
-    """The environment in which Open MPI (5, 4) keeps its session in `folder`.
+    """The environment in which Open MPI (5, 4) keeps its session in `folder`, and there, if it is in memory, what its
+    ranks share, as long as they are all on this machine.
 
-    In the common place a job can meet what a killed one has left under the same number, and doesn't start.
+    In the common places a killed job leaves what the next one can meet under the same number, and then doesn't start.
     """
-    return {"PRTE_MCA_prte_tmpdir_base": folder, "OMPI_MCA_orte_tmpdir_base": folder}
+    session = {"PRTE_MCA_prte_tmpdir_base": folder, "OMPI_MCA_orte_tmpdir_base": folder}
+    elsewhere = scheduled() or any("default_hostfile" in name for name in os.environ)
+    if folder.startswith(_SHARED) and not elsewhere:
+        session |= {"OMPI_MCA_btl_sm_backing_directory": folder, "OMPI_MCA_btl_vader_backing_directory": folder}
+    return session
+
+
+def scheduled() -> bool:
+    """Whether a batch system says where ranks run."""
+    return any(name in os.environ for name in _SCHEDULERS)
 
 
 def sweep(name: str, value: str) -> None:
@@ -182,7 +194,7 @@ def _options(mpirun: str, survives: bool) -> list[str]:
         options += ["--with-ft", "ulfm", "--mca", "coll", "^han"]
     if os.geteuid() == 0:
         options.append("--allow-run-as-root")
-    if not any(name in os.environ for name in _SCHEDULERS):
+    if not scheduled():
         options.append("--oversubscribe")  # more ranks than cores; a scheduler knows better how many fit
     return options
 

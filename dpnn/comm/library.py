@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
+from dpnn.comm.losses import tolerant
 from dpnn.errors import JobError
 
 _LAUNCHERS = (
@@ -94,10 +95,13 @@ def _aborts_under(launcher: str, library: str) -> bool:
 
 
 def _imported() -> ModuleType:
-    """mpi4py.MPI, which isn't initialised by being imported, and is finalised at the end where it was."""
+    """mpi4py.MPI, which isn't initialised by being imported, and is finalised at the end where it was.
+
+    Not where ranks may die: Open MPI would wait for ever for one that dies meanwhile.
+    """
     import mpi4py
 
-    mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+    mpi4py.rc.initialize, mpi4py.rc.finalize = False, not tolerant()
     from mpi4py import MPI
 
     return MPI

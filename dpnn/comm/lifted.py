@@ -191,7 +191,7 @@ def lifted(
     group = group_of(node.data, memory, limit_s)
     if group is not None:
         return Among(group, grads, arrived), "nccl"
-    if _all_take_device_memory(node.data, limit_s):
+    if _all(node.data, library.takes_device_memory(), "all ranks to say what their MPI takes", limit_s):
         return FromDevices(node.data, memory, grads, arrived, limit_s), "mpi"
     return OverHost(host(), node, memory, grads, arrived, limit_s), "host"
 
@@ -213,6 +213,8 @@ def group_of(comm: "MPI.Comm", memory: Memory, limit_s: float) -> Group | None:
     Two ranks on one device might wait for each other for ever: NCCL forbids it.
     """
     names = devices_of(comm, memory, limit_s)
+    if not _all(comm, memory.groups(), "all ranks to say whether their devices form groups", limit_s):
+        return None
     ident = np.zeros(_IDENT, np.uint8)
     if comm.rank == 0:
         drawn = memory.ident()
@@ -225,10 +227,10 @@ def group_of(comm: "MPI.Comm", memory: Memory, limit_s: float) -> Group | None:
     return within(limit_s, f"the devices of {comm.size} ranks to meet", meet)
 
 
-def _all_take_device_memory(comm: "MPI.Comm", limit_s: float) -> bool:
-    """Whether MPI may be given a device's memory on every rank: nodes may have libraries of different builds."""
+def _all(comm: "MPI.Comm", mine: bool, whom: str, limit_s: float) -> bool:
+    """Whether it is true on every rank: nodes may have libraries of different builds."""
     from mpi4py import MPI
 
-    taken = np.array([library.takes_device_memory()], np.int8)
-    wait(comm.Iallreduce(MPI.IN_PLACE, taken, MPI.MIN).Test, "all ranks to say what their MPI takes", limit_s)
-    return bool(taken[0])
+    everywhere = np.array([mine], np.int8)
+    wait(comm.Iallreduce(MPI.IN_PLACE, everywhere, MPI.MIN).Test, whom, limit_s)
+    return bool(everywhere[0])

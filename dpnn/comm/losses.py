@@ -15,11 +15,16 @@ _TOLERANT = "OMPI_MCA_mpi_ft_enable"
 """The environment variable by which that mpirun says so to its ranks."""
 
 
+def tolerant() -> bool:
+    """Whether this job was started so that it can go on where a rank of it dies. Needs no MPI."""
+    return os.environ.get(_TOLERANT) == "1"
+
+
 def survives() -> bool:
     """Whether this job goes on where a rank of it dies."""
     from mpi4py import MPI
 
-    return os.environ.get(_TOLERANT) == "1" and MPI.ERR_PROC_FAILED != MPI.ERR_UNKNOWN
+    return tolerant() and MPI.ERR_PROC_FAILED != MPI.ERR_UNKNOWN
 
 
 def has_died(error: Exception) -> bool:

@@ -138,10 +138,10 @@ class World(Ranks):
         Where a rank has died that the others do without, this ends the process: MPI can't be left in good order.
         """
         if not self._closed:
+            for stream in (sys.stdout, sys.stderr):  # where one dies meanwhile, all may be ended
+                with suppress(Exception):
+                    stream.flush()
             if self.lost or not self._meets():
-                for stream in (sys.stdout, sys.stderr):
-                    with suppress(Exception):
-                        stream.flush()
                 os._exit(0)  # any other code would make the launcher end those who aren't here yet
             self._closed = True
             sys.excepthook, threading.excepthook = self._hooks

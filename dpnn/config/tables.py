@@ -149,6 +149,8 @@ class Parallel(Table, frozen=True, kw_only=True):
     """Of `downpour`: steps that a replica may be ahead of the slowest one; 0: any number."""
     warmup_steps: CountOr0 = 0
     """Of `downpour`: steps that the first replica takes before the others join."""
+    spares: CountOr0 = 0
+    """Of `downpour`: replicas that wait until another one dies, and then take its place."""
     record: Switch = False
     """Of `downpour`: write the order of arrival at every server, for `dpnn train --replay`."""
     mirror: Switch = True

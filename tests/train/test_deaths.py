@@ -80,6 +80,26 @@ def test_the_others_take_every_step_that_is_left(going, python, ranks, settings,
     assert python("-m", "dpnn", "eval", folder).returncode == 0
 
 
+def test_a_spare_takes_no_part_until_a_worker_dies(going):
+    program, folder = going(4, "train.epochs=60", "parallel.servers=1", "parallel.spares=1")
+    time.sleep(0.5)
+    assert not [event for event in read(folder, "event") if event["event"] == "spare_joined"]
+    os.kill(program.pids()[0], signal.SIGKILL)
+    ended = program.finish(LIMIT_S)
+    program.until_gone(LIMIT_S)
+    assert ended.returncode == 0, ended.stderr
+    events = {event["event"]: event for event in read(folder, "event")}
+    assert events["spare_joined"]["replica"] == 2
+    (start,), (end,) = read(folder, "start"), read(folder, "end")
+    assert (end["exit"], end["steps"]) == (0, start["total_steps"])
+
+
+def test_a_spare_that_nobody_needs_ends_with_the_others(going):
+    program, folder = going(3, "train.epochs=3", "parallel.servers=1", "parallel.spares=1")
+    assert program.finish(LIMIT_S).returncode == 0
+    assert not [event for event in read(folder, "event") if event["event"] == "spare_joined"]
+
+
 def test_a_worker_that_is_stopped_for_ever_counts_as_dead(going):
     """And doesn't keep the job from ending."""
     program, folder = going(4, "train.epochs=60", "parallel.servers=1", "parallel.stall_abort_s=4")

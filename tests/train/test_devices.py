@@ -109,12 +109,13 @@ def test_a_run_on_devices_is_one_on_the_cpu(run, device, case):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("way", ["mpi", "nccl"])
-def test_devices_sum_among_themselves_and_by_mpi(run, way):
+@pytest.mark.parametrize(("way", "sums_by"), [("mpi", "mpi"), ("nccl", "nccl"), ("nccl on the first", "host")])
+def test_devices_sum_among_themselves_and_by_mpi(run, way, sums_by):
+    """Where only some have what they need for the former, over the host."""
     ours = run("device", 2, way, *SHORT, *MOMENTUM, HEADS)
     close(ours, run("cpu", 1, way, *SHORT, *MOMENTUM, HEADS, ON_CPU))
     (start,) = told(ours, "start")
-    assert start["sums_by"] == way
+    assert start["sums_by"] == sums_by
 
 
 @pytest.mark.mpi

@@ -290,13 +290,16 @@ def test_a_wrong_job_is_refused(job, capfd, messages, settings, culprit, way_out
     assert not run.out.exists()
 
 
-def test_a_wrong_job_is_refused_by_all_ranks(mpirun, job, messages):
+@pytest.mark.parametrize(("setting", "told"), [
+    (f"model.name={NETWORKS}:mixed", "sums over all replicas in the middle of a step; leave out sync = true"),
+    ("parallel.spares=1", "parallel.spares = 1 of 1 replicas: at least one has to train"),
+], ids=["BatchNorm over all replicas", "only spares"])  # fmt: skip
+def test_a_wrong_job_is_refused_by_all_ranks(mpirun, job, messages, setting, told):
     run = job()
-    sync = words(*DOWNPOUR, "parallel.servers=1", f"model.name={NETWORKS}:mixed")
-    ended = mpirun(2, "train", run.path, *sync)
+    ended = mpirun(2, "train", run.path, *words(*DOWNPOUR, "parallel.servers=1", setting))
     assert ended.returncode == 2, ended.stderr
     (message,) = messages(ended.stderr)
-    assert "sums over all replicas in the middle of a step; leave out sync = true" in message
+    assert told in message
     assert not run.out.exists()
 
 

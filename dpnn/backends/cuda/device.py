@@ -80,6 +80,10 @@ class Device(Protocol):
         """Whether all is done that was asked for before this call."""
         ...
 
+    def groups(self) -> bool:
+        """Whether it can be one of a group of devices (NCCL is installed)."""
+        ...
+
     def ident(self) -> bytes:
         """A name for a new group of devices (NCCL's unique id); empty where they can't form one."""
         ...

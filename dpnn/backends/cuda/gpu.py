@@ -216,6 +216,9 @@ class Gpu(Device):
     def mark(self) -> Test:
         return self._test(self._mark(self._queue))
 
+    def groups(self) -> bool:
+        return nccl.installed()
+
     def ident(self) -> bytes:
         return nccl.ident()
 

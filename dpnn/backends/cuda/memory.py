@@ -100,6 +100,9 @@ class DeviceMemory:
         found: Array = self._device.read(array)
         return found
 
+    def groups(self) -> bool:
+        return self._device.groups()
+
     def ident(self) -> bytes:
         return self._device.ident()
 

@@ -7,11 +7,15 @@ from typing import Any
 from dpnn.memory import Array
 
 
+def installed() -> bool:
+    """Whether it is there."""
+    return bool(_nccl().available)
+
+
 def ident() -> bytes:
     """A name for a new group; empty where NCCL isn't installed, or finds no network."""
-    nccl = _nccl()
     try:
-        return bytes(nccl.get_unique_id()) if nccl.available else b""
+        return bytes(_nccl().get_unique_id()) if installed() else b""
     except RuntimeError:
         return b""
 

@@ -71,6 +71,11 @@ class Ledger:
             if run.first + n <= run.last:
                 held.appendleft(run._replace(first=run.first + n))
 
+    @property
+    def open(self) -> bool:
+        """Whether there are steps left that haven't arrived."""
+        return self._to_lease > 0 or any(self.held)
+
     def held_by_others(self, replica: int) -> bool:
         """Whether any other replica has leased what hasn't arrived."""
         return any(runs for other, runs in enumerate(self.held) if other != replica)

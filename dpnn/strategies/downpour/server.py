@@ -132,7 +132,7 @@ class Server:
         self._too_far = [other for other in self._too_far if other != replica]
         self.do(Change(Deed.LOSE, replica))
         self.lost(client)
-        if self.shard.speaker is None:
+        if self.shard.speaker is None and not self.shard.written:
             raise RankError("all workers have died; go on from the last checkpoint with --resume")
 
     def _lose_silent(self) -> None:
@@ -293,7 +293,7 @@ class Server:
         if ledger is not None and not shard.stop:
             if client.request.number < account.leases:  # who gave it has died before saying so
                 lease = Lease.LANE
-            elif shard.warms_up(replica):
+            elif shard.warms_up(replica) or (ledger.open and shard.is_spare(replica)):
                 lease = Lease.WAIT
             elif shard.grant(replica):
                 # The mirror has to know first, or it could give the same to another.

@@ -60,7 +60,7 @@ class Shard:
     ) -> None:
         self.copies, self.state, self.make, self.rate, self.ledger = Copies(params), state, make, rate, ledger
         self._policy, self._bound = options.staleness.policy, options.staleness.bound
-        self._warmup = options.warmup_steps
+        self._warmup, self._spares = options.warmup_steps, options.spares
         self.accounts = [Account(replica) for replica in range(replicas)]
         self.left = replicas
         """Replicas that may still push."""
@@ -177,6 +177,10 @@ class Shard:
         speaker = self.speaker
         alone = self.steps < self._warmup and speaker is not None and not speaker.left
         return alone and speaker is not self.accounts[replica]
+
+    def is_spare(self, replica: int) -> bool:
+        """Whether so many before a replica live that it isn't needed."""
+        return sum(not account.lost for account in self.accounts[:replica]) >= len(self.accounts) - self._spares
 
     def snapshot(self) -> bytes:
         """All that is no array as long as the shard."""

@@ -113,6 +113,9 @@ class Shim:
         self._finish(self._pushes)
         return lambda: True
 
+    def groups(self) -> bool:
+        return False
+
     def ident(self) -> bytes:
         return b""
 

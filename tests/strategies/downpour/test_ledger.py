@@ -35,6 +35,15 @@ def test_lanes_are_leased_in_order_epoch_after_epoch():
     assert [ledger.lease(replica) for replica in (0, 1)] == [None, None]
 
 
+def test_it_is_open_until_all_has_arrived():
+    ledger = Ledger([3, 2], total=4, replicas=2)
+    ledger.lease(0), ledger.lease(1)
+    ledger.arrived(1, 1)
+    assert ledger.open
+    ledger.arrived(0, 3)
+    assert not ledger.open
+
+
 def test_a_lane_without_steps_is_passed_over():
     ledger = Ledger([2, 0, 1], total=6, replicas=1)
     assert [ledger.lease(0) for _ in range(5)] == [

@@ -1,7 +1,8 @@
 """`dpnn` with a GPU for each rank that isn't there: the tests' stand-in.
 
-STAND_IN says how such devices sum their gradients: over the "host", by "mpi" or "nccl". "first": only the first rank of
-a node has one. "stuck": they never end. "gpu": the GPU that is there.
+STAND_IN says how such devices sum their gradients: over the "host", by "mpi" or "nccl". "nccl on the first": only the
+first rank of a node has what that needs. "first": only that rank has a device. "stuck": they never end. "gpu": the GPU
+that is there.
 """
 
 import os
@@ -35,14 +36,19 @@ class Ring:
 class Linked(Shim):
     """A stand-in that can form groups."""
 
-    def __init__(self):
+    def __init__(self, local_rank):
         super().__init__()
+        self.local_rank = local_rank
         self.about = f"{Shim.about} {os.getpid()}"
+
+    def groups(self):
+        return way == "nccl" or self.local_rank == 0
 
     def ident(self):
         return b"those of this job"
 
     def group(self, ident, size, rank):
+        assert self.groups()
         assert ident == self.ident()
         return Ring()
 
@@ -57,7 +63,9 @@ class Stuck(Shim):
 def device_of_rank(local_rank):
     if way == "first" and local_rank > 0:
         raise Unavailable("CUDA finds no GPU")
-    return {"nccl": Linked, "stuck": Stuck}.get(way, Shim)()
+    if "nccl" in way:
+        return Linked(local_rank)
+    return Stuck() if way == "stuck" else Shim()
 
 
 way = os.environ["STAND_IN"]
