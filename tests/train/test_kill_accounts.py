@@ -87,7 +87,7 @@ KINDS = {
     "both": Kind((3,), (2, 3), (1, 2), 1, (18, 3), **DOWNPOUR),
     "synchronous": Kind((4,), (0,), (1, 2, 3), 0, (46, 5), **SYNCHRONOUS),
 }
-WAITING = dict.fromkeys(("servers", "both", "synchronous"), "these deaths aren't survived yet")
+WAITING = {"synchronous": "these deaths aren't survived yet"}
 
 
 def seeds(which: int) -> list[tuple[str, int]]:
