@@ -87,7 +87,6 @@ KINDS = {
     "both": Kind((3,), (2, 3), (1, 2), 1, (18, 3), **DOWNPOUR),
     "synchronous": Kind((4,), (0,), (1, 2, 3), 0, (46, 5), **SYNCHRONOUS),
 }
-WAITING = {"synchronous": "these deaths aren't survived yet"}
 
 
 def seeds(which: int) -> list[tuple[str, int]]:
@@ -118,8 +117,6 @@ def account(start_python, job, tmp_path) -> Callable[[str, int], Outcome]:
     """account(kind, seed) -> what came of a run that is killed as drawn from the seed, all accounted for."""
 
     def run(name: str, seed: int) -> Outcome:
-        if name in WAITING:
-            pytest.skip(WAITING[name])
         kind = KINDS[name]
         case, plan = kind.draw(random.Random(f"{name} {seed}"), counted=True)
         print(f"{name}, seed {seed}: {case.ranks} ranks; {'; '.join(map(str, plan))}; {' '.join(case.settings[-3:])}")
@@ -159,8 +156,6 @@ def error_of(start_python, mnist, tmp_path) -> Callable[[str, int], tuple[Outcom
     """error_of(kind, seed) -> a run over MNIST that is killed as drawn from the seed (0: it isn't), and its error."""
 
     def run(name: str, seed: int) -> tuple[Outcome, float]:
-        if name in WAITING:
-            pytest.skip(WAITING[name])
         kind, where = KINDS[name], tmp_path / f"seed-{seed}"
         case, plan = kind.draw(random.Random(f"{name} {seed} mnist"), counted=False)
         case.settings += (
