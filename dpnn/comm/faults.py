@@ -94,8 +94,8 @@ def started(call: Callable[[], T]) -> Future[T]:
 def duplicate(comm: "MPI.Comm", whom: str, limit_s: float) -> "MPI.Comm":
     """A duplicate of a communicator. Collective; RankError where that takes longer than `limit_s` seconds.
 
-    One at a time: Open MPI 5 hangs now and then where a rank has several on their way. All meet before, and nobody naps:
-    where a rank dies between two looks at what is nearly made, Open MPI 5.0.11 ends all others by SIGSEGV.
+    One at a time: Open MPI 5 hangs now and then where a rank has several on their way. All meet before, and nobody
+    naps: where a rank dies between two looks at what is nearly made, Open MPI 5.0.11 ends all others by SIGSEGV.
     """
     wait(comm.Ibarrier().Test, whom, limit_s)
     copy, request = comm.Idup()
