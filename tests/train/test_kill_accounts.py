@@ -126,7 +126,8 @@ def account(start_python, job, tmp_path) -> Callable[[str, int], Outcome]:
         outcome = kills.run(start_python, job(), case, plan, tmp_path / "books", env, kills.LIMIT_S)
         counts = accounts.applied(outcome.books, outcome.folder, shards, kind.batches, averaged=case.every > 0)
         dropped = 0 if case.servers else len(plan) * max(1, case.every)
-        n = accounts.check(outcome.books, counts, EPOCHS, SAMPLES, outcome.dead, stated(outcome), dropped)
+        lost = sum(event["samples"] for event in outcome.events("samples_lost"))
+        n = accounts.check(outcome.books, counts, EPOCHS, SAMPLES, outcome.dead, stated(outcome), dropped, lost)
         print(f"{len(outcome.killed)} kills: {n} batches, each in once")
         return outcome
 
