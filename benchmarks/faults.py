@@ -51,7 +51,7 @@ MUCH = 4
 LEAST_S = 1e-3
 """Never 0: ratios are made of it."""
 RUN_S, RUNS, DEATHS = 20.0, 9, 9
-QUICK_RUN_S, QUICK_RUNS, QUICK_DEATHS = 3.0, 1, 1
+QUICK_RUN_S, QUICK_RUNS, QUICK_DEATHS = 2.0, 1, 1
 WARM_UP, BEFORE, AFTER = 10, 40, 40
 """Batches of each worker: not looked at; before a death; after it."""
 LIMIT_S = 120.0

@@ -108,8 +108,8 @@ def check(
     """Fails where anything is lost, doubled or torn; the number of contributions.
 
     `dead`: processes that were killed. `stated`: by (shard, process), the batches that are said to be lost there.
-    `dropped`: how many batches each process may have dropped, and taken again. `samples_lost`: those that are said to be
-    in no shard.
+    `dropped`: how many batches each process may have dropped, and taken again. `samples_lost`: so many are
+    said to be in no shard.
     """
     done = books.contributions()
     assert set(np.unique(counts)) <= {0, 1}, f"applied twice: {np.argwhere(counts > 1).tolist()}"
