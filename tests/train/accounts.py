@@ -3,8 +3,8 @@ parameters at the end, never by what the run says of itself.
 
 A contribution is a batch of a process. In Downpour every one that isn't a dead process's is in every shard, once; those
 of the dead are a beginning of what it did, once, in every shard or, where that is stated, in some only. Synchronous
-training may drop a step for every death. All contributions that are in any shard have every sample of every epoch,
-once.
+training may drop a step for every death; and what a dead replica has done since the last average is lost, as is stated.
+All contributions that are in any shard have every sample of every epoch, once.
 """
 
 from collections import Counter
@@ -103,11 +103,13 @@ def check(
     dead: Collection[int],
     stated: Mapping[tuple[int, int], int],
     dropped: int = 0,
+    samples_lost: int = 0,
 ) -> int:
     """Fails where anything is lost, doubled or torn; the number of contributions.
 
     `dead`: processes that were killed. `stated`: by (shard, process), the batches that are said to be lost there.
-    `dropped`: how many batches each process may have dropped, and taken again.
+    `dropped`: how many batches each process may have dropped, and taken again. `samples_lost`: so many are
+    said to be in no shard.
     """
     done = books.contributions()
     assert set(np.unique(counts)) <= {0, 1}, f"applied twice: {np.argwhere(counts > 1).tolist()}"
@@ -131,5 +133,6 @@ def check(
         seen.update(chain.from_iterable(batches[number] for number in np.flatnonzero(arrived[rank]).tolist()))
     wanted = every_sample(epochs, samples)
     assert seen - wanted == Counter(), "samples that are in twice"
-    assert wanted - seen == Counter(), "samples that aren't in"
+    absent = (wanted - seen).total()
+    assert absent == samples_lost, f"{absent} samples aren't in, and {samples_lost} are stated"
     return int(arrived.sum())

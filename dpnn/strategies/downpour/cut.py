@@ -306,7 +306,8 @@ class Cut:
         self._state = _State.COMPLETING
 
     def _end(self) -> None:
-        self._written = self._steps
+        if self._crew.rank == 0:  # the others can't know whether it is complete: who follows the first one asks again
+            self._written = self._steps
         if self._last:
             self._be_done()
         else:
