@@ -83,7 +83,7 @@ class Cut:
         """The servers of `crew`. The first of them holds the first shard."""
         self._forks: dict[int, Fork] = {}
         self._writing: Background[Path | None] | None = None
-        self._due, self._written, self._last = host.servers[host.number].shard.steps + due, -1, False
+        self._due, self._last = host.servers[host.number].shard.steps + due, False
         self._leases: dict[str, Any] = {}
         self._steps = 0
         self._left_behind: list[object] = []
@@ -100,15 +100,30 @@ class Cut:
 
     def turn(self) -> bool:
         """Go on with what there is to do; whether anything has happened. An error of the writing is raised here."""
-        if not self._host.holders.dead.isdisjoint(self._members):
+        if self._is_broken():
             self._go_on_without()
         try:
             return self._go_on()
         except self._mpi.Exception as error:
             if not has_died(error):
                 raise
+        if self.done:
+            self._word = self._mpi.REQUEST_NULL
+            return False
         self._go_on_without()
         return True
+
+    def _is_broken(self) -> bool:
+        """Whether the servers have to make a new group. At the end only who can't say that the last checkpoint is
+        written begins with that, and the others follow.
+        """
+        host = self._host
+        if host.holders.dead.isdisjoint(self._members):
+            return False
+        if not self.done:
+            return True
+        first = host.servers.get(0)
+        return not host.over and (self._crew.Is_revoked() or (first is not None and not first.shard.written))
 
     @property
     def done(self) -> bool:
@@ -117,9 +132,13 @@ class Cut:
 
     def close(self) -> None:
         """Hear no more."""
-        if self._word != self._mpi.REQUEST_NULL:
-            self._word.Cancel()
-            self._word.Test()
+        try:
+            if self._word != self._mpi.REQUEST_NULL:
+                self._word.Cancel()
+                self._word.Test()
+        except self._mpi.Exception as error:
+            if not has_died(error):
+                raise
 
     def _begin_anew(self) -> None:
         """With a new group: nothing is under way."""
@@ -136,14 +155,15 @@ class Cut:
         if self._crew.rank > 0:
             self._word = self._crew.Irecv(self._lost_rank, 0, _LOST)
         self._request: MPI.Request = self._mpi.REQUEST_NULL
-        self._state = _State.IDLE
+        self._written = -1
+        """Steps of the last checkpoint; of one that another rank was to complete nothing is known."""
         self._listen()
 
     def _go_on_without(self) -> None:
         """A server has died: the others go on as a group of their own."""
         host = self._host
         if host.over:  # nothing is left to be done together
-            self._state = _State.DONE
+            self._state, self._word = _State.DONE, self._mpi.REQUEST_NULL
             return
         former, members = self._crew, self._members
         former.Revoke()
@@ -170,7 +190,7 @@ class Cut:
                     self._pass_on(first.clients[account.replica].rank)
 
     def _go_on(self) -> bool:
-        if self._crew.rank > 0 and self._word.Test():
+        if self._word != self._mpi.REQUEST_NULL and self._word.Test():
             self._host.lose(int(self._lost_rank[0]))
             self._word = self._crew.Irecv(self._lost_rank, 0, _LOST)
         match self._state:

@@ -148,11 +148,12 @@ class Host:
         left = self.holders.held_by(dead)
         self.holders.dead.add(dead)
         mine = [shard for shard in left if self.holders.of(shard) == self.number]
-        if self.over:  # only the first one still has to say so
-            mine = [shard for shard in mine if shard == 0 and shard in self.shadows]
+        over = self.over
+        if over:  # servers leave, and whoever still asks for something asks those that are here
+            mine = [shard for shard in mine if shard in self.shadows and self.shadows[shard].complete]
         for shard in mine:
             self._take_over(shard, dead)
-        if mine:
+        if mine and not over:
             self.took_over(dead, mine)
         self._mirror()
 
