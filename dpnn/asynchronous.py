@@ -56,11 +56,13 @@ def run(world: World, request: StopRequest, start: Start) -> int:
     try:
         with closing(replica), watchdog:
             code = replica.run()
-        world.lost = replica.worker.lost > 0
+        world.lost = replica.worker.lost > 0 or bool(replica.worker.links.holders.dead)
         return code
     except Exception as error:
         foreseen = isinstance(error, DpnnError) and not isinstance(error, RankError)
-        if alone and not foreseen and all(rank < mesh.crew.size for rank in Losses(link).new()):
+        holders = replica.worker.links.holders
+        holders.dead.update(rank - mesh.crew.size for rank in Losses(link).new() if rank >= mesh.crew.size)
+        if alone and not foreseen and not holders.lost:
             alone(error)
         raise
 
@@ -107,9 +109,9 @@ class Replica:
             model.kernels,
         )
         parts = Parts(mesh.model, course.placed.reader, limit_s) if mesh.parts > 1 else None
-        held = {server: (lo, hi) for server, (part, lo, hi) in enumerate(course.shards, crew.size) if part == mesh.part}
+        held = {shard: (lo, hi) for shard, (part, lo, hi) in enumerate(course.shards) if part == mesh.part}
         args = (store.params, store.grads, store.n_trained, descent, job)
-        self.worker = Worker(link, crew.size, *args, parts, held)
+        self.worker = Worker(link, crew.size, *args, parts, held, start.mirrored)
 
         lanes, pieces = course.sampler.lanes, job.parallel.microbatches
         rows = course.sampler.max_micro_rows(lanes, pieces)
@@ -299,15 +301,16 @@ class Replica:
         job, start, graph, mesh, course = self.job, self.start, self.model.graph, self.mesh, self.course
         backends = "+".join(dict.fromkeys(group.backend.name for group in self.executor.plan.groups))
         ranks, replicas = mesh.crew.size + mesh.servers, f"{mesh.replicas} replicas"
+        mirrors = ", each mirrored by another," if start.mirrored else " without mirrors"
         if mesh.parts > 1:
             replicas += f" of {mesh.parts} parts"
         self.journal.start(
-            f"{job.model.name}, {graph.n_params:,} parameters, on {replicas} and {mesh.servers} servers "
+            f"{job.model.name}, {graph.n_params:,} parameters, on {replicas} and {mesh.servers} servers{mirrors} "
             f"({backends}); {course.sampler.samples:,} samples, {course.total} steps of {job.train.replica_batch}",
             mpi=library.version(), ranks=ranks, replicas=mesh.replicas, parts=mesh.parts, servers=mesh.servers,
-            parameters=graph.n_params, seed=job.seed, backend=backends, threads=self.model.team.size,
-            replica_batch=job.train.replica_batch, lanes=start.lanes, from_step=start.steps,
-            library=self.model.backends[0].about,
+            mirrored=start.mirrored, parameters=graph.n_params, seed=job.seed, backend=backends,
+            threads=self.model.team.size, replica_batch=job.train.replica_batch, lanes=start.lanes,
+            from_step=start.steps, library=self.model.backends[0].about,
         )  # fmt: skip
         for event, text in (*self.model.notes, *self.start.notes):
             self.journal.event(event, text)

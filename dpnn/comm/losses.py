@@ -27,6 +27,14 @@ def survives() -> bool:
     return tolerant() and MPI.ERR_PROC_FAILED != MPI.ERR_UNKNOWN
 
 
+def has_died(error: Exception) -> bool:
+    """Whether an error of MPI says that a rank has died, or that another has found so."""
+    from mpi4py import MPI
+
+    classes = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED, MPI.ERR_IN_STATUS)
+    return survives() and isinstance(error, MPI.Exception) and error.Get_error_class() in classes
+
+
 class Losses:
     """The ranks of a communicator that have died, as far as MPI has noticed: it looks while messages are polled."""
 

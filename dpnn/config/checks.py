@@ -32,6 +32,7 @@ _NEEDS: dict[str, tuple[str, str | bool]] = {
     "parallel.warmup_steps": ("parallel.strategy", "downpour"),
     "parallel.spares": ("parallel.strategy", "downpour"),
     "parallel.record": ("parallel.strategy", "downpour"),
+    "parallel.mirror": ("parallel.strategy", "downpour"),
     "train.label_smoothing": ("train.loss", "softmax"),
 }
 

@@ -2,8 +2,9 @@
 
 DIES  "RANK STEP PLACE; ...": the rank dies where it comes to PLACE for the first time when it has taken STEP steps or
       more. Places: "kept" and "updated" (before an update, and in the middle of it), "averaged" (when the first array
-      is the mean, the others aren't), "saving", "writing" (a checkpoint's bytes), "evaluating", "ending" (before the
-      run's end is told), "regrouping" (who is left makes a world), "rebuilding" (and the run).
+      is the mean, the others aren't), "saving", "writing" (a checkpoint's bytes), "completing" (a checkpoint that
+      servers have written; they count no steps), "evaluating", "ending" (before the run's end is told), "regrouping"
+      (who is left makes a world), "rebuilding" (and the run).
 NODES, where it is set, as in nodes.py.
 """
 
@@ -12,7 +13,7 @@ import signal
 import sys
 from types import SimpleNamespace
 
-from dpnn import cli, recovery, train
+from dpnn import cli, recovery, serving, train
 from dpnn.checkpoint import output
 from dpnn.comm.undo import Undo
 from dpnn.comm.world import World
@@ -87,6 +88,7 @@ def pwrite(descriptor, data, at):
 train.Training._take_step, Optimizer.apply, Average._to_mean = counted_step, apply_half, one_by_one
 after(Undo, "keep", "kept")
 before(Saver, "save", "saving")
+before(serving.Shards, "complete", "completing")
 before(Evaluator, "run", "evaluating")
 before(Journal, "end", "ending")
 before(World, "go_on", "regrouping")
