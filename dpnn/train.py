@@ -228,7 +228,7 @@ class Training:
 
     def run(self, request: StopRequest) -> int:
         """Take the steps that are left; the exit code. Collective, as is all below."""
-        past, strategy, saver = self.past, self.strategy, self.saver
+        past, strategy, saver, self.request = self.past, self.strategy, self.saver, request
         if not past.began:
             self._tell_start()
         elif self.world.rank == 0:
@@ -240,7 +240,7 @@ class Training:
             # The run was killed between its last checkpoint and an evaluation, or a rank has died before either.
             self._pause(saves=past.began > 0 and self._saves(), last=False)
             while self.steps < self.table.end:
-                self._take_step(loader, request)
+                self._take_step(loader)
                 saver.look()
                 last = self.steps == self.table.end or strategy.stop
                 self._pause(saves=last or self._saves(), last=last)
@@ -306,12 +306,11 @@ class Training:
         if not last:
             strategy.release()
 
-    def _take_step(self, loader: Loader | None, request: StopRequest) -> None:
+    def _take_step(self, loader: Loader | None) -> None:
         """One step."""
         strategy, begin = self.strategy, perf_counter()
         epoch, step = place = self.table.place(self.steps)
         PULSE.epoch, PULSE.step = epoch + 1, self.steps + 1
-        strategy.stop = request.asked
         batch, read_s = self.learn(loader, place, self.lanes.counts(step, self.microbatches))
         self.steps += 1
         PULSE.doing = "telling of the step"
@@ -335,7 +334,7 @@ class Training:
         read_s = perf_counter() - begin
         rows = sum(mine for mine, _ in counts)
         strategy.rate, strategy.samples = self.rate(epoch * sampler.steps + step), rows
-        strategy.skipped = len(batch.bad)
+        strategy.skipped, strategy.stop = len(batch.bad), self.request.asked
         PULSE.doing = self.executor
         try:
             self.executor.run(batch, counts, sampler.total(step) if strategy.together else rows)
