@@ -20,7 +20,7 @@ from dpnn.evaluate import choose_backends
 from dpnn.machine import Limits
 from dpnn.optim import STATES
 from dpnn.plan import Costs, Setting
-from dpnn.planning import common, forecaster_of, lasting
+from dpnn.planning import common, copies, forecaster_of, lasting
 from dpnn.prepare import Start
 from dpnn.strategies.downpour.mirror import BUFFERS as MIRROR_BUFFERS
 from dpnn.team import Team
@@ -110,7 +110,7 @@ def needs_of(world: World, start: Start, most: int) -> list[Need]:
     if backends[0].memory.name:
         return []
     replicas = replicas_of(world.size, parts, job.parallel.servers)
-    held = 1 + lasting(job) / common(job, most)
+    held = 1 + lasting(job) * copies(job) / common(job, most)
     forecaster = forecaster_of(job, models.graph(job, start.network, start.shape), start.rows, backends, Costs(), held)
     micro = job.train.grains // replicas or job.parallel.microbatches
     found = forecaster.look(Setting(start.placement, micro))

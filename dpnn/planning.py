@@ -8,6 +8,7 @@ from dataclasses import replace
 from dpnn import config
 from dpnn.backends.base import Backend
 from dpnn.comm.crossing import measured_crossing
+from dpnn.comm.losses import survives
 from dpnn.comm.world import World
 from dpnn.evaluate import choose_backends
 from dpnn.nn import Graph
@@ -51,6 +52,11 @@ def common(job: config.Job, ranks: int) -> int:
     return max(1, -(-ranks // job.parallel.parts)) if job.parallel.strategy == "allreduce" else 1
 
 
+def copies(job: config.Job) -> int:
+    """How often a rank has them: once more where steps may have to be taken back (comm/undo.py)."""
+    return 2 if survives() and job.parallel.strategy != "downpour" else 1
+
+
 def forecasts(
     job: config.Job,
     graph: Graph,
@@ -90,7 +96,7 @@ def settle(
     if kept:
         return read(kept), {asked: kept}
     # A gradient; what is kept, in common with others; as much again while a checkpoint is written.
-    held = None if job.parallel.memory_gb else 1 + lasting(job) * (1 / common(job, world.node.size) + 1)
+    held = None if job.parallel.memory_gb else 1 + lasting(job) * (copies(job) / common(job, world.node.size) + 1)
     room = room_of()
     latency, bandwidth = measured_crossing(world.comm, world.timeout_s)
     threads = job.backend.threads or world.threads()

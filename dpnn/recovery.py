@@ -22,6 +22,7 @@ from dpnn.comm.alarm import ALARM
 from dpnn.comm.faults import deadline, tell, wait
 from dpnn.comm.losses import survives
 from dpnn.comm.mesh import Mesh
+from dpnn.comm.pulse import PULSE
 from dpnn.comm.watchdog import Watchdog
 from dpnn.comm.world import World
 from dpnn.data import Loader
@@ -192,6 +193,8 @@ class Survivors:
 
         Each try loses a rank at least, or it is the last.
         """
+        PULSE.begin()  # it forgets the run
+        PULSE.doing = "going on without a rank that has died"
         for _ in range(self._world.size):
             with ALARM.outlived(self._failures):
                 return self._try_to_go_on()

@@ -13,9 +13,11 @@ _LINE = re.compile(
     rb"Abort\(\d+\) on node \d+|BAD TERMINATION OF ONE OF YOUR APPLICATION PROCESSES"
     rb"|\[[^]]+\] \[\[\d+,\d+\],\d+\] ORTE_ERROR_LOG: .*/show_help\.c at line \d+"
     rb"|\[[^]]+\] (\d+ more process(es)? has sent help message|Set MCA parameter .*_base_help_aggregate)"
+    rb"|NBC_Progress: an error \d+ was found during schedule"
 )
-"""The line that MPICH writes for MPI_Abort, and those of Open MPI 4 where ranks end while it collects their boxes."""
-_MAY_BECOME = (_MESSAGE, b"-" * 20, b"Abort(", b"[")
+"""The line that MPICH writes for MPI_Abort, those of Open MPI 4 where ranks end while it collects their boxes, and that
+of Open MPI 5 where a rank dies that the others outlive."""
+_MAY_BECOME = (_MESSAGE, b"-" * 20, b"Abort(", b"[", b"NBC_Progress: ")
 
 
 class Notes:

@@ -22,7 +22,10 @@ COLLECTED = (
     b'[n1:22998] Set MCA parameter "orte_base_help_aggregate" to 0 to see all help / error messages\n'
 )
 MESSAGE = b"dpnn: rank 1: shard 3 is truncated\n"
-NOTES = [ABORT + EXITED + b"\0", DETECTED, MPICH, COLLECTED]
+OUTLIVED = (
+    b"NBC_Progress: an error 75 was found during schedule 0x55da2f4bfbd0 at row-offset 0 - aborting the schedule\n"
+)
+NOTES = [ABORT + EXITED + b"\0", DETECTED, MPICH, COLLECTED, OUTLIVED]
 
 
 def passed(data: bytes, size: int) -> bytes:

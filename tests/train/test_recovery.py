@@ -90,9 +90,9 @@ def ended_well(program, folder: Path) -> None:
 @pytest.mark.parametrize("seed", [0, *map(soaked, range(1, 20))])
 def test_who_is_left_takes_every_step(going, seed):
     draw = random.Random(seed)
-    program, folder = going(4, "train.epochs=25")
+    program, folder = going(4, "train.epochs=40")
     pids = program.pids()
-    time.sleep(draw.uniform(0.0, 1.0))
+    time.sleep(draw.uniform(0.0, 0.5))
     victim = draw.randrange(4)
     os.kill(pids[victim], signal.SIGKILL)
     ended_well(program, folder)
@@ -112,10 +112,10 @@ def test_who_is_left_takes_every_step(going, seed):
 )
 def test_replicas_form_of_who_is_left(going, python, ranks, settings, kills, left):
     draw = random.Random(ranks + len(settings))
-    program, folder = going(ranks, "train.epochs=25", *settings)
+    program, folder = going(ranks, "train.epochs=60", *settings)
     pids = program.pids()
     for victims in kills:
-        time.sleep(draw.uniform(0.0, 0.7))
+        time.sleep(draw.uniform(0.0, 0.3))
         for victim in victims:
             os.kill(pids[victim], signal.SIGKILL)
     ended_well(program, folder)
@@ -133,7 +133,7 @@ def test_the_result_is_that_of_an_undisturbed_run_to_the_last_bit(going, trained
     pids = program.pids()
     victims = draw.sample(range(4), 2)
     for victim in victims:
-        time.sleep(draw.uniform(0.0, 0.6))
+        time.sleep(draw.uniform(0.0, 0.3))
         os.kill(pids[victim], signal.SIGKILL)
     ended_well(program, folder)
     assert identical(undisturbed, folder) > 0
@@ -150,10 +150,10 @@ def test_the_result_is_that_of_an_undisturbed_run_to_the_last_bit(going, trained
 )
 def test_averaging_goes_on_without_those_replicas(going, python, ranks, settings, victims, lost):
     draw = random.Random(ranks + len(settings))
-    program, folder = going(ranks, "parallel.strategy=average", "train.epochs=20", *settings)
+    program, folder = going(ranks, "parallel.strategy=average", "train.epochs=40", *settings)
     pids = program.pids()
     for victim in victims:
-        time.sleep(draw.uniform(0.0, 0.7))
+        time.sleep(draw.uniform(0.0, 0.3))
         os.kill(pids[victim], signal.SIGKILL)
     ended_well(program, folder)
     told = events(folder, "samples_lost")
