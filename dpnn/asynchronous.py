@@ -60,7 +60,8 @@ def run(world: World, request: StopRequest, start: Start) -> int:
         return code
     except Exception as error:
         foreseen = isinstance(error, DpnnError) and not isinstance(error, RankError)
-        if alone and not foreseen and all(rank < mesh.crew.size for rank in Losses(link).new()):
+        served = not replica.worker.life.unserved and all(rank < mesh.crew.size for rank in Losses(link).new())
+        if alone and not foreseen and served:
             alone(error)
         raise
 
@@ -223,7 +224,7 @@ class Replica:
         while held and not worker.stop:
             begin, run = perf_counter(), held[0]
             PULSE.epoch, PULSE.step, PULSE.doing = run.epoch + 1, self._steps() + 1, "reading a batch"
-            batch = loader.next() if loader is not None else no_samples(run.epoch, step)
+            batch = loader.next(worker.tick) if loader is not None else no_samples(run.epoch, step)
             read = perf_counter()
             counts = course.counts(run.lanes.start, step, micro)
             worker.asked, worker.samples = worker.asked or self.request.asked, sum(rows for rows, _ in counts)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
+from dpnn.comm.losses import is_left_alone
 from dpnn.errors import JobError
 
 _LAUNCHERS = (
@@ -53,6 +54,11 @@ def load() -> ModuleType:
         ) from error
     library = version()
     _leave_out_what_is_not_used(library)
+    if is_left_alone():
+        # MPICH over UCX crashes where it reads from a rank that has died.
+        os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
+        # Where only the first ranks of the nodes are told of, over libfabric's TCP the start hangs now and then.
+        os.environ.setdefault("MPIR_CVAR_CH4_ROOTS_ONLY_PMI", "0")
     promised = promise(os.environ)
     # MPICH doesn't start alone under Open MPI's mpirun or srun --mpi=pmix, it aborts in MPI_Init: so look before.
     foreign = promised is not None and _aborts_under(promised.launcher, library)

@@ -79,7 +79,7 @@ def test_a_script_starts_a_run_and_then_goes_on_with_it(tmp_path):
     assert words("", 4) == [*common, "my flowers.toml", *sets, "--set", "output.dir=runs/flowers-7"]
     run.mkdir(parents=True)
     (run / "job.toml").touch()
-    assert words('{"kind":"end"}', 0) == [*common, "--resume", "runs/flowers-7", *sets]
+    assert words('{"kind":"end","exit":0}', 0) == [*common, "--resume", "runs/flowers-7", *sets]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dpnn.comm.faults import poke
-from dpnn.comm.losses import Losses
+from dpnn.comm.losses import Losses, survives
 from dpnn.strategies.downpour.copies import Copy
 from dpnn.strategies.downpour.protocol import Answer, Array, Kind, Letter, Request, Tag
 
@@ -29,7 +29,7 @@ class Client:
     def __init__(self, replica: int, rank: int) -> None:
         self.replica, self.rank = replica, rank
         self.letter = Letter(Request)
-        self.request = Request(Kind.ALIVE)
+        self.request = Request(Kind.FETCH)
         """What it wants now."""
         self.answers = {tag: Letter(Answer) for tag in (Tag.ANSWER, Tag.LEASED)}
         self.staged = -1
@@ -38,8 +38,8 @@ class Client:
         """Whether it has said so; whether they are."""
         self.pushes = self.staleness = self.lead = 0
         """Pushes that were applied; the staleness of the last one; steps, as far as `parallel.lead` counts them."""
-        self.heard = monotonic()
-        """When it last spoke."""
+        self.heard, self.spoke = monotonic(), False
+        """When it last spoke; whether it ever did."""
         self.pushed = np.zeros(4)
         """Steps, samples, loss and bad samples of its pushes."""
         self.joined = self.left = self.parted = self.lost = False
@@ -68,8 +68,12 @@ class Lines:
         """Who has gradients for which there is no buffer yet."""
         self._sends: list[tuple[list[MPI.Request], Client, Copy | None]] = []
         """What is being sent, to whom, and of which copy."""
-        self._losses = Losses(comm)
-        self._statuses = [MPI.Status() for _ in self._requests] if self._losses.tells else None
+        self._losses, self.survives = Losses(comm), survives()
+        """`survives`: whether the job goes on where a rank of it dies."""
+        self._broken: list[int] = []
+        """To whom the connection has broken."""
+        self._farewells: list[MPI.Request] = []
+        self._statuses = [MPI.Status() for _ in self._requests] if self.survives else None
         self._client_of = {client.rank: client for client in clients}
         for client, listen in zip(clients, self._listens, strict=True):
             listen.Start()
@@ -80,14 +84,10 @@ class Lines:
         """What the client has pushed."""
         return self._staged[client.staged]
 
-    @property
-    def survives(self) -> bool:
-        """Whether the job goes on where a rank of it dies."""
-        return self._losses.tells
-
     def lost(self) -> list[int]:
-        """Ranks that have died since the last call."""
-        return self._losses.new()
+        """Ranks that are known to have died since the last call. Where MPI doesn't tell, a silent one may have too."""
+        broken, self._broken = self._broken, []
+        return [*self._losses.new(), *broken]
 
     def arrived(self) -> tuple[list[Client], list[Client]]:
         """Whose request has arrived, and whose gradients. A request is to be followed by `listen`."""
@@ -102,7 +102,7 @@ class Lines:
                 client = self._clients[self._holders[place - len(self._clients)]]
                 client.arrived = True
                 pushing.append(client)
-            client.heard = monotonic()
+            client.heard, client.spoke = monotonic(), True
         while self._announced and self._free:
             self._grant(self._clients[self._announced.popleft()])
         return asking, pushing
@@ -114,7 +114,7 @@ class Lines:
         except self._mpi.Exception:
             if self._statuses is None:
                 raise
-        # Somebody has died, as `lost` will tell. What is complete all the same is known by its source and tag.
+        # Somebody has died, as `lost` or silence will tell. What is complete is known by its source and tag.
         places = []
         for status in self._statuses:
             client = self._client_of.get(status.source)
@@ -153,7 +153,7 @@ class Lines:
 
     def send_piece(self, piece: Array, client: Client) -> "MPI.Request":
         """Begin to send some of the parameters."""
-        return self._comm.Isend(piece, client.rank, Tag.PARAMS)
+        return self._begun(piece, client, Tag.PARAMS)
 
     def sending(self, requests: "list[MPI.Request]", client: Client, copy: Copy) -> None:
         """A copy is being sent, and isn't written before it has been."""
@@ -164,13 +164,23 @@ class Lines:
         """Send an answer."""
         letter = client.answers[tag]
         letter.write(answer)
-        self._sends.append(([self._comm.Isend(letter.bytes, client.rank, tag)], client, None))
+        self._sends.append(([self._begun(letter.bytes, client, tag)], client, None))
+
+    def _begun(self, what: Array | bytearray, client: Client, tag: Tag) -> "MPI.Request":
+        """Begin to send."""
+        try:
+            return self._comm.Isend(what, client.rank, tag)
+        except self._mpi.Exception:
+            if not self.survives:
+                raise
+            self._broken.append(client.rank)
+            return self._mpi.REQUEST_NULL
 
     def sent(self) -> bool:
         """Forget what has been sent; whether there was any."""
         sends, self._sends = self._sends, []
         for requests, client, copy in sends:
-            if not client.lost and not self._are_sent(requests):
+            if not client.lost and not self._are_sent(requests, client):
                 self._sends.append((requests, client, copy))
             elif copy:
                 copy.readers -= 1
@@ -181,16 +191,17 @@ class Lines:
         """Whether nothing is being sent."""
         return not self._sends
 
-    def _are_sent(self, requests: "list[MPI.Request]") -> bool:
+    def _are_sent(self, requests: "list[MPI.Request]", client: Client) -> bool:
         try:
             return self._mpi.Request.Testall(requests)
         except self._mpi.Exception:
-            if self._statuses is None:
+            if not self.survives:
                 raise
-            return True  # to one who has died, as `lost` will tell
+            self._broken.append(client.rank)
+            return True
 
     def hang_up(self, client: Client) -> None:
-        """A client has died: receive no more of it, and forget what is being sent to it."""
+        """A client counts as dead, and is told so: receive no more of it, and forget what is being sent to it."""
         client.lost, replica = True, client.replica
         if replica in self._announced:
             self._announced.remove(replica)
@@ -204,6 +215,7 @@ class Lines:
                 self._holders.append(-1)
                 self._requests.append(self._mpi.REQUEST_NULL)
             client.staged, client.announced, client.arrived = -1, False, False
+        self._farewells.append(self._begun(bytearray(), client, Tag.GONE))
 
     def _cancel(self, place: int) -> bool:
         """End a request; whether MPI is done with its memory."""

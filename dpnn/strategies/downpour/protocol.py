@@ -32,16 +32,15 @@ class Kind(IntEnum):
     """I have pushed all that I will push."""
     OVER = 4
     """The run is over: from the replica that speaks for it, to the first server."""
-    ALIVE = 5
-    """I am busy with something else."""
-    PART = 6
+    PART = 5
     """I will ask you for nothing any more."""
 
 
 class Tag(IntEnum):
     """Of a message."""
 
-    REQUEST, GRADIENTS, ANSWER, PARAMS, LEASED, LOST = range(1, 7)
+    REQUEST, GRADIENTS, ANSWER, PARAMS, LEASED, LOST, ALIVE, GONE = range(1, 9)
+    """LOST: between servers. ALIVE: a worker's sign of life. GONE: to one who counts as dead."""
 
 
 class Lease(IntEnum):
@@ -92,7 +91,7 @@ class Answer(NamedTuple):
     left: int = 0
     """Replicas that have not left."""
     alive: int = 0
-    """How often one has said that it is busy."""
+    """How often one has said that it is alive."""
     staleness: int = 0
     """Of the last push of this worker."""
     discarded: int = 0

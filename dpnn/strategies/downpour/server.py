@@ -24,6 +24,7 @@ from dpnn.errors import RankError
 from dpnn.optim import Optimizer
 from dpnn.strategies.downpour.copies import Copies, Copy
 from dpnn.strategies.downpour.ledger import Ledger
+from dpnn.strategies.downpour.life import Roll
 from dpnn.strategies.downpour.lines import Client, Lines
 from dpnn.strategies.downpour.order import Order
 from dpnn.strategies.downpour.protocol import Answer, Array, Kind, Lease, Request, Tag
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 _EAGER_S, _NAP_SHARE, _LONGEST_NAP_S = 1e-3, 0.1, 5e-4
 """How long an idle server only gives way to other processes; then it sleeps between two looks, for a share of the time
 that it has been idle."""
-_LOOK_S = 1.0
-"""How often the first server looks for workers that are silent."""
 _BINS = 128
 """Of the histogram of staleness; the last one has all that is more."""
 
@@ -88,7 +87,7 @@ class Server:
         self.loss = 0.0
         self.stop = self.over = self.written = self.closed = self.frozen = False
         """`frozen`: nothing is served for a moment. `written`: the last checkpoint. `over`: as the speaker says."""
-        self._look_again = 0.0
+        self._roll = Roll(comm, self.clients, min(options.silence_s, limit_s / 2), limit_s)
         self.histogram = np.zeros(_BINS, np.int64)
         """Pushes by staleness: updates of this shard since the parameters that they were computed from."""
         self.watch: Callable[[Client, float, float], None] = lambda client, rate, scale: None
@@ -124,8 +123,7 @@ class Server:
     def _turn(self, also: Callable[[], bool]) -> bool:
         """Do what there is to do; whether there was anything."""
         PULSE.beats += 1
-        self._lose_silent()
-        return self._hear() | self._lines.sent() | self._serve() | also()
+        return self._look() | self._hear() | self._lines.sent() | self._serve() | also()
 
     def _idle(self, also: Callable[[], bool]) -> None:
         """Return when there was something to do again."""
@@ -178,21 +176,17 @@ class Server:
         if self.ledger is not None:
             self.losses.append(client)
         self.lost(client)
-        if self.speaker is None:
+        if self.speaker is None and self.left:
             raise RankError("all workers have died; go on from the last checkpoint with --resume")
 
-    def _lose_silent(self) -> None:
-        """Whoever should speak and doesn't, counts as dead. So says the first server, which looks now and then."""
-        now = time.monotonic()
-        if self.ledger is None or now < self._look_again or not self._lines.survives:
-            return
-        self._look_again = now + _LOOK_S
-        waiting = {*self._ready, *self._too_far}
-        for client in self.clients:
-            if client.lost or client.parted or client.announced or client.replica in waiting:
-                continue
-            if now - client.heard > self.limit_s:
-                self.lose(client.rank, f"it said nothing for {self.limit_s:g} s")
+    def _look(self) -> bool:
+        """Now and then see who is alive; whether anybody is. Who is silent counts as dead, as the first server says."""
+        alive, silent = self._roll.call()
+        self.alive += alive
+        if self.ledger is not None and self._lines.survives:
+            for client, limit_s in silent:
+                self.lose(client.rank, f"it said nothing for {limit_s:g} s")
+        return alive > 0
 
     def settle(self, client: Client, pushed: Array) -> tuple[int, int]:
         """A worker has died, and `pushed` is what has arrived of it on the servers that got the most.
@@ -242,12 +236,11 @@ class Server:
             self._lines.listen(client)
 
     def _note(self, client: Client, kind: int) -> None:
-        if kind == Kind.ALIVE:
-            self.alive += 1
-        elif kind == Kind.LEASE:  # it asks whether the others have left
+        if kind == Kind.LEASE:  # it asks whether the others have left
             self._answer(client, Tag.LEASED)
         elif kind == Kind.PART:
             client.parted = True
+            self._roll.hears(client)  # said before that
         elif kind == Kind.OVER:
             self.over = True
         else:

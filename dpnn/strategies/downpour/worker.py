@@ -19,6 +19,7 @@ from dpnn.comm.pulse import PULSE
 from dpnn.data import Run
 from dpnn.errors import NotFiniteError, RankError
 from dpnn.optim import Optimizer
+from dpnn.strategies.downpour.life import Life
 from dpnn.strategies.downpour.parts import Alone, Note
 from dpnn.strategies.downpour.protocol import Answer, Array, Kind, Lease, Letter, Request, Tag, pieces, shards
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 _ASK_AGAIN_S, _ASK_AGAIN_SHARE, _ASK_AGAIN_MOST_S = 0.01, 0.1, 0.5
 """How long who has to wait waits before it asks again: a share of the time that it has waited."""
-_TICK_S = 1.0
 
 
 class _Push:
@@ -92,6 +92,7 @@ class Worker:
         self._asks = {kind: [Letter(Request) for _ in range(servers)] for kind in Kind}
         self._sent: dict[tuple[Kind, int], MPI.Request] = {}
         """The last request of a kind to a server."""
+        self.life = Life(comm, list(held))
         self._fetched = np.empty_like(params) if options.fetch_ahead else params
         """Where parameters arrive. Only those that aren't waited for at once need a place of their own."""
         self._answers = [Letter(Answer) for _ in range(servers)]
@@ -110,7 +111,7 @@ class Worker:
         self._step = self._pushes = 0
         self._steps, self._samples, self._loss, self._bad = 0, 0, 0.0, 0
         """Of the next push."""
-        self._waited = self._ticked = 0.0
+        self._waited = 0.0
 
     # What the executor calls.
 
@@ -222,10 +223,11 @@ class Worker:
         self._ask_until(lambda answer: bool(answer.written))
 
     def tick(self) -> None:
-        """This replica is alive, though it asks for nothing: to be called now and then while it is."""
-        if monotonic() - self._ticked > _TICK_S:
-            self._ticked = monotonic()
-            self._send(Kind.ALIVE, self._shards)
+        """This replica is alive, though it asks for nothing: to be called now and then while it is.
+
+        RankError where the servers count it as dead.
+        """
+        self.life.tick()
 
     def end(self) -> None:
         """The run is over, says this replica, which speaks for it."""
@@ -235,9 +237,10 @@ class Worker:
     def part(self) -> None:
         """Ask the servers for nothing any more, and return when all that was sent has been received."""
         self._send(Kind.PART, self._shards)
+        signs = self.life.end()
         for push in self._sets:
             self._see_off(push)
-        for request in self._sent.values():
+        for request in (*self._sent.values(), *signs):
             self._wait(request.Test, "the servers to hear of this replica")
 
     def _ask_until(self, enough: Callable[[Answer], bool]) -> Answer:
@@ -278,11 +281,17 @@ class Worker:
     def _wait(self, test: Callable[[], object], whom: str) -> None:
         """As faults.wait; RankError also where another part of this replica has died, whom no server answers."""
 
+        life = self.life
+
         def tested() -> object:
+            life.unserved = False
             self._parts.check()
+            life.tick()
+            life.unserved = True
             return test()
 
         wait(tested, whom, self._limit_s)
+        life.unserved = False
 
     def _hear(self) -> None:
         """What the parts have told one another: the loss of the replica, and whether it stops."""
@@ -325,7 +334,8 @@ class Worker:
         for request, base in zip(push.requests, self._base, strict=True):
             numbers = (self._steps, self._samples, fetches, base, self.asked, self._loss, self._bad)
             request.write(Request(Kind.PUSH, *numbers))
-        self._mpi.Prequest.Startall(push.sends)
+        with self.life.served():
+            self._mpi.Prequest.Startall(push.sends)
         if fetches:
             self._expect()
         self._steps, self._samples, self._loss, self._bad = 0, 0, 0.0, 0
@@ -364,4 +374,5 @@ class Worker:
             if (kind, server) in self._sent:  # it was answered: it has long been sent
                 self._wait(self._sent[kind, server].Test, "the servers to hear of this replica")
             letter.write(Request(kind, stop=self.asked))
-            self._sent[kind, server] = self._comm.Isend(letter.bytes, server, Tag.REQUEST)
+            with self.life.served():
+                self._sent[kind, server] = self._comm.Isend(letter.bytes, server, Tag.REQUEST)
