@@ -92,7 +92,7 @@ verified: $(ENV)/.has-$(TEST)
 
 bench: $(ENV)/.has-$(BASE),data,bench
 	for program in $(filter-out $(addprefix %/,feeds.py groups.py harness.py imagefolder.py limits.py lone.py ours.py \
-			parts.py peers.py photos.py replica.py shards.py sparse.py), $(wildcard benchmarks/*.py)); do \
+			parts.py peers.py photos.py replica.py shards.py sparse.py stamps.py), $(wildcard benchmarks/*.py)); do \
 		$(BIN)/python $$program --json benchmarks/results/$$(basename $$program .py).json || exit 1; \
 	done
 

@@ -23,8 +23,10 @@ from dpnn.nn import Network, Shape
 from dpnn.optim import STATES, Optimizer, Segment
 from dpnn.plan import Placed
 from dpnn.strategies.allreduce import Allreduce
+from dpnn.strategies.downpour.host import loop
 from dpnn.strategies.downpour.order import Order
 from dpnn.strategies.downpour.server import Server
+from dpnn.strategies.downpour.shard import Shard
 from dpnn.strategies.downpour.worker import Worker
 from dpnn.strategies.flats import Flats
 from dpnn.team import Team
@@ -119,10 +121,8 @@ class Line:
             return
         workers = len(members) - 1
         if comm.rank == workers:
-            self.server = Server(
-                comm, workers, params, {}, make, lambda steps: RATE, job.parallel, Order(), None, lambda: False,
-                lambda server: None, LIMIT_S,
-            )  # fmt: skip
+            shard = Shard(params, {}, make, lambda steps: RATE, job.parallel, workers)
+            self.server = Server(comm, 0, shard, job.parallel, Order(), lambda: False)
         else:
             descent = Optimizer(job.optimizer, segments, params, grads, team, kernels)
             n_trained = sum(segment.hi - segment.lo for segment in segments if not segment.statistic)
@@ -148,19 +148,15 @@ class Line:
             elif steps == 0:
                 begin = perf_counter()
         worker.leave()
-        worker.see_off()
+        worker.links.wait(lambda: all(map(worker.links.have_left, range(2))), "the server to take the last push")
         return Turn(self._rank, steps / taken, waited / taken)
 
     def _serve(self, server: Server) -> None:
-        server.closed, server.left = False, len(server.clients)
-        for client in server.clients:
-            client.left = False
-
-        def all_left() -> bool:
-            server.closed = server.left == 0
-            return False
-
-        server.run(all_left)
+        shard = server.shard
+        shard.left = len(shard.accounts)
+        for account in shard.accounts:
+            account.left = False
+        loop(server.turn, lambda: shard.left == 0, LIMIT_S)
 
 
 def computing(seconds: float) -> Callable[[Worker], None]:

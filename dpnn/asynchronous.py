@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from dpnn.cluster.signals import StopRequest
 from dpnn.comm import library
 from dpnn.comm.faults import deadline, message, tell
-from dpnn.comm.losses import Losses, survives
+from dpnn.comm.losses import Losses, outlives
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.pulse import PULSE
 from dpnn.comm.ranks import Ranks
@@ -50,18 +50,20 @@ def run(world: World, request: StopRequest, start: Start) -> int:
         link = world.comm.Dup()
     if mesh.server is not None:
         return serve(world, mesh, link, request, start, Watchdog(world, parallel, start.folder, folder.event))
-    alone = partial(die_alone, world.rank, mesh.replica, folder) if survives() else None
+    alone = partial(die_alone, world.rank, mesh.replica, folder) if outlives() else None
     watchdog = Watchdog(world, parallel, start.folder, folder.event, alone)
     replica = Replica(world, mesh, link, request, start)
     try:
         with closing(replica), watchdog:
             code = replica.run()
-        world.lost = replica.worker.lost > 0
+        world.lost = replica.worker.lost > 0 or bool(replica.worker.links.holders.dead)
         return code
     except Exception as error:
         foreseen = isinstance(error, DpnnError) and not isinstance(error, RankError)
-        served = not replica.worker.life.unserved and all(rank < mesh.crew.size for rank in Losses(link).new())
-        if alone and not foreseen and served:
+        links = replica.worker.links
+        holders = links.holders
+        holders.dead.update(rank - mesh.crew.size for rank in Losses(link).new() if rank >= mesh.crew.size)
+        if alone and not foreseen and not holders.lost and not links.unserved:
             alone(error)
         raise
 
@@ -108,9 +110,9 @@ class Replica:
             model.kernels,
         )
         parts = Parts(mesh.model, course.placed.reader, limit_s) if mesh.parts > 1 else None
-        held = {server: (lo, hi) for server, (part, lo, hi) in enumerate(course.shards, crew.size) if part == mesh.part}
+        held = {shard: (lo, hi) for shard, (part, lo, hi) in enumerate(course.shards) if part == mesh.part}
         args = (store.params, store.grads, store.n_trained, descent, job)
-        self.worker = Worker(link, crew.size, *args, parts, held)
+        self.worker = Worker(link, crew.size, *args, parts, held, start.mirrored)
 
         lanes, pieces = course.sampler.lanes, job.parallel.microbatches
         rows = course.sampler.max_micro_rows(lanes, pieces)
@@ -130,7 +132,7 @@ class Replica:
             # have died.
             if start.test_at.whole:
                 self.alone = Evaluator(mesh.model, evaluation, job, Location(start.test_at.folder), *place)
-            if not start.test_at.whole or not survives():
+            if not start.test_at.whole or not outlives():
                 self.together = Evaluator(crew.comm, evaluation, job, start.test_at, *place)
         self.tells = mesh.replica == 0 and self.reads
         """Whether this rank tells of the run: that of the replica which speaks for it."""
@@ -300,15 +302,16 @@ class Replica:
         job, start, graph, mesh, course = self.job, self.start, self.model.graph, self.mesh, self.course
         backends = "+".join(dict.fromkeys(group.backend.name for group in self.executor.plan.groups))
         ranks, replicas = mesh.crew.size + mesh.servers, f"{mesh.replicas} replicas"
+        mirrors = ", each mirrored by another," if start.mirrored else " without mirrors"
         if mesh.parts > 1:
             replicas += f" of {mesh.parts} parts"
         self.journal.start(
-            f"{job.model.name}, {graph.n_params:,} parameters, on {replicas} and {mesh.servers} servers "
+            f"{job.model.name}, {graph.n_params:,} parameters, on {replicas} and {mesh.servers} servers{mirrors} "
             f"({backends}); {course.sampler.samples:,} samples, {course.total} steps of {job.train.replica_batch}",
             mpi=library.version(), ranks=ranks, replicas=mesh.replicas, parts=mesh.parts, servers=mesh.servers,
-            parameters=graph.n_params, seed=job.seed, backend=backends, threads=self.model.team.size,
-            replica_batch=job.train.replica_batch, lanes=start.lanes, from_step=start.steps,
-            library=self.model.backends[0].about,
+            mirrored=start.mirrored, parameters=graph.n_params, seed=job.seed, backend=backends,
+            threads=self.model.team.size, replica_batch=job.train.replica_batch, lanes=start.lanes,
+            from_step=start.steps, library=self.model.backends[0].about,
         )  # fmt: skip
         for event, text in (*self.model.notes, *self.start.notes):
             self.journal.event(event, text)

@@ -1,11 +1,12 @@
 """The course of an asynchronous run: its steps, their data, and who holds which parameters."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from dpnn import models
 from dpnn.data import Sampler
 from dpnn.optim import schedule
-from dpnn.plan import lay, spread
+from dpnn.plan import Piece, clip, lay, spread
 from dpnn.prepare import Start
 from dpnn.strategies.downpour.protocol import deal
 
@@ -33,6 +34,11 @@ class Course:
         sizes = [pieces[-1].end if pieces else 0 for pieces in self.pieces]
         self.shards = deal(sizes, job.parallel.servers, first=placed.reader)
         """What each server holds: the first one, which leases the lanes, serves the part that reads."""
+
+    def held(self, shard: int) -> Sequence[Piece]:
+        """The pieces of a shard."""
+        part, lo, hi = self.shards[shard]
+        return clip(self.pieces[part], lo, hi)
 
     def counts(self, lane: int, step: int, microbatches: int) -> list[tuple[int, int]]:
         """For each micro-batch of a lane's step: (samples of this replica, samples that statistics are taken over)."""

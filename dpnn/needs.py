@@ -18,9 +18,11 @@ from dpnn.data import pools_nbytes
 from dpnn.errors import JobError
 from dpnn.evaluate import choose_backends
 from dpnn.machine import Limits
+from dpnn.optim import STATES
 from dpnn.plan import Costs, Setting
 from dpnn.planning import common, forecaster_of, lasting
 from dpnn.prepare import Start
+from dpnn.strategies.downpour.mirror import BUFFERS as MIRROR_BUFFERS
 from dpnn.team import Team
 
 GB = 1e9
@@ -119,7 +121,8 @@ def needs_of(world: World, start: Start, most: int) -> list[Need]:
         for part, (nbytes, n) in enumerate(zip(found.nbytes, found.params, strict=True))
     ]
     shard = sum(found.params) * itemsize / max(job.parallel.servers, 1)
-    return [*needs, Need(shard, shard + BESIDE)]
+    kept = shard * (1 + len(STATES[job.optimizer.name])) * (2 if start.mirrored else 1)
+    return [*needs, Need(kept, kept + (MIRROR_BUFFERS * shard if start.mirrored else 0.0) + BESIDE)]
 
 
 def beside(start: Start, ranks: int) -> float:

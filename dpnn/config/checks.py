@@ -33,6 +33,7 @@ _NEEDS: dict[str, tuple[str, str | bool]] = {
     "parallel.spares": ("parallel.strategy", "downpour"),
     "parallel.silence_s": ("parallel.strategy", "downpour"),
     "parallel.record": ("parallel.strategy", "downpour"),
+    "parallel.mirror": ("parallel.strategy", "downpour"),
     "train.label_smoothing": ("train.loss", "softmax"),
 }
 

@@ -155,6 +155,9 @@ class Parallel(Table, frozen=True, kw_only=True):
     """Of `downpour`, where a job outlives its ranks: how long a worker says nothing before it counts as dead."""
     record: Switch = False
     """Of `downpour`: write the order of arrival at every server, for `dpnn train --replay`."""
+    mirror: Switch = True
+    """Of `downpour` with two servers or more, where the job survives a rank's death: each has a copy of another's
+    parameters, and takes them over where that one dies."""
     every: CountOr0 = 0
     """Of `average`: steps from one average to the next; 0: one, at the end."""
     state: Literal["average", "keep", "reset"] = "average"

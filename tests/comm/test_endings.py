@@ -5,6 +5,9 @@ import signal
 from pathlib import Path
 
 import pytest
+from mpi4py import MPI
+
+from dpnn.comm.launch import command
 
 pytestmark = pytest.mark.mpi
 
@@ -97,3 +100,10 @@ def test_alone_a_thread_that_dies_ends_the_process(python):
     ended = python(ENDING, "thread", PATIENT)
     assert ended.returncode == 3
     assert messages(ended.stderr) == ["dpnn: shard 4 is truncated"]
+
+
+@pytest.mark.skipif("Open MPI v5" not in MPI.Get_library_version(), reason="only Open MPI 5 survives deaths")
+def test_where_deaths_are_survived_nobody_waits_for_who_dies_when_all_have_met(start_line):
+    """Three of five do, one after the other: Open MPI's MPI_Finalize mostly waits for one of them for ever."""
+    line = command(5, ["killed at last", str(PATIENT)], (str(ENDING),), survives=True)
+    assert start_line(line).finish(20).returncode == 0

@@ -9,6 +9,7 @@ import termios
 from pathlib import Path
 
 import pytest
+from mpi4py import MPI
 
 from dpnn import cli
 from dpnn.comm import launch
@@ -240,6 +241,18 @@ def test_no_rank_outlives_a_launcher_or_an_mpirun_that_is_killed(start_python):
             os.kill(mpirun_of(job), signal.SIGKILL)
         assert job.finish().returncode != 0
         job.until_gone()  # where the launcher is dead, mpirun ends them
+
+
+@pytest.mark.skipif("Open MPI" not in MPI.Get_library_version(), reason="MPICH's ranks share memory in a common place")
+def test_the_memory_that_ranks_share_goes_with_a_job_that_is_killed(start_python):
+    job = start_python(LAUNCHING, 2, WORKING, "stubborn")
+    job.wait_for("works", times=2)
+    mapped = Path(f"/proc/{job.pids()[0]}/maps").read_text().split()
+    shared = {Path(name) for name in mapped if name.startswith("/dev/shm/") and "segment" in name}
+    assert len(shared) >= 2
+    os.kill(mpirun_of(job), signal.SIGKILL)
+    job.finish()
+    assert not [path for path in shared if path.exists()]
 
 
 def mpirun_of(job) -> int:

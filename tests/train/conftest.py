@@ -11,6 +11,7 @@ from dpnn import checkpoint, cli
 from dpnn.checkpoint import Checkpoint
 
 HERE = Path(__file__).parent
+MNIST = HERE.parents[2] / "shared" / "data" / "mnist"
 SAMPLES, CLASSES = 231, 5
 JOB = f"""
 seed = 3
@@ -57,6 +58,16 @@ def tags(tmp_path_factory) -> Path:
     x = rng.normal(size=(109, 6)).astype(np.float32)
     y = (x[:, :4] + rng.normal(0, 0.3, (109, 4)) > 0).astype(np.uint8)
     return pack(tmp_path_factory.mktemp("data") / "tags", x_train=x[:64], y_train=y[:64], x_test=x[64:], y_test=y[64:])
+
+
+@pytest.fixture(scope="session")
+def mnist(tmp_path_factory) -> Path:
+    """The 60,000 + 10,000 digits."""
+    if not MNIST.is_dir():
+        pytest.skip(f"there is no {MNIST}: the four idx files of MNIST")
+    folder = tmp_path_factory.mktemp("mnist")
+    assert cli.main(["pack", str(MNIST), str(folder)]) == 0
+    return folder
 
 
 @pytest.fixture

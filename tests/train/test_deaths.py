@@ -127,8 +127,8 @@ def test_where_all_workers_die_the_job_ends_and_goes_on_from_a_checkpoint(going,
     assert resumed.returncode == 0, resumed.stderr
 
 
-def test_where_a_server_dies_the_job_ends(going):
-    program, _ = going(4, "train.epochs=4000", "parallel.servers=2")
+def test_where_a_server_dies_that_has_no_mirror_the_job_ends(going):
+    program, _ = going(4, "train.epochs=4000", "parallel.servers=2", "parallel.mirror=false")
     os.kill(program.pids()[3], signal.SIGKILL)
     ended = program.finish(LIMIT_S)
     program.until_gone(LIMIT_S)

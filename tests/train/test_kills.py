@@ -3,7 +3,6 @@
 When, and whom, is drawn from a printed seed. The test looks on from outside and kills from outside.
 """
 
-import json
 import os
 import random
 import signal
@@ -15,14 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness import machine, versions
 from dpnn import checkpoint
 from dpnn.observe import metrics
+from tests.soak import write_down
 
 ROOT = Path(__file__).parents[2]
 LAUNCHING = ROOT / "tests" / "comm" / "programs" / "launching.py"
 NETWORKS = Path(__file__).parent / "networks.py"
-RESULTS = ROOT / "benchmarks" / "results" / "soak-kills.json"
 SAMPLES, EPOCH, STEPS = 231, 15, 30
 CADENCE = 2
 """Steps from one checkpoint to the next."""
@@ -259,12 +257,5 @@ def test_two_hundred_kills_leave_no_trace(killed_at):
             seed += 1
             kills = killed_at(case, seed)
             rows.append({"case": case, "seed": seed, "kills": kills, "moments": [*map(str, draw(seed))]})
-            write_down(rows)
+            write_down("soak-kills", rows)
     assert sum(row["kills"] for row in rows) == 200
-
-
-def write_down(rows: list[dict]) -> None:
-    """Each row is a run that came out as the undisturbed one."""
-    head = {"benchmark": "soak-kills", "machine": machine(), "versions": versions(("numpy", "mpi4py"))}
-    report = {**head, "kills": sum(row["kills"] for row in rows), "rows": rows}
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")

@@ -7,21 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dpnn import cli
 from dpnn.observe import metrics
 
 ROOT = Path(__file__).parents[2]
-SOURCE = ROOT.parent / "shared" / "data" / "mnist"
 LIMIT, ASYNCHRONOUS_LIMIT = 0.010, 0.012
-
-pytestmark = pytest.mark.skipif(not SOURCE.is_dir(), reason=f"there is no {SOURCE}: the four idx files of MNIST")
-
-
-@pytest.fixture(scope="session")
-def mnist(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("mnist")
-    assert cli.main(["pack", str(SOURCE), str(folder)]) == 0
-    return folder
 
 
 def top1_errors(

@@ -3,6 +3,8 @@
 One copy is the newest; where it is being sent, the next version is written into another.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from dpnn.comm.reduce import blocks
@@ -21,8 +23,18 @@ class Copy:
         """What it is sent in."""
         self.readers = 0
         """How often it is being sent."""
-        self.optimizers: dict[int, Optimizer] = {}
+        self._optimizers: dict[int, tuple[Array, Optimizer]] = {}
         """By the buffer whose gradients they apply to it."""
+
+    def optimizer(
+        self, gradients: Array, make: Callable[[Array, Array, dict[str, Array]], Optimizer], state: dict[str, Array]
+    ) -> Optimizer:
+        """That which applies the gradients in a buffer; it is made once."""
+        buffer, optimizer = self._optimizers.get(id(gradients), (None, None))
+        if buffer is not gradients or optimizer is None:
+            optimizer = make(self.params, gradients, state)
+            self._optimizers[id(gradients)] = gradients, optimizer
+        return optimizer
 
     def update(self, lo: int, hi: int, old: "Copy", optimizer: Optimizer, rate: float, scale: float) -> None:
         """Make of numbers of `old`, which may be this copy, those of the next version."""

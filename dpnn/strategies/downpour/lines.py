@@ -5,14 +5,15 @@ buffer for every worker, they are received before they are announced.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dpnn.comm.faults import poke
-from dpnn.comm.losses import Losses, survives
+from dpnn.comm.losses import Losses, outlives
 from dpnn.strategies.downpour.copies import Copy
 from dpnn.strategies.downpour.protocol import Answer, Array, Kind, Letter, Request, Tag
 
@@ -24,70 +25,77 @@ _STAGED = 4
 
 
 class Client:
-    """What a server knows of a worker."""
+    """What a server knows of a worker as one to talk with."""
 
     def __init__(self, replica: int, rank: int) -> None:
         self.replica, self.rank = replica, rank
         self.letter = Letter(Request)
         self.request = Request(Kind.FETCH)
         """What it wants now."""
-        self.answers = {tag: Letter(Answer) for tag in (Tag.ANSWER, Tag.LEASED)}
+        self.answers = {tag: Letter(Answer) for tag in (Tag.ANSWER, Tag.SAID)}
         self.staged = -1
         """The buffer that its gradients are in."""
-        self.announced = self.arrived = False
-        """Whether it has said so; whether they are."""
-        self.pushes = self.staleness = self.lead = 0
-        """Pushes that were applied; the staleness of the last one; steps, as far as `parallel.lead` counts them."""
+        self.listened = self.announced = self.arrived = False
+        """Whether its next request is awaited; whether it has gradients to push; whether they are there."""
         self.heard, self.spoke = monotonic(), False
         """When it last spoke; whether it ever did."""
-        self.pushed = np.zeros(4)
-        """Steps, samples, loss and bad samples of its pushes."""
-        self.joined = self.left = self.parted = self.lost = False
-        """Whether it takes part; will push no more; will ask for nothing any more; has died, so that neither."""
+        self.parted = self.lost = False
+        """Whether it will ask for nothing any more; has died, so that neither."""
         self.why = ""
         """How it is known to have died."""
 
 
 class Lines:
-    """To the `clients`, over `comm`. Each has pushes of the shape of `params`; `every`: with a buffer for each."""
+    """To the `clients` of a shard, over `comm`. Each has pushes of the shape of `params`; `every`: a buffer for each.
 
-    def __init__(self, comm: "MPI.Comm", clients: Sequence[Client], params: Array, every: bool) -> None:
+    `more`: buffers beside those, for gradients that were applied and are still to be passed on.
+    """
+
+    def __init__(
+        self, comm: "MPI.Comm", shard: int, clients: Sequence[Client], params: Array, every: bool, more: int = 0
+    ) -> None:
         from mpi4py import MPI
 
         self._mpi, self._comm, self._clients, self._params = MPI, comm, clients, params
+        self._tag = {tag: tag.of(shard) for tag in Tag}
         n = len(clients) if every else min(len(clients), _STAGED)
+        self._keeps = n == len(clients)
+        n += more
         self._staged = [np.empty_like(params) for _ in range(n)]
         self._free = list(range(n))
-        self._keeps = n == len(clients)
-        self._listens = [comm.Recv_init(client.letter.bytes, client.rank, Tag.REQUEST) for client in clients]
+        self._listens = [comm.Recv_init(client.letter.bytes, client.rank, self._tag[Tag.REQUEST]) for client in clients]
         self._requests: list[MPI.Request] = [*self._listens, *[MPI.REQUEST_NULL] * n]
         """The next request of every worker, then the gradients for every buffer."""
         self._holders = [-1] * n
         """Whose gradients a buffer is for."""
-        self._announced: deque[int] = deque()
-        """Who has gradients for which there is no buffer yet."""
+        self._wanting: deque[int] = deque()
+        """Who has no buffer for gradients, and has announced some or is to have one before."""
         self._sends: list[tuple[list[MPI.Request], Client, Copy | None]] = []
         """What is being sent, to whom, and of which copy."""
-        self._losses, self.survives = Losses(comm), survives()
+        self._losses, self.survives = Losses(comm), outlives()
         """`survives`: whether the job goes on where a rank of it dies."""
-        self._broken: list[int] = []
-        """To whom the connection has broken."""
+        self._dead: set[int] = set()
+        self.broken: list[Client] = []
+        """To whom the connection has broken, where MPI doesn't tell of deaths."""
         self._farewells: list[MPI.Request] = []
-        self._statuses = [MPI.Status() for _ in self._requests] if self.survives else None
-        self._client_of = {client.rank: client for client in clients}
-        for client, listen in zip(clients, self._listens, strict=True):
-            listen.Start()
-            if self._keeps:
-                self._grant(client)
+        for client in clients:
+            self.listen(client)
+            if self._keeps and not client.lost:
+                self._wanting.append(client.replica)
+        self._grant()
 
-    def gradients(self, client: Client) -> Array:
-        """What the client has pushed."""
-        return self._staged[client.staged]
+    def take(self, client: Client) -> tuple[int, Array]:
+        """What the client has pushed, and the number of its buffer, which is then to be given back by `free`."""
+        buffer = client.staged
+        client.staged, client.announced, client.arrived = -1, False, False
+        if self._keeps:
+            self._wanting.append(client.replica)
+        return buffer, self._staged[buffer]
 
-    def lost(self) -> list[int]:
-        """Ranks that are known to have died since the last call. Where MPI doesn't tell, a silent one may have too."""
-        broken, self._broken = self._broken, []
-        return [*self._losses.new(), *broken]
+    def free(self, buffer: int) -> None:
+        """The gradients in a buffer were used."""
+        self._free.append(buffer)
+        self._grant()
 
     def arrived(self) -> tuple[list[Client], list[Client]]:
         """Whose request has arrived, and whose gradients. A request is to be followed by `listen`."""
@@ -96,60 +104,69 @@ class Lines:
         for place in self._tested():
             if place < len(self._clients):
                 client = self._clients[place]
-                client.request = client.letter.read()
+                client.request, client.listened = client.letter.read(), False
                 asking.append(client)
             else:
                 client = self._clients[self._holders[place - len(self._clients)]]
                 client.arrived = True
                 pushing.append(client)
             client.heard, client.spoke = monotonic(), True
-        while self._announced and self._free:
-            self._grant(self._clients[self._announced.popleft()])
         return asking, pushing
 
     def _tested(self) -> Sequence[int]:
         """The places of the requests that are complete."""
         try:
-            return self._mpi.Request.Testsome(self._requests, self._statuses) or ()
+            return self._mpi.Request.Testsome(self._requests) or ()
         except self._mpi.Exception:
-            if self._statuses is None:
+            if not self.survives:
                 raise
-        # Somebody has died, as `lost` or silence will tell. What is complete is known by its source and tag.
-        places = []
-        for status in self._statuses:
-            client = self._client_of.get(status.source)
-            if client is None or status.error or client.lost:
+        # Somebody has died, as will be told. What the others sent is complete all the same; which, isn't said.
+        self._dead.update(self._losses.new())
+        places = list[int]()
+        for client in self._clients:
+            if client.lost or client.rank in self._dead:
                 continue
-            if status.tag == Tag.REQUEST:
-                places.append(client.replica)
-            elif status.tag == Tag.GRADIENTS:
-                places.append(len(self._clients) + client.staged)
+            with self._breaking(client):
+                if client.listened and self._listens[client.replica].Test():
+                    places.append(client.replica)
+                if client.staged >= 0 and not client.arrived:
+                    place = len(self._clients) + client.staged
+                    if self._requests[place].Test():
+                        places.append(place)
         return places
+
+    @contextmanager
+    def _breaking(self, client: Client) -> Iterator[None]:
+        """An error of MPI in the block, where the job goes on, is that the client has died."""
+        try:
+            yield
+        except self._mpi.Exception:
+            if not self.survives:
+                raise
+            if not self._losses.tells:  # else it will be told
+                self.broken.append(client)
 
     def listen(self, client: Client) -> None:
         """Await the next request of a client."""
         if not client.lost:
+            client.listened = True
             self._listens[client.replica].Start()
 
     def announce(self, client: Client) -> None:
         """A client has gradients to push: receive them as soon as there is a buffer."""
         client.announced = True
-        if client.staged < 0:
-            self._announced.append(client.replica)
+        if client.staged < 0 and not self._keeps:
+            self._wanting.append(client.replica)
+            self._grant()
 
-    def done(self, client: Client) -> None:
-        """The client's gradients were used."""
-        self._free.append(client.staged)
-        client.staged, client.announced, client.arrived = -1, False, False
-        if self._keeps:
-            self._grant(client)
-
-    def _grant(self, client: Client) -> None:
-        """Receive its next gradients."""
-        client.staged = buffer = self._free.pop()
-        self._holders[buffer] = client.replica
-        arrival = self._comm.Irecv(self._staged[buffer], client.rank, Tag.GRADIENTS)
-        self._requests[len(self._clients) + buffer] = arrival
+    def _grant(self) -> None:
+        """Receive gradients of who wants a buffer, as far as there are any."""
+        while self._wanting and self._free:
+            client = self._clients[self._wanting.popleft()]
+            client.staged = buffer = self._free.pop()
+            self._holders[buffer] = client.replica
+            arrival = self._comm.Irecv(self._staged[buffer], client.rank, self._tag[Tag.GRADIENTS])
+            self._requests[len(self._clients) + buffer] = arrival
 
     def send_piece(self, piece: Array, client: Client) -> "MPI.Request":
         """Begin to send some of the parameters."""
@@ -168,13 +185,9 @@ class Lines:
 
     def _begun(self, what: Array | bytearray, client: Client, tag: Tag) -> "MPI.Request":
         """Begin to send."""
-        try:
-            return self._comm.Isend(what, client.rank, tag)
-        except self._mpi.Exception:
-            if not self.survives:
-                raise
-            self._broken.append(client.rank)
-            return self._mpi.REQUEST_NULL
+        with self._breaking(client):
+            return self._comm.Isend(what, client.rank, self._tag[tag])
+        return self._mpi.REQUEST_NULL
 
     def sent(self) -> bool:
         """Forget what has been sent; whether there was any."""
@@ -192,19 +205,15 @@ class Lines:
         return not self._sends
 
     def _are_sent(self, requests: "list[MPI.Request]", client: Client) -> bool:
-        try:
+        with self._breaking(client):
             return self._mpi.Request.Testall(requests)
-        except self._mpi.Exception:
-            if not self.survives:
-                raise
-            self._broken.append(client.rank)
-            return True
+        return True  # to one who has died
 
     def hang_up(self, client: Client) -> None:
         """A client counts as dead, and is told so: receive no more of it, and forget what is being sent to it."""
         client.lost, replica = True, client.replica
-        if replica in self._announced:
-            self._announced.remove(replica)
+        if replica in self._wanting:
+            self._wanting.remove(replica)
         self._cancel(replica)
         if client.staged >= 0:
             if self._cancel(len(self._clients) + client.staged):
@@ -215,6 +224,7 @@ class Lines:
                 self._holders.append(-1)
                 self._requests.append(self._mpi.REQUEST_NULL)
             client.staged, client.announced, client.arrived = -1, False, False
+            self._grant()
         self._farewells.append(self._begun(bytearray(), client, Tag.GONE))
 
     def _cancel(self, place: int) -> bool:

@@ -2,7 +2,9 @@
 
 A worker sends a server requests in an order that the server keeps; with a push come the numbers of the server's shard.
 So who fetches with or after a push finds it applied. A fetch is answered by the shard, in pieces, and an Answer; a
-request for work by an Answer.
+request for work by an Answer. A server tells the mirror of its shard of every change, in their order.
+
+One rank may hold several shards, so each shard has tags of its own.
 """
 
 from collections.abc import Sequence
@@ -34,13 +36,21 @@ class Kind(IntEnum):
     """The run is over: from the replica that speaks for it, to the first server."""
     PART = 5
     """I will ask you for nothing any more."""
+    HELLO = 6
+    """You hold this shard now: which of my pushes do you know of?"""
+    SKIP = 7
+    """A push that is lost on this shard: it counts, but its gradients are gone."""
 
 
 class Tag(IntEnum):
-    """Of a message."""
+    """Of a message about a shard."""
 
-    REQUEST, GRADIENTS, ANSWER, PARAMS, LEASED, LOST, ALIVE, GONE = range(1, 9)
-    """LOST: between servers. ALIVE: a worker's sign of life. GONE: to one who counts as dead."""
+    REQUEST, GRADIENTS, ANSWER, PARAMS, SAID, CHANGE, CHANGED, STATE, ALIVE, GONE = range(10)
+    """ALIVE: a worker's sign of life. GONE: to a worker that counts as dead."""
+
+    def of(self, shard: int) -> int:
+        """This tag, for the messages of a shard, by its number."""
+        return int(self) + shard * len(Tag)
 
 
 class Lease(IntEnum):
@@ -72,6 +82,8 @@ class Request(NamedTuple):
     """Sum over the samples."""
     bad: int = 0
     """Of a push: bad samples that were skipped."""
+    number: int = 0
+    """Of a push: which one of this worker it is, from 1 on. Of who asks for work: leases that it has been given."""
 
 
 class Answer(NamedTuple):
@@ -91,7 +103,7 @@ class Answer(NamedTuple):
     left: int = 0
     """Replicas that have not left."""
     alive: int = 0
-    """How often one has said that it is alive."""
+    """How often one has said that it is busy."""
     staleness: int = 0
     """Of the last push of this worker."""
     discarded: int = 0
@@ -110,9 +122,32 @@ class Answer(NamedTuple):
     written: int = 0
     """Whether the last checkpoint is written; `over`: whether the speaker has said that the run is over."""
     over: int = 0
+    pushes: int = 0
+    """Of this worker, that have arrived."""
 
 
-Record = TypeVar("Record", bound=Request | Answer)
+class Deed(IntEnum):
+    """What changes a shard, beside its parameters: what a server does, and its mirror after it."""
+
+    PUSH, SKIP, GRANT, REST, LEAVE, LOSE, SETTLE, STOP, OVER, WRITTEN, SNAPSHOT = range(11)
+
+
+class Change(NamedTuple):
+    """Of a shard."""
+
+    deed: int
+    replica: int = 0
+    number: int = 0
+    """Of a push, as in its request; so are all below. Of a snapshot: bytes of what comes beside the arrays."""
+    steps: int = 0
+    """Where a loss is settled: all that have arrived of the replica; samples, loss and bad samples likewise."""
+    samples: int = 0
+    base: int = 0
+    loss: float = 0.0
+    bad: int = 0
+
+
+Record = TypeVar("Record", bound=Request | Answer | Change)
 
 
 class Letter(Generic[Record]):

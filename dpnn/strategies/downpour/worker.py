@@ -3,10 +3,12 @@
 Gradients are added up over `n_push` steps and sent off; parameters are asked for every `n_fetch` steps and installed
 `fetch_ahead` steps later; in between the replica takes steps of its own (Dean et al. 2012, algorithm 7.1). It waits for
 parameters that aren't there when they are due, and for a push that hasn't left when the next but one is.
+
+Where a server dies, the replica turns to who holds its shards now, and says again what that one doesn't know.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from time import monotonic, perf_counter, sleep
 from typing import TYPE_CHECKING
@@ -14,14 +16,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dpnn import config
-from dpnn.comm.faults import poke, wait
+from dpnn.comm.faults import poke
 from dpnn.comm.pulse import PULSE
 from dpnn.data import Run
 from dpnn.errors import NotFiniteError, RankError
 from dpnn.optim import Optimizer
-from dpnn.strategies.downpour.life import Life
+from dpnn.strategies.downpour.links import Links
 from dpnn.strategies.downpour.parts import Alone, Note
-from dpnn.strategies.downpour.protocol import Answer, Array, Kind, Lease, Letter, Request, Tag, pieces, shards
+from dpnn.strategies.downpour.protocol import Answer, Array, Kind, Lease, Letter, Request, shards
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -30,24 +32,12 @@ _ASK_AGAIN_S, _ASK_AGAIN_SHARE, _ASK_AGAIN_MOST_S = 0.01, 0.1, 0.5
 """How long who has to wait waits before it asks again: a share of the time that it has waited."""
 
 
-class _Push:
-    """One of two sets of what is being sent: gradients, and for each server a request."""
-
-    def __init__(self, comm: "MPI.Comm", gradients: Array, to: Sequence[tuple[int, int, int]]) -> None:
-        self.gradients = gradients
-        self.requests = [Letter(Request) for _ in to]
-        self.sends: list[MPI.Prequest] = []
-        for request, (server, lo, hi) in zip(self.requests, to, strict=True):
-            self.sends.append(comm.Send_init(request.bytes, server, Tag.REQUEST))
-            self.sends.append(comm.Send_init(gradients[lo:hi], server, Tag.GRADIENTS))
-
-
 class Worker:
     """Fetches and pushes `params` and `grads`, flat arrays, of which the servers behind the workers hold a shard each.
 
     `local` updates `params` by `grads`: plain SGD. `n_trained`: the numbers from there on are running statistics.
-    Where the replica is spread over several `parts`, `held` says of those servers that hold a shard of this one's
-    arrays which numbers [lo, hi) it is, by their ranks in `comm`; what is collective is so over the parts.
+    Where the replica is spread over several `parts`, `held` says of those shards that are of this one's arrays which
+    numbers [lo, hi) they are; what is collective is so over the parts. `mirrored`: whether shards outlive servers.
     """
 
     together = False
@@ -63,10 +53,9 @@ class Worker:
         job: config.Job,
         parts: Alone | None = None,
         held: Mapping[int, tuple[int, int]] | None = None,
+        mirrored: bool = False,
     ) -> None:
-        from mpi4py import MPI
-
-        self._mpi, self._comm, self._options, self._limit_s = MPI, comm, job.parallel, job.parallel.stall_abort_s
+        self._comm, self._options, self._limit_s = comm, job.parallel, job.parallel.stall_abort_s
         self._params, self._grads, self._local, self._n_trained = params, grads, local, n_trained
         self._clips = job.optimizer.clip > 0
         self._parts = parts or Alone()
@@ -82,33 +71,23 @@ class Worker:
         """The replica that speaks for the run; replicas that have died: as all parts knew when one last asked."""
         self.steps = 0
         """Of all replicas, as far as the part that asks for work knew them in the last step."""
-        held = held or dict(enumerate(shards(params.size, comm.size - workers), workers))
-        self._shards = [(server, lo, hi) for server, (lo, hi) in held.items()]
-        servers = len(held)
         options = self._options
         self._in_step = options.n_push == options.n_fetch == 1 and options.fetch_ahead == 0
         """Whether every step waits for parameters that have its last push in them: then nothing has to be copied."""
-        self._sets = [_Push(comm, grads if self._in_step else np.zeros_like(grads), self._shards) for _ in range(2)]
-        self._asks = {kind: [Letter(Request) for _ in range(servers)] for kind in Kind}
-        self._sent: dict[tuple[Kind, int], MPI.Request] = {}
-        """The last request of a kind to a server."""
-        self.life = Life(comm, list(held))
+        self._sets = [grads if self._in_step else np.zeros_like(grads) for _ in range(2)]
+        """From which gradients are sent, in turn."""
         self._fetched = np.empty_like(params) if options.fetch_ahead else params
         """Where parameters arrive. Only those that aren't waited for at once need a place of their own."""
-        self._answers = [Letter(Answer) for _ in range(servers)]
+        held = held or dict(enumerate(shards(params.size, comm.size - workers)))
+        self.links = Links(comm, workers, held, self._fetched, self._sets, mirrored, self._parts, self._limit_s)
         self._leased = Letter(Answer)
-        self._arrivals: list[MPI.Prequest] = []
-        for answer, (server, lo, hi) in zip(self._answers, self._shards, strict=True):
-            shard = self._fetched[lo:hi]
-            self._arrivals.append(comm.Recv_init(answer.bytes, server, Tag.ANSWER))
-            self._arrivals += [comm.Recv_init(shard[a:b], server, Tag.PARAMS) for a, b in pieces(hi - lo)]
         self._coming = False
         """Whether parameters were asked for and have not been installed."""
         self._asked, self._due = -1, 0
         """The steps before which parameters were last asked for, and are installed."""
-        self._versions = self._base = [0] * servers
+        self._versions = self._base = [0] * len(held)
         """Versions of the parameters now, and when the first step of the next push was computed."""
-        self._step = self._pushes = 0
+        self._step = 0
         self._steps, self._samples, self._loss, self._bad = 0, 0, 0.0, 0
         """Of the next push."""
         self._waited = 0.0
@@ -120,8 +99,8 @@ class Worker:
         if self._coming and self._step == self._due:
             self._install()
         if self._fetches():
-            self._expect()
-            self._send(Kind.FETCH, self._shards)
+            self._note_fetch()
+            self.links.fetch(self.asked)
             if self._step == self._due:
                 self._install()
         if self._steps == 0:
@@ -130,7 +109,8 @@ class Worker:
     def open(self, lo: int, hi: int) -> None:
         """Return when nobody reads the gradients of the last step any more."""
         if self._in_step:
-            self._see_off(self._sets[1 - self._pushes % 2])
+            self._see_off(1 - self.links.pushes % 2)
+            self.links.writes(0)
 
     def ready(self, lo: int, hi: int) -> None:
         """They are used in `finish`."""
@@ -154,10 +134,12 @@ class Worker:
         if not math.isfinite(self.loss):
             raise NotFiniteError(f"the loss is {self.loss}")
         scale = self._clip_scale() if self._clips else 1.0
-        push = self._sets[self._pushes % 2]
+        turn = self.links.pushes % 2
         if self._steps == 0:
-            self._see_off(push)
-        self._add(push.gradients, scale)
+            self._see_off(turn)
+            if not self._in_step:
+                self.links.writes(turn)
+        self._add(self._sets[turn], scale)
         if not self._installs_next():
             self._local.apply(0, self._n_trained, self.rate, scale)
         self._steps += 1
@@ -179,8 +161,8 @@ class Worker:
         """
         if self._coming:
             self._install()
-        self._expect()
-        self._send(Kind.FETCH, self._shards)
+        self._note_fetch()
+        self.links.fetch(self.asked)
         self._install()
         self._parts.tell(Note(0.0, self._heard, self.asked, self.known.steps))
         self._hear()
@@ -208,7 +190,7 @@ class Worker:
         if self._steps:
             self._push()
         self.join()  # what is answered now has all pushes of this replica
-        self._send(Kind.LEAVE, self._shards)
+        self.links.tell(Kind.LEAVE, self.asked)
 
     def await_others(self) -> None:
         """Return when all replicas have left. RankError where the others don't go on. Collective."""
@@ -227,21 +209,19 @@ class Worker:
 
         RankError where the servers count it as dead.
         """
-        self.life.tick()
+        self.links.look()
+        self.links.tick()
 
     def end(self) -> None:
         """The run is over, says this replica, which speaks for it."""
         if self._parts.asks:
-            self._send(Kind.OVER, self._shards[:1])
+            self.links.tell(Kind.OVER, self.asked)
 
     def part(self) -> None:
         """Ask the servers for nothing any more, and return when all that was sent has been received."""
-        self._send(Kind.PART, self._shards)
-        signs = self.life.end()
-        for push in self._sets:
-            self._see_off(push)
-        for request in (*self._sent.values(), *signs):
-            self._wait(request.Test, "the servers to hear of this replica")
+        self.links.part()
+        for turn in range(2):
+            self._see_off(turn)
 
     def _ask_until(self, enough: Callable[[Answer], bool]) -> Answer:
         """The first answer that is enough. RankError where the run doesn't go on meanwhile.
@@ -270,28 +250,12 @@ class Worker:
     def _ask(self) -> Answer:
         """What the first server says to who asks for work. Collective over the parts."""
         if self._parts.asks:
-            coming = self._comm.Irecv(self._leased.bytes, self._shards[0][0], Tag.LEASED)
-            self._send(Kind.LEASE, self._shards[:1])
-            self._wait(coming.Test, "the first server to answer")
+            self._leased.bytes[:] = self.links.ask_for_work(self.asked)
         self._parts.share(self._leased.bytes)
         answer = self._leased.read()
+        self.links.leases += answer.lease == Lease.LANE
         self.speaker, self.lost = answer.speaker, answer.lost
         return answer
-
-    def _wait(self, test: Callable[[], object], whom: str) -> None:
-        """As faults.wait; RankError also where another part of this replica has died, whom no server answers."""
-
-        life = self.life
-
-        def tested() -> object:
-            life.unserved = False
-            self._parts.check()
-            life.tick()
-            life.unserved = True
-            return test()
-
-        wait(tested, whom, self._limit_s)
-        life.unserved = False
 
     def _hear(self) -> None:
         """What the parts have told one another: the loss of the replica, and whether it stops."""
@@ -326,53 +290,39 @@ class Worker:
             sums[n:] += self._grads[n:]
 
     def _push(self) -> None:
-        push = self._sets[self._pushes % 2]
-        self._pushes += 1
+        turn = self.links.pushes % 2
         if self._steps > 1:
-            push.gradients[self._n_trained :] /= push.gradients.dtype.type(self._steps)  # the mean, of statistics
+            gradients = self._sets[turn]
+            gradients[self._n_trained :] /= gradients.dtype.type(self._steps)  # the mean, of statistics
         fetches = self._fetches()
-        for request, base in zip(push.requests, self._base, strict=True):
-            numbers = (self._steps, self._samples, fetches, base, self.asked, self._loss, self._bad)
-            request.write(Request(Kind.PUSH, *numbers))
-        with self.life.served():
-            self._mpi.Prequest.Startall(push.sends)
+        numbers = Request(Kind.PUSH, self._steps, self._samples, fetches, 0, self.asked, self._loss, self._bad)
         if fetches:
-            self._expect()
+            self._note_fetch()
+        self.links.push(turn, [numbers._replace(base=base) for base in self._base])
         self._steps, self._samples, self._loss, self._bad = 0, 0, 0.0, 0
 
-    def _see_off(self, push: _Push) -> None:
-        """Return when a push has left, so that it can be written again."""
+    def _see_off(self, turn: int) -> None:
+        """Return when the push from a set has left, so that it can be written again."""
         begin = perf_counter()
-        self._wait(partial(self._mpi.Request.Testall, push.sends), "a server to take a push")
+        self.links.wait(partial(self.links.have_left, turn), "a server to take a push")
         self._waited += perf_counter() - begin
 
     def _fetches(self) -> bool:
         """Whether parameters are asked for before this step, and have not been. The last ones have to be in."""
         return self._step % self._options.n_fetch == 0 and self._asked != self._step and not self._coming
 
-    def _expect(self) -> None:
-        """Receive the parameters that are being asked for."""
-        for arrival in self._arrivals:  # one by one: pieces of a shard are told apart by their order alone
-            arrival.Start()
+    def _note_fetch(self) -> None:
+        """Parameters are being asked for."""
         self._coming, self._asked, self._due = True, self._step, self._step + self._options.fetch_ahead
 
     def _install(self) -> None:
         begin = perf_counter()
-        self._wait(partial(self._mpi.Request.Testall, self._arrivals), "the parameters from the servers")
+        self.links.wait(self.links.have_come, "the parameters from the servers")
         self._waited += perf_counter() - begin
         self._coming = False
         if self._fetched is not self._params:
             np.copyto(self._params, self._fetched)
-        answers = [answer.read() for answer in self._answers]
+        answers = self.links.answers
         self._versions = [answer.version for answer in answers]
         self._heard = self._heard or any(answer.stop for answer in answers)
         self.known = answers[0]
-
-    def _send(self, kind: Kind, to: Sequence[tuple[int, int, int]]) -> None:
-        """A request without numbers behind it."""
-        for letter, (server, _, _) in zip(self._asks[kind], to, strict=False):
-            if (kind, server) in self._sent:  # it was answered: it has long been sent
-                self._wait(self._sent[kind, server].Test, "the servers to hear of this replica")
-            letter.write(Request(kind, stop=self.asked))
-            with self.life.served():
-                self._sent[kind, server] = self._comm.Isend(letter.bytes, server, Tag.REQUEST)

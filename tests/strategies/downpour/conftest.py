@@ -16,10 +16,11 @@ from dpnn.comm.mesh import Mesh
 from dpnn.data import Run
 from dpnn.optim import STATES, Optimizer, Segment, cut
 from dpnn.strategies.downpour.cut import Cut
+from dpnn.strategies.downpour.host import Host
 from dpnn.strategies.downpour.ledger import Ledger
 from dpnn.strategies.downpour.order import Order, Replay
 from dpnn.strategies.downpour.protocol import shards
-from dpnn.strategies.downpour.server import Server
+from dpnn.strategies.downpour.shard import Shard
 from dpnn.strategies.downpour.worker import Worker
 from dpnn.team import Team
 
@@ -86,32 +87,47 @@ def order_of(mesh: Mesh, record: Path | None, replay: Path | None) -> Order:
     return Replay(replay / name) if replay else Order(record / name if record else None)
 
 
-def serve(job, mesh, link, n, ledger, start, every, order, asked) -> SimpleNamespace:
-    """Be a server to the end; what is known of it then."""
-    lo, hi = shards(n, mesh.servers)[mesh.server]
+def shard_of(job, mesh, n, number, ledger=None, start=0.0) -> Shard:
+    """One of a server's, with all numbers alike."""
+    lo, hi = shards(n, mesh.servers)[number]
     params = np.full(hi - lo, start, np.float64)
     state = {name: np.zeros(hi - lo) for name in STATES[job.optimizer.name]}
     segments = cut([Segment(0, n, False, 0.0)], lo, hi)
-    written, ledgers, partings, told = {}, {}, [], []
-    server = Server(
-        link, mesh.replicas, params, state,
-        lambda params, grads, state: Optimizer(job.optimizer, segments, params, grads, Team(1), None, state),
-        lambda step: job.optimizer.lr, job.parallel, order, ledger if mesh.server == 0 else None, asked,
-        partings.append, job.parallel.stall_abort_s,
+
+    def make(params, grads, state):
+        return Optimizer(job.optimizer, segments, params, grads, Team(1), None, state)
+
+    return Shard(params, state, make, lambda step: job.optimizer.lr, job.parallel, mesh.replicas, ledger)
+
+
+class Memory:
+    """Checkpoints that are kept there."""
+
+    def __init__(self) -> None:
+        self.written, self.ledgers = {}, {}
+
+    def write(self, shard, steps, params, state, note) -> None:
+        self.written[steps] = params.copy(), {name: array.copy() for name, array in state.items()}
+
+    def complete(self, steps, leases, note) -> Path:
+        self.ledgers[steps] = leases
+        return Path(str(steps))
+
+
+def serve(job, mesh, link, n, ledger, start, every, order, asked) -> SimpleNamespace:
+    """Be a server to the end; what is known of it then."""
+    own = shard_of(job, mesh, n, mesh.server, ledger if mesh.server == 0 else None, start)
+    memory, told = Memory(), []
+    host = Host(
+        link, mesh.server, [0] * mesh.servers, 1, own, lambda number: shard_of(job, mesh, n, number), job.parallel,
+        order, asked, mirrored=job.parallel.mirror and mesh.servers > 1, fail=pytest.fail,
     )  # fmt: skip
-
-    def write(steps, params, state, ledger, note) -> Path | None:
-        written[steps] = params.copy(), {name: array.copy() for name, array in state.items()}
-        ledgers[steps] = ledger
-        return Path(str(steps)) if mesh.server == 0 else None
-
-    server.run(Cut(server, mesh.crew.comm, write, lambda steps, path: told.append((steps, path)), every).turn)
-    assert told == ([(steps, Path(str(steps))) for steps in written] if mesh.server == 0 else [])
-    assert partings == [server]
+    host.run(Cut(host, mesh.crew.comm, memory, lambda steps, path: told.append((steps, path)), every))
+    assert told == ([(steps, Path(str(steps))) for steps in memory.written] if mesh.server == 0 else [])
     return SimpleNamespace(
-        params=server.params, state=server.state, written=written, ledgers=ledgers, version=server.version,
-        steps=server.steps, samples=server.samples, loss=server.loss, discarded=server.discarded,
-        histogram=np.trim_zeros(server.histogram, "b").tolist(), pushes=[client.pushes for client in server.clients],
+        params=own.params, state=own.state, written=memory.written, ledgers=memory.ledgers, version=own.version,
+        steps=own.steps, samples=own.samples, loss=own.loss, discarded=own.discarded,
+        histogram=np.trim_zeros(own.histogram, "b").tolist(), pushes=[account.pushes for account in own.accounts],
     )  # fmt: skip
 
 

@@ -1,0 +1,95 @@
+"""What docs/faults.md says becomes of a job whose rank is killed, by how it was started: each cell, tried.
+
+Those of whole machines, and of `srun`, are in tests/cluster.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mpi4py import MPI
+
+from dpnn.comm.launch import command
+from dpnn.observe import metrics
+
+pytestmark = [pytest.mark.mpi, pytest.mark.smoke]
+
+PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
+NETWORKS = Path(__file__).parent / "networks.py"
+LIMIT_S = 60
+PLAIN = (f"model.name={NETWORKS}:plain", "optimizer.name=sgd", "train.epochs=100", "train.eval_every=0")
+DOWNPOUR = (
+    *PLAIN, "train.global_batch=0", "train.replica_batch=16", "parallel.strategy=downpour", "parallel.servers=2",
+)  # fmt: skip
+VICTIMS = {
+    "a worker of `downpour`": (4, 1, DOWNPOUR),
+    "a server of `downpour`": (4, 3, DOWNPOUR),
+    "a rank of `allreduce`, `average`": (3, 1, PLAIN),
+}
+"""By column: the number of ranks, the one that is killed, settings."""
+AVERAGE = ("parallel.strategy=average", "parallel.every=4")
+
+
+def library() -> str:
+    """The MPI that this environment loads, as the table names it."""
+    version = MPI.Get_library_version()
+    return "MPICH" if "MPICH" in version else f"Open MPI {version.partition('Open MPI v')[2][0]}"
+
+
+def cell(started: str, mpi: str, column: str) -> str:
+    """What the table says."""
+    rows = [[field.strip() for field in line.strip("|").split("|")] for line in PAGE.read_text().splitlines()
+            if line.startswith("|")]  # fmt: skip
+    head = next(row for row in rows if row[:2] == ["started by", "MPI"])
+    found = [row for row in rows if f"`{started}`" in row[0].split(", ") and row[1] == mpi]
+    assert len(found) == 1, (started, mpi, found)
+    return found[0][head.index(column)]
+
+
+def lines(folder: Path, kind: str) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    return [line for line in metrics.read(path) if line["kind"] == kind] if path.exists() else []
+
+
+@pytest.fixture
+def killed(start_line, job):
+    """killed(started, column) -> what came of a job whose rank was killed after its first steps, as a cell says it."""
+
+    def run(started: str, column: str, *more: str) -> str:
+        ranks, victim, settings = VICTIMS[column]
+        made = job()
+        args = ["train", str(made.path), *(word for setting in (*settings, *more) for word in ("--set", setting))]
+        by_launch = [sys.executable, "-m", *started.split(), "-n", str(ranks), *args]
+        program = start_line(command(ranks, args) if started == "mpirun" else by_launch)
+        end = time.monotonic() + LIMIT_S
+        while not lines(made.out, "step"):
+            assert time.monotonic() < end, program.stderr
+            assert program.process.poll() is None, program.stderr
+            time.sleep(0.02)
+        os.kill(program.pids()[victim], signal.SIGKILL)
+        ended = program.finish(LIMIT_S)
+        program.until_gone(LIMIT_S)
+        ends = lines(made.out, "end")
+        if ends and ends[-1]["exit"] == 0:
+            assert ends[-1]["steps"] == lines(made.out, "start")[0]["total_steps"]
+            assert ended.returncode == 0, ended.stderr
+            return "goes on"
+        return f"ends, {ended.returncode}"
+
+    return run
+
+
+@pytest.mark.parametrize("column", VICTIMS)
+@pytest.mark.parametrize("started", ["dpnn launch", "mpirun"])
+def test_a_job_whose_rank_is_killed_does_what_the_table_says(killed, started, column):
+    assert killed(started, column) == cell(started, library(), column)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("started", ["dpnn launch", "mpirun"])
+def test_so_does_one_that_averages(killed, started):
+    column = "a rank of `allreduce`, `average`"
+    assert killed(started, column, *AVERAGE) == cell(started, library(), column)
