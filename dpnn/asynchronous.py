@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from dpnn.cluster.signals import StopRequest
 from dpnn.comm import library
 from dpnn.comm.faults import deadline, message, tell
-from dpnn.comm.losses import Losses, survives
+from dpnn.comm.losses import Losses, outlives
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.pulse import PULSE
 from dpnn.comm.ranks import Ranks
@@ -50,7 +50,7 @@ def run(world: World, request: StopRequest, start: Start) -> int:
         link = world.comm.Dup()
     if mesh.server is not None:
         return serve(world, mesh, link, request, start, Watchdog(world, parallel, start.folder, folder.event))
-    alone = partial(die_alone, world.rank, mesh.replica, folder) if survives() else None
+    alone = partial(die_alone, world.rank, mesh.replica, folder) if outlives() else None
     watchdog = Watchdog(world, parallel, start.folder, folder.event, alone)
     replica = Replica(world, mesh, link, request, start)
     try:
@@ -60,9 +60,10 @@ def run(world: World, request: StopRequest, start: Start) -> int:
         return code
     except Exception as error:
         foreseen = isinstance(error, DpnnError) and not isinstance(error, RankError)
-        holders = replica.worker.links.holders
+        links = replica.worker.links
+        holders = links.holders
         holders.dead.update(rank - mesh.crew.size for rank in Losses(link).new() if rank >= mesh.crew.size)
-        if alone and not foreseen and not holders.lost:
+        if alone and not foreseen and not holders.lost and not links.unserved:
             alone(error)
         raise
 
@@ -131,7 +132,7 @@ class Replica:
             # have died.
             if start.test_at.whole:
                 self.alone = Evaluator(mesh.model, evaluation, job, Location(start.test_at.folder), *place)
-            if not start.test_at.whole or not survives():
+            if not start.test_at.whole or not outlives():
                 self.together = Evaluator(crew.comm, evaluation, job, start.test_at, *place)
         self.tells = mesh.replica == 0 and self.reads
         """Whether this rank tells of the run: that of the replica which speaks for it."""
@@ -225,7 +226,7 @@ class Replica:
         while held and not worker.stop:
             begin, run = perf_counter(), held[0]
             PULSE.epoch, PULSE.step, PULSE.doing = run.epoch + 1, self._steps() + 1, "reading a batch"
-            batch = loader.next() if loader is not None else no_samples(run.epoch, step)
+            batch = loader.next(worker.tick) if loader is not None else no_samples(run.epoch, step)
             read = perf_counter()
             counts = course.counts(run.lanes.start, step, micro)
             worker.asked, worker.samples = worker.asked or self.request.asked, sum(rows for rows, _ in counts)

@@ -3,6 +3,8 @@
 The script runs one training run in as many pieces as it takes. Some minutes before its time limit Slurm sends SIGUSR1
 to the script, which passes it on; the ranks agree on a step, write a checkpoint and exit with 75; the job is queued
 again and goes on there. Where a site forbids requeueing, a chain of jobs that wait for one another does the same.
+
+What a run came to stands in the `end` line of its metrics: a launcher's code doesn't say it where a rank has died.
 """
 
 import re
@@ -17,6 +19,7 @@ from dpnn import config
 from dpnn.cluster import environment
 from dpnn.cluster.site import Cluster
 from dpnn.comm.launch import DPNN
+from dpnn.comm.losses import LENIENT, PLUGIN
 from dpnn.comm.mesh import replicas_of
 from dpnn.errors import JobError, RankError, Stopped
 
@@ -53,6 +56,8 @@ class Request:
     """Seconds before the time limit at which the run is told to stop."""
     options: tuple[str, ...] = ()
     """More options of sbatch."""
+    survives: bool = False
+    """Whether the ranks go on where one of them, or a node, dies."""
 
     @property
     def source(self) -> str:
@@ -106,6 +111,9 @@ def checked(request: Request, cluster: Cluster, chain: int) -> Request:
     if not request.source:
         return request
     parallel = config.load(request.source, [text.replace("%a", "0") for text in request.overrides]).parallel
+    words = cluster.launcher.split()
+    if parallel.servers and words[0] == "srun" and f"--mpi={PLUGIN}" in words:
+        request = replace(request, survives=True)
     if request.parts > 1:
         return request  # how many ranks the other parts have, only sbatch knows
     replicas_of(request.nodes * request.ranks_per_node, parallel.parts, parallel.servers)
@@ -149,13 +157,22 @@ def script(request: Request, cluster: Cluster) -> str:
             *(environment.unpack(cluster.environment) if cluster.environment else []),
             "",
             "# A signal to the script goes on to the ranks, which stop at the next step with a checkpoint.",
-            """ended() { grep -c '"kind":"end"' "$run/metrics.jsonl" 2>/dev/null; }""",
-            "before=$(ended)",
             *_traps(cluster),
+            'size=$(stat -c %s "$run/metrics.jsonl" 2>/dev/null)',
+            "ended() {  # the exit code in the run's last line of its end",
+            '    tail -c +$((size + 1)) "$run/metrics.jsonl" 2>/dev/null |',
+            """        sed -n 's/^{"kind":"end".*"exit":\\([0-9]*\\).*/\\1/p' | tail -n 1""",
+            "}",
+            *_checkpoints(cluster),
+            *_lenient(request),
             f'{_launcher(request, cluster)} train "$@" & pid=$!',
+            *_sweep(request),
             "while wait $pid; code=$?; kill -0 $pid 2>/dev/null; do :; done  # a trap ends wait early",
             "wait $pid; again=$?; [ $again = 127 ] || code=$again",
-            f'[ $code != 0 ] || [ "$(ended)" != "$before" ] || code={RankError.exit_code}  # srun may call that 0',
+            "end=$(ended)",
+            f"[ $code != 0 ] || code={RankError.exit_code}  # srun may call that 0",
+            "code=${end:-$code}",
+            *(["kill $sweeper 2>/dev/null"] if request.survives else []),
             *(environment.remove() if cluster.environment else []),
             *_again(request, cluster),
             "exit $code",
@@ -204,7 +221,8 @@ def _options(request: Request, cluster: Cluster) -> list[str]:
         "output": "%x-%A_%a.out" if request.array else "%x-%j.out", "open-mode": "append",
     }  # fmt: skip
     own = [f"--{key}={value}" for key, value in values.items() if value]
-    return [*own, "--requeue" if cluster.requeue else "--no-requeue", *cluster.sbatch, *request.options]
+    again = ["--requeue" if cluster.requeue else "--no-requeue", *(["--no-kill"] if request.survives else [])]
+    return [*own, *again, *cluster.sbatch, *request.options]
 
 
 def _cpus(request: Request) -> list[str]:
@@ -265,9 +283,32 @@ def _launcher(request: Request, cluster: Cluster) -> str:
     # Ranks aren't bound to a core: dpnn gives each its share of the node's.
     gpus = " --gpu-bind=none" if request.gpus_per_node else ""
     parts = f" --het-group=0-{request.parts - 1}" if request.parts > 1 else ""
-    return " ".join(
-        filter(None, (f"{cluster.launcher}{parts} --cpu-bind=none{gpus} --kill-on-bad-exit=1", cluster.container, dpnn))
-    )
+    strict = "" if request.survives else " --kill-on-bad-exit=1"
+    srun = f"{cluster.launcher}{parts} --cpu-bind=none{gpus}{strict}"
+    return " ".join(filter(None, (srun, cluster.container, dpnn)))
+
+
+def _lenient(request: Request) -> list[str]:
+    """Make srun leave the others alone where a rank or a node dies."""
+    settings = " ".join(f"{name}={value}" for name, value in LENIENT.items())
+    return [f"export {settings}  # the others go on where a rank dies"] if request.survives else []
+
+
+def _sweep(request: Request) -> list[str]:
+    """End srun where it doesn't end with the run."""
+    if not request.survives:
+        return []
+    return [
+        "# srun waits for nodes that are gone: soon after the end that the run tells of, it is ended.",
+        'until [ "$(ended)" ]; do sleep 2; done && sleep 10 && kill -9 $pid & sweeper=$!',
+    ]
+
+
+def _checkpoints(cluster: Cluster) -> list[str]:
+    """Note where the run stands, to see whether it has got on."""
+    if not cluster.requeue:
+        return []
+    return ['newest() { ls "$run/checkpoints" 2>/dev/null | tail -n 1; }', "before=$(newest)"]
 
 
 def _again(request: Request, cluster: Cluster) -> list[str]:
@@ -275,8 +316,11 @@ def _again(request: Request, cluster: Cluster) -> list[str]:
         return ['echo $code 2>/dev/null > "$run/exit"  # for the later jobs of the chain']
     return [
         "",
-        "# Stopped with a checkpoint, and not because somebody cancelled it: queued again.",
-        f'if [ $code = {Stopped.exit_code} ] && [ ! "$cancelled" ]; then',
+        "# Queued again, unless somebody cancelled it: a run that has stopped with a checkpoint, and one that a rank's",
+        "# death has ended, if it made a checkpoint before, so that it gets on.",
+        f"again=$((code == {Stopped.exit_code}))",
+        f'[ "${{end:-{RankError.exit_code}}}" != {RankError.exit_code} ] || [ "$(newest)" = "$before" ] || again=1',
+        'if [ $again = 1 ] && [ ! "$cancelled" ]; then',
         f'    scontrol requeue "{_number(request)}" ||',
         '        echo "dpnn: not queued again; go on with: dpnn submit --resume $run ..." >&2',
         "fi",

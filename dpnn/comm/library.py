@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
-from dpnn.comm.losses import tolerant
+from dpnn.comm.losses import left_alone, tolerant
 from dpnn.errors import JobError
 
 _LAUNCHERS = (
@@ -54,6 +54,11 @@ def load() -> ModuleType:
         ) from error
     library = version()
     _leave_out_what_is_not_used(library)
+    if left_alone():
+        # MPICH over UCX crashes where it reads from a rank that has died.
+        os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
+        # Libfabric's newer provider "tcp" hangs now and then, where two ranks connect to each other at one time.
+        os.environ.setdefault("FI_PROVIDER", "tcp;ofi_rxm")
     promised = promise(os.environ)
     # MPICH doesn't start alone under Open MPI's mpirun or srun --mpi=pmix, it aborts in MPI_Init: so look before.
     foreign = promised is not None and _aborts_under(promised.launcher, library)
@@ -101,7 +106,7 @@ def _imported() -> ModuleType:
     """
     import mpi4py
 
-    mpi4py.rc.initialize, mpi4py.rc.finalize = False, not tolerant()
+    mpi4py.rc.initialize, mpi4py.rc.finalize = False, not (tolerant() or left_alone())
     from mpi4py import MPI
 
     return MPI

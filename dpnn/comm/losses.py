@@ -1,7 +1,8 @@
 """Ranks that have died, where the others can go on without them.
 
-MPI tells of them where it is fault tolerant: Open MPI 5 under `mpirun --with-ft ulfm`. Elsewhere a launcher ends the
-whole job when a rank dies.
+MPI tells of them where it is fault tolerant: Open MPI 5 under `mpirun --with-ft ulfm`. Any other doesn't: where it runs
+under `srun --mpi=pmi2` that was told to let the others live, who is silent for too long has died, and Downpour goes on.
+Elsewhere a launcher ends the whole job when a rank dies.
 """
 
 import os
@@ -11,6 +12,11 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
+LENIENT = {"SLURM_KILL_BAD_EXIT": "0", "SLURM_NO_KILL": "set", "SLURM_WAIT": "0"}
+"""The environment that makes srun leave the others alone where a rank, or its node, dies. Ranks find it in theirs;
+srun's options, which mean the same, leave no trace there."""
+PLUGIN = "pmi2"
+"""The plugin of srun that leaves them alone too: pmix ends them all."""
 _TOLERANT = "OMPI_MCA_mpi_ft_enable"
 """The environment variable by which that mpirun says so to its ranks."""
 
@@ -33,6 +39,17 @@ def has_died(error: Exception) -> bool:
 
     classes = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED, MPI.ERR_IN_STATUS)
     return survives() and isinstance(error, MPI.Exception) and error.Get_error_class() in classes
+
+
+def left_alone() -> bool:
+    """Whether srun started this rank so that it leaves it alone where another, or its node, dies. Needs no MPI."""
+    lenient = {"SLURM_MPI_TYPE": PLUGIN, **LENIENT}
+    return all(os.environ.get(name) == value for name, value in lenient.items())
+
+
+def outlives() -> bool:
+    """Whether this job can do without a worker that has died: MPI tells of that, or else the worker's silence does."""
+    return survives() or left_alone()
 
 
 class Losses:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NoReturn, Self
 
 from dpnn.comm import library
 from dpnn.comm.alarm import ALARM
-from dpnn.comm.faults import deadline, exit_code, message, started, tell
-from dpnn.comm.losses import survives
+from dpnn.comm.faults import deadline, exit_code, message, poke, started, tell
+from dpnn.comm.losses import left_alone, outlives, survives
 from dpnn.comm.ranks import Ranks
 from dpnn.comm.slots import shared_file
 from dpnn.errors import DpnnError, RankError
@@ -29,6 +29,8 @@ _PATIENCE_S = 5.0
 """How long a rank that is to be ended by another waits before it ends itself."""
 _CLAIM_S = 1.0
 """How long the file system may take to record why the job ends."""
+_LATE_S = 10.0
+"""Where MPI doesn't tell of deaths: how long who comes to the end waits for who hasn't."""
 _READ_S = 0.25
 """How long mpirun has to read the message: Open MPI's forgets what is still in the pipe when a rank aborts."""
 
@@ -165,6 +167,7 @@ class World(Ranks):
                 with suppress(Exception):
                     stream.flush()
             if self.lost or not self._meets():
+                self._see_off()
                 os._exit(0)  # any other code would make the launcher end those who aren't here yet
             self._closed = True
             sys.excepthook, threading.excepthook = self._hooks
@@ -174,14 +177,27 @@ class World(Ranks):
 
     def _meets(self) -> bool:
         """Whether all have come here; False where one has died that the others do without."""
+        if left_alone():
+            self.timeout_s = min(self.timeout_s, _LATE_S)
         try:
             self.meet()
         except RankError:
-            if not survives():
+            if not outlives():
                 raise
-            self.comm.Revoke()  # so that nobody waits for those who know
+            if survives():
+                self.comm.Revoke()  # so that nobody waits for those who know
             return False
         return True
+
+    def _see_off(self) -> None:
+        """Give MPI a moment for what it hasn't passed on yet: it moves only while it is called."""
+        from mpi4py import MPI
+
+        end = time.monotonic() + _READ_S
+        while time.monotonic() < end:
+            with suppress(MPI.Exception):  # of who has died
+                poke(MPI.COMM_WORLD)  # `comm` may be revoked
+            time.sleep(1e-3)
 
     def __enter__(self) -> Self:
         return self

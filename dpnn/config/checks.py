@@ -31,6 +31,7 @@ _NEEDS: dict[str, tuple[str, str | bool]] = {
     "parallel.lead": ("parallel.strategy", "downpour"),
     "parallel.warmup_steps": ("parallel.strategy", "downpour"),
     "parallel.spares": ("parallel.strategy", "downpour"),
+    "parallel.silence_s": ("parallel.strategy", "downpour"),
     "parallel.record": ("parallel.strategy", "downpour"),
     "parallel.mirror": ("parallel.strategy", "downpour"),
     "train.label_smoothing": ("train.loss", "softmax"),

@@ -151,6 +151,8 @@ class Parallel(Table, frozen=True, kw_only=True):
     """Of `downpour`: steps that the first replica takes before the others join."""
     spares: CountOr0 = 0
     """Of `downpour`: replicas that wait until another one dies, and then take its place."""
+    silence_s: Positive = 30.0
+    """Of `downpour`, where a job outlives its ranks: how long a worker says nothing before it counts as dead."""
     record: Switch = False
     """Of `downpour`: write the order of arrival at every server, for `dpnn train --replay`."""
     mirror: Switch = True

@@ -11,7 +11,8 @@ used while two are made. No thread of the loader calls MPI.
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -37,6 +38,7 @@ samples a piece is of about this size, too."""
 _PIECES = {"raw": 2, "encoded": 4}
 """For each thread, of a batch: of encoded samples some take longer than others."""
 _PATIENCE_S = 10.0
+_TICK_S = 1.0
 
 
 class Loader:
@@ -110,11 +112,14 @@ class Loader:
         for thread in self._threads:
             thread.start()
 
-    def next(self) -> Batch:
-        """The next batch, waiting for it. Raises what a thread of the loader raised."""
+    def next(self, tick: Callable[[], object] = lambda: None) -> Batch:
+        """The next batch, waiting for it; meanwhile `tick` is called about once a second.
+
+        Raises what a thread of the loader raised, and what `tick` does.
+        """
         if self._failure is None and not self._ready:
             try:
-                self._ready.extend(self._next_job().batches())
+                self._ready.extend(self._next_job(tick).batches())
             except BaseException as failure:
                 self._failure = failure
         if self._failure is not None:
@@ -149,21 +154,25 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _next_job(self) -> Job:
+    def _next_job(self, tick: Callable[[], object]) -> Job:
         """The next one, once it is done."""
-        until = None if self._limit_s is None else monotonic() + self._limit_s
-        try:
-            job = self._jobs.get(timeout=self._limit_s)
-            if isinstance(job, BaseException):
-                raise job
-            if not job.done.wait(None if until is None else max(until - monotonic(), 0.0)):
-                raise Empty
-        except Empty:
-            self._patience_s = 0.0  # `close` needn't wait for the file system once more
-            raise DataError(
-                f"no batch came from {self._folder} for {self._limit_s:g} s: its file system doesn't answer, or is "
-                "much too slow; try again, or raise parallel.stall_abort_s"
-            ) from None
+        until = math.inf if self._limit_s is None else monotonic() + self._limit_s
+        job: Job | None = None
+        while job is None or not job.done.wait(_TICK_S):
+            if job is None:
+                with suppress(Empty):
+                    came = self._jobs.get(timeout=_TICK_S)
+                    if isinstance(came, BaseException):
+                        raise came
+                    job = came
+                    continue
+            tick()
+            if monotonic() > until:
+                self._patience_s = 0.0  # `close` needn't wait for the file system once more
+                raise DataError(
+                    f"no batch came from {self._folder} for {self._limit_s:g} s: its file system doesn't answer, or is "
+                    "much too slow; try again, or raise parallel.stall_abort_s"
+                )
         if job.failure is not None:
             raise job.failure
         return job

@@ -79,7 +79,35 @@ def test_a_script_starts_a_run_and_then_goes_on_with_it(tmp_path):
     assert words("", 4) == [*common, "my flowers.toml", *sets, "--set", "output.dir=runs/flowers-7"]
     run.mkdir(parents=True)
     (run / "job.toml").touch()
-    assert words('{"kind":"end"}', 0) == [*common, "--resume", "runs/flowers-7", *sets]
+    assert words('{"kind":"end","exit":0}', 0) == [*common, "--resume", "runs/flowers-7", *sets]
+
+
+@pytest.mark.parametrize(
+    ("end", "returned", "checkpoint", "code", "queued"),
+    [
+        (4, 0, True, 4, True),
+        (4, 0, False, 4, False),
+        (None, 137, True, 137, True),
+        (None, 137, False, 137, False),
+        (0, 137, True, 0, False),
+        (5, 0, True, 5, False),
+        (75, 0, False, 75, True),
+    ],
+)
+def test_a_run_is_queued_again_by_its_own_end_and_only_if_it_got_on(tmp_path, end, returned, checkpoint, code, queued):
+    """Whatever its launcher says: that ended with `returned`."""
+    run = tmp_path / "runs" / "flowers-7"
+    (run / "checkpoints" / "step-000000001").mkdir(parents=True)
+    does = [f"mkdir -p {run}/checkpoints/step-000000002"] * checkpoint
+    does += [f'echo \'{{"kind":"end","steps":2,"exit":{end}}}\' >> {run}/metrics.jsonl'] * (end is not None)
+    for name, lines_of in (("dpnn", [*does, f"exit {returned}"]), ("scontrol", [f"touch {tmp_path}/queued"])):
+        (tmp_path / name).write_text("\n".join(["#!/bin/bash", *lines_of, ""]))
+        (tmp_path / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_NAME": "flowers"}
+    env |= {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}
+    (run / "metrics.jsonl").write_text('{"kind":"end","exit":0}\n')  # of an earlier life
+    done = subprocess.run(["bash", JOBS / "gpu.sbatch", "my.toml"], cwd=tmp_path, env=env, timeout=30, check=False)
+    assert (done.returncode, (tmp_path / "queued").exists()) == (code, queued)
 
 
 @pytest.fixture

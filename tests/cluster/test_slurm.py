@@ -110,6 +110,22 @@ def test_servers_are_spread_over_the_nodes(asked, capsys):
     assert "distribution" not in capsys.readouterr().out
 
 
+def test_only_downpour_is_started_so_that_it_outlives_a_node(asked, capsys):
+    site = '[cluster]\nlauncher = "srun --mpi=pmi2"'
+    downpour = ["parallel.strategy=downpour", "parallel.servers=1"]
+    downpour += ["train.global_batch=0", "train.replica_batch=8", "optimizer.momentum=0"]
+    assert asked("--dry-run", *(word for setting in downpour for word in ("--set", setting)), site=site) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --no-kill\n" in script
+    assert "\nexport SLURM_KILL_BAD_EXIT=0 SLURM_NO_KILL=set SLURM_WAIT=0" in script
+    assert "--kill-on-bad-exit" not in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    assert asked("--dry-run", site=site) == 0
+    script = capsys.readouterr().out
+    assert "--no-kill" not in script
+    assert "--kill-on-bad-exit=1" in script
+
+
 def test_each_task_of_an_array_has_a_run_of_its_own(asked, capsys):
     assert asked("--array", "0-3", "--set", "seed=%a", "--dry-run") == 0
     script = capsys.readouterr().out

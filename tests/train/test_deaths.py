@@ -102,7 +102,7 @@ def test_a_spare_that_nobody_needs_ends_with_the_others(going):
 
 def test_a_worker_that_is_stopped_for_ever_counts_as_dead(going):
     """And doesn't keep the job from ending."""
-    program, folder = going(4, "train.epochs=60", "parallel.servers=1", "parallel.stall_abort_s=4")
+    program, folder = going(4, "train.epochs=60", "parallel.servers=1", "parallel.silence_s=4")
     os.kill(program.pids()[1], signal.SIGSTOP)
     ended = program.finish(2 * LIMIT_S)
     program.until_gone(LIMIT_S)

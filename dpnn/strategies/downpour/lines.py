@@ -5,14 +5,15 @@ buffer for every worker, they are received before they are announced.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dpnn.comm.faults import poke
-from dpnn.comm.losses import Losses
+from dpnn.comm.losses import Losses, outlives
 from dpnn.strategies.downpour.copies import Copy
 from dpnn.strategies.downpour.protocol import Answer, Array, Kind, Letter, Request, Tag
 
@@ -29,15 +30,15 @@ class Client:
     def __init__(self, replica: int, rank: int) -> None:
         self.replica, self.rank = replica, rank
         self.letter = Letter(Request)
-        self.request = Request(Kind.ALIVE)
+        self.request = Request(Kind.FETCH)
         """What it wants now."""
         self.answers = {tag: Letter(Answer) for tag in (Tag.ANSWER, Tag.SAID)}
         self.staged = -1
         """The buffer that its gradients are in."""
         self.listened = self.announced = self.arrived = False
         """Whether its next request is awaited; whether it has gradients to push; whether they are there."""
-        self.heard = monotonic()
-        """When it last spoke."""
+        self.heard, self.spoke = monotonic(), False
+        """When it last spoke; whether it ever did."""
         self.parted = self.lost = False
         """Whether it will ask for nothing any more; has died, so that neither."""
         self.why = ""
@@ -71,8 +72,12 @@ class Lines:
         """Who has no buffer for gradients, and has announced some or is to have one before."""
         self._sends: list[tuple[list[MPI.Request], Client, Copy | None]] = []
         """What is being sent, to whom, and of which copy."""
-        self._losses = Losses(comm)
+        self._losses, self.survives = Losses(comm), outlives()
+        """`survives`: whether the job goes on where a rank of it dies."""
         self._dead: set[int] = set()
+        self.broken: list[Client] = []
+        """To whom the connection has broken, where MPI doesn't tell of deaths."""
+        self._farewells: list[MPI.Request] = []
         for client in clients:
             self.listen(client)
             if self._keeps and not client.lost:
@@ -92,11 +97,6 @@ class Lines:
         self._free.append(buffer)
         self._grant()
 
-    @property
-    def survives(self) -> bool:
-        """Whether the job goes on where a rank of it dies."""
-        return self._losses.tells
-
     def arrived(self) -> tuple[list[Client], list[Client]]:
         """Whose request has arrived, and whose gradients. A request is to be followed by `listen`."""
         poke(self._comm)  # MPI moves; a Testsome that finds something doesn't look for more
@@ -110,7 +110,7 @@ class Lines:
                 client = self._clients[self._holders[place - len(self._clients)]]
                 client.arrived = True
                 pushing.append(client)
-            client.heard = monotonic()
+            client.heard, client.spoke = monotonic(), True
         return asking, pushing
 
     def _tested(self) -> Sequence[int]:
@@ -118,7 +118,7 @@ class Lines:
         try:
             return self._mpi.Request.Testsome(self._requests) or ()
         except self._mpi.Exception:
-            if not self._losses.tells:
+            if not self.survives:
                 raise
         # Somebody has died, as will be told. What the others sent is complete all the same; which, isn't said.
         self._dead.update(self._losses.new())
@@ -126,13 +126,25 @@ class Lines:
         for client in self._clients:
             if client.lost or client.rank in self._dead:
                 continue
-            if client.listened and self._listens[client.replica].Test():
-                places.append(client.replica)
-            if client.staged >= 0 and not client.arrived:
-                place = len(self._clients) + client.staged
-                if self._requests[place].Test():
-                    places.append(place)
+            with self._breaking(client):
+                if client.listened and self._listens[client.replica].Test():
+                    places.append(client.replica)
+                if client.staged >= 0 and not client.arrived:
+                    place = len(self._clients) + client.staged
+                    if self._requests[place].Test():
+                        places.append(place)
         return places
+
+    @contextmanager
+    def _breaking(self, client: Client) -> Iterator[None]:
+        """An error of MPI in the block, where the job goes on, is that the client has died."""
+        try:
+            yield
+        except self._mpi.Exception:
+            if not self.survives:
+                raise
+            if not self._losses.tells:  # else it will be told
+                self.broken.append(client)
 
     def listen(self, client: Client) -> None:
         """Await the next request of a client."""
@@ -158,7 +170,7 @@ class Lines:
 
     def send_piece(self, piece: Array, client: Client) -> "MPI.Request":
         """Begin to send some of the parameters."""
-        return self._comm.Isend(piece, client.rank, self._tag[Tag.PARAMS])
+        return self._begun(piece, client, Tag.PARAMS)
 
     def sending(self, requests: "list[MPI.Request]", client: Client, copy: Copy) -> None:
         """A copy is being sent, and isn't written before it has been."""
@@ -169,13 +181,19 @@ class Lines:
         """Send an answer."""
         letter = client.answers[tag]
         letter.write(answer)
-        self._sends.append(([self._comm.Isend(letter.bytes, client.rank, self._tag[tag])], client, None))
+        self._sends.append(([self._begun(letter.bytes, client, tag)], client, None))
+
+    def _begun(self, what: Array | bytearray, client: Client, tag: Tag) -> "MPI.Request":
+        """Begin to send."""
+        with self._breaking(client):
+            return self._comm.Isend(what, client.rank, self._tag[tag])
+        return self._mpi.REQUEST_NULL
 
     def sent(self) -> bool:
         """Forget what has been sent; whether there was any."""
         sends, self._sends = self._sends, []
         for requests, client, copy in sends:
-            if not client.lost and not self._are_sent(requests):
+            if not client.lost and not self._are_sent(requests, client):
                 self._sends.append((requests, client, copy))
             elif copy:
                 copy.readers -= 1
@@ -186,16 +204,13 @@ class Lines:
         """Whether nothing is being sent."""
         return not self._sends
 
-    def _are_sent(self, requests: "list[MPI.Request]") -> bool:
-        try:
+    def _are_sent(self, requests: "list[MPI.Request]", client: Client) -> bool:
+        with self._breaking(client):
             return self._mpi.Request.Testall(requests)
-        except self._mpi.Exception:
-            if not self._losses.tells:
-                raise
-            return True  # to one who has died, as `lost` will tell
+        return True  # to one who has died
 
     def hang_up(self, client: Client) -> None:
-        """A client has died: receive no more of it, and forget what is being sent to it."""
+        """A client counts as dead, and is told so: receive no more of it, and forget what is being sent to it."""
         client.lost, replica = True, client.replica
         if replica in self._wanting:
             self._wanting.remove(replica)
@@ -210,6 +225,7 @@ class Lines:
                 self._requests.append(self._mpi.REQUEST_NULL)
             client.staged, client.announced, client.arrived = -1, False, False
             self._grant()
+        self._farewells.append(self._begun(bytearray(), client, Tag.GONE))
 
     def _cancel(self, place: int) -> bool:
         """End a request; whether MPI is done with its memory."""

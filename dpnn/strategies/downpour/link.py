@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from dpnn.comm.losses import has_died
+from dpnn.comm.losses import has_died, left_alone
 from dpnn.strategies.downpour.protocol import Answer, Array, Letter, Request, Tag, pieces
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class Link:
         self.coming = False
         """Whether parameters were asked for that haven't arrived."""
         self._hears: MPI.Request = MPI.REQUEST_NULL
+        self._sign: MPI.Request = MPI.REQUEST_NULL
+        """The last sign of life."""
         self.connect(rank)
 
     def connect(self, rank: int) -> None:
@@ -50,7 +52,7 @@ class Link:
             request = comm.Send_init(letter.bytes, rank, tag[Tag.REQUEST])
             self._pushes.append([request, comm.Send_init(gradients, rank, tag[Tag.GRADIENTS])])
         self._asks: list[tuple[MPI.Request, Letter[Request]]] = []
-        self._hears = mpi.REQUEST_NULL
+        self._hears = self._sign = mpi.REQUEST_NULL
 
     def hang_up(self) -> None:
         """Who holds the shard has died: nothing more arrives from it."""
@@ -116,6 +118,19 @@ class Link:
         """Whether it was said."""
         return self._tested([self._hears])
 
+    def live(self) -> bool:
+        """Give a sign of life; False where this rank counts as dead all the same."""
+        gone = False
+
+        def sign() -> None:
+            nonlocal gone
+            gone = self._comm.Iprobe(self.rank, self._tag[Tag.GONE])
+            if self._sign.Test():
+                self._sign = self._comm.Isend(bytearray(), self.rank, self._tag[Tag.ALIVE])
+
+        self._tried(sign)
+        return not gone
+
     @property
     def silent(self) -> bool:
         """Whether all that was asked has been sent."""
@@ -137,6 +152,6 @@ class Link:
         try:
             call()
         except self._mpi.Exception as error:
-            if not has_died(error):
+            if not (has_died(error) or left_alone()):
                 raise
             self.dead = True

@@ -6,6 +6,7 @@ answered is asked again. A push has a number, so none is applied twice.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from dpnn.comm.faults import wait
@@ -18,6 +19,8 @@ from dpnn.strategies.downpour.protocol import Answer, Array, Kind, Request
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+_TICK_S = 1.0
 
 
 class Links:
@@ -43,6 +46,8 @@ class Links:
         self._sets = sets
         self._holds = [0] * len(sets)
         """The push that a set has, counted from 1; 0: it is written to."""
+        self.unserved, self._ticked = False, 0.0
+        """`unserved`: whether this rank waits for a server, to the end where that is in vain."""
         self.pushes = self.leases = 0
         """Pushes that were sent; leases that were given."""
         self._asks = self._left = self._over = self._parted = False
@@ -57,16 +62,31 @@ class Links:
         """
 
         def tested() -> object:
+            self.unserved = False
             self._parts.check()
             self.look()
+            self.tick()
+            self.unserved = True
             return test()
 
         wait(tested, whom, self._limit_s)
+        self.unserved = False
+
+    def tick(self) -> None:
+        """Give a sign of life, if it is time. RankError where this rank counts as dead all the same."""
+        now = monotonic()
+        if now - self._ticked < _TICK_S or self._parted:
+            return
+        self._ticked = now
+        if not all(link.live() for link in self._all):
+            raise RankError("the servers count this rank as dead, since it said nothing for parallel.silence_s")
 
     def look(self) -> None:
         """See which servers have died, and turn to those that hold their shards now."""
         dead = [rank - self._workers for rank in self._losses.new() if rank >= self._workers]
-        if not dead:
+        if not self._losses.tells:
+            dead = [link.rank - self._workers for link in self._all if link.dead]
+        if self.holders.dead.issuperset(dead):
             return
         self.holders.dead.update(dead)
         for link in self._all:

@@ -34,20 +34,19 @@ class Kind(IntEnum):
     """I have pushed all that I will push."""
     OVER = 4
     """The run is over: from the replica that speaks for it, to the first server."""
-    ALIVE = 5
-    """I am busy with something else."""
-    PART = 6
+    PART = 5
     """I will ask you for nothing any more."""
-    HELLO = 7
+    HELLO = 6
     """You hold this shard now: which of my pushes do you know of?"""
-    SKIP = 8
+    SKIP = 7
     """A push that is lost on this shard: it counts, but its gradients are gone."""
 
 
 class Tag(IntEnum):
     """Of a message about a shard."""
 
-    REQUEST, GRADIENTS, ANSWER, PARAMS, SAID, CHANGE, CHANGED, STATE = range(8)
+    REQUEST, GRADIENTS, ANSWER, PARAMS, SAID, CHANGE, CHANGED, STATE, ALIVE, GONE = range(10)
+    """ALIVE: a worker's sign of life. GONE: to a worker that counts as dead."""
 
     def of(self, shard: int) -> int:
         """This tag, for the messages of a shard, by its number."""

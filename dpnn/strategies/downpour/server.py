@@ -7,7 +7,6 @@ A worker that dies is taken off at once. What it had leased goes to others when 
 arrived (cut.py): so nothing is applied twice, and of the pushes that were on their way some shards may have none.
 """
 
-import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -22,13 +21,11 @@ from dpnn.strategies.downpour.lines import Client, Lines
 from dpnn.strategies.downpour.mirror import Mirror
 from dpnn.strategies.downpour.order import Order
 from dpnn.strategies.downpour.protocol import Answer, Array, Change, Deed, Kind, Lease, Request, Tag
+from dpnn.strategies.downpour.roll import Roll
 from dpnn.strategies.downpour.shard import Shard
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-_LOOK_S = 1.0
-"""How often the first server looks for workers that are silent."""
 
 
 class Server:
@@ -63,7 +60,8 @@ class Server:
         """Who is too far ahead of the slowest to be answered."""
         self.frozen = self.parting = False
         """Whether no push is applied for a moment; whether a worker has parted: the run is over."""
-        self._look_again, self._alive = 0.0, 0
+        silence_s = min(options.silence_s, self.limit_s / 2)
+        self._roll, self._alive = Roll(comm, number, self.clients, silence_s, self.limit_s), 0
         self.mirror: Mirror | None = None
         self.over: Callable[[], bool] = lambda: shard.over
         """Whether the run is over, as this rank knows."""
@@ -76,9 +74,9 @@ class Server:
 
     def turn(self) -> bool:
         """Do what there is to do; whether there was anything."""
-        self._lose_silent()
+        alive = self._look()
         passed = self.mirror is not None and self.mirror.turn()
-        return self._hear() | self._lines.sent() | self._serve() | passed
+        return alive | self._hear() | self._lines.sent() | self._serve() | passed
 
     def do(self, change: Change, then: Callable[[], object] = lambda: None) -> None:
         """Change the shard; `then` is called once the mirror knows."""
@@ -135,18 +133,16 @@ class Server:
         if self.shard.speaker is None and not self.shard.written:
             raise RankError("all workers have died; go on from the last checkpoint with --resume")
 
-    def _lose_silent(self) -> None:
-        """Whoever should speak and doesn't, counts as dead. So says the first server, which looks now and then."""
-        now = time.monotonic()
-        if self.shard.ledger is None or now < self._look_again or not self._lines.survives:
-            return
-        self._look_again = now + _LOOK_S
-        waiting = {*self._ready, *self._too_far}
-        for client in self.clients:
-            if client.lost or client.parted or client.announced or client.replica in waiting:
-                continue
-            if now - client.heard > self.limit_s:
-                self.lose(client.replica, f"it said nothing for {self.limit_s:g} s")
+    def _look(self) -> bool:
+        """Now and then see who is alive; whether anybody is. Who is silent counts as dead, as the first server says."""
+        alive, silent = self._roll.call()
+        self._alive += alive
+        while self._lines.broken:
+            self.lose(self._lines.broken.pop().replica)
+        if self.shard.ledger is not None and self._lines.survives:
+            for client, limit_s in silent:
+                self.lose(client.replica, f"it said nothing for {limit_s:g} s")
+        return alive > 0
 
     def note_written(self) -> None:
         """The last checkpoint is written."""
@@ -195,12 +191,11 @@ class Server:
 
     def _note(self, client: Client, kind: int) -> None:
         match kind:
-            case Kind.ALIVE:
-                self._alive += 1
             case Kind.LEASE | Kind.HELLO:  # it asks whether the others have left, or what is known of itself
                 self._answer(client, Tag.SAID)
             case Kind.PART:
                 client.parted = self.parting = True
+                self._roll.hears(client)  # said before that
                 self._answer(client, Tag.SAID)
             case Kind.OVER:
                 self.do(Change(Deed.OVER))

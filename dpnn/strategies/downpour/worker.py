@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 _ASK_AGAIN_S, _ASK_AGAIN_SHARE, _ASK_AGAIN_MOST_S = 0.01, 0.1, 0.5
 """How long who has to wait waits before it asks again: a share of the time that it has waited."""
-_TICK_S = 1.0
 
 
 class Worker:
@@ -91,7 +90,7 @@ class Worker:
         self._step = 0
         self._steps, self._samples, self._loss, self._bad = 0, 0, 0.0, 0
         """Of the next push."""
-        self._waited = self._ticked = 0.0
+        self._waited = 0.0
 
     # What the executor calls.
 
@@ -206,11 +205,12 @@ class Worker:
         self._ask_until(lambda answer: bool(answer.written))
 
     def tick(self) -> None:
-        """This replica is alive, though it asks for nothing: to be called now and then while it is."""
-        if monotonic() - self._ticked > _TICK_S:
-            self._ticked = monotonic()
-            self.links.look()
-            self.links.tell(Kind.ALIVE, self.asked)
+        """This replica is alive, though it asks for nothing: to be called now and then while it is.
+
+        RankError where the servers count it as dead.
+        """
+        self.links.look()
+        self.links.tick()
 
     def end(self) -> None:
         """The run is over, says this replica, which speaks for it."""

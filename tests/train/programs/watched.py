@@ -27,8 +27,8 @@ STATE = {"batches": 0}
 next_batch = Loader.next
 
 
-def watched_next(loader: Loader) -> Batch:
-    batch = next_batch(loader)
+def watched_next(loader: Loader, *tick) -> Batch:
+    batch = next_batch(loader, *tick)
     if loader.sampler.shuffle:  # evaluation doesn't
         if "SEEN" in os.environ:
             note(batch)
