@@ -4,13 +4,17 @@ Measured once, when a run starts: every replica computes a few steps over as man
 all at the same time, since what they share (memory, caches) is part of their speed.
 """
 
+from collections.abc import Callable
+from itertools import pairwise
 from time import perf_counter
 
 import numpy as np
 
+from dpnn import config
 from dpnn.comm.faults import wait
 from dpnn.comm.mesh import Mesh
-from dpnn.data import Batch, no_samples
+from dpnn.comm.ranks import Ranks
+from dpnn.data import Batch, Sampler, no_samples
 from dpnn.evaluate import Array, Model
 from dpnn.plan import Strategy, Sum
 
@@ -60,3 +64,19 @@ def deal(found: Array, lanes: int) -> list[int]:
     for i in range(1, replicas + 1):
         cuts[i] = min(max(cuts[i], cuts[i - 1] + 1), lanes - (replicas - i))
     return cuts
+
+
+def runs(
+    world: Ranks, mesh: Mesh, trial: Callable[[], Model], sampler: Sampler, options: config.Parallel,
+    choices: dict[str, str],
+) -> list[range]:  # fmt: skip
+    """The lanes of each replica by their speeds: as the run chose before, else measured with a `trial`, and kept.
+
+    Collective over the world.
+    """
+    question = f"lanes {mesh.replicas}x{mesh.parts}"
+    if question not in choices:
+        rows = sampler.max_micro_rows(mesh.replicas, options.microbatches)
+        cuts = deal(speeds(mesh, trial(), rows, options.stall_abort_s), sampler.lanes)
+        choices[question] = world.first(lambda: " ".join(map(str, cuts)))
+    return [range(lo, hi) for lo, hi in pairwise(map(int, choices[question].split()))]

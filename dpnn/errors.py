@@ -27,6 +27,10 @@ class RankError(DpnnError):
     exit_code = 4
 
 
+class RankLost(RankError):
+    """A rank has died that the others can do without."""
+
+
 class NotFiniteError(DpnnError):
     """The loss, or a parameter, is no longer a finite number."""
 

@@ -194,6 +194,13 @@ def check_devices(ranks: Ranks, names: Sequence[str]) -> None:
     ranks.agree(JobError(told) if any(names) and not names[ranks.rank] else None)
 
 
+def check_host(ranks: Ranks, names: Sequence[str]) -> None:
+    """JobError, on all of `ranks`, where one computes on a device, whose memory is lost with it. `names`: of all."""
+    device = next(filter(None, names), "")
+    told = f"computes on {device}: only on CPUs do the others go on where a rank dies; leave out --with-faults"
+    ranks.agree(JobError(told) if names[ranks.rank] else None)
+
+
 def segments_of(pieces: Sequence[Piece]) -> tuple[Segment, ...]:
     """How the numbers of a network are updated."""
     return merge(Segment(piece.offset, piece.end, piece.spec.decay, piece.spec.statistic) for piece in pieces)

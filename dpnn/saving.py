@@ -8,7 +8,7 @@ replica has several parts, each writes its own file, and the first one makes a c
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,15 @@ _LEAST = 1 << 20
 """Numbers of an array that are worth a thread."""
 
 
+class Writing(NamedTuple):
+    """A checkpoint on its way."""
+
+    steps: int
+    work: Background[Path | None]
+    give_up: Callable[[], object]
+    """Its other parts won't come."""
+
+
 class Saver:
     """Writes checkpoints of the first replica, one at a time; on ranks of others nothing is to be done."""
 
@@ -37,17 +46,18 @@ class Saver:
         keep: int,
         limit_s: float,
         tell: Callable[[int, Path], object],
+        writing: Writing | None = None,
     ) -> None:
         """Collective. `state`: what the optimizer keeps, by name, laid out as the parameters of `store`.
 
         `tell(steps, path)` is called on the first rank, in its main thread, of each checkpoint that is complete.
-        `limit_s`: how long the writing may stand still.
+        `limit_s`: how long the writing may stand still. `writing`: what another saver of this rank has begun.
         """
         self._folder, self._mesh, self._store, self._keep, self._limit_s = folder, mesh, store, keep, limit_s
         self._tell, self._team = tell, team
         self._parts = InParts(folder, mesh.parts, mesh.crew.first(checkpoint.new_mark))
-        self._steps = 0
-        self._writing: Background[Path | None] | None = None
+        self.writing = writing
+        """On its way, and not told of."""
         if mesh.replica == 0:
             flats = [store.params, *state.values()]
             copies = [np.empty_like(flat) for flat in flats]
@@ -70,14 +80,9 @@ class Saver:
         if self._mesh.replica != 0:
             return
         self._team.run(self._copying)
-        self._steps = place[2]
-        what = f"the checkpoint after step {self._steps} in {self._folder}"
-        self._writing = Background(what, lambda note: self._write(place, info, note), self._limit_s)
-
-    @property
-    def busy(self) -> bool:
-        """Whether a checkpoint is on its way that wasn't told of."""
-        return self._writing is not None
+        what = f"the checkpoint after step {place[2]} in {self._folder}"
+        work = Background(what, lambda note: self._write(place, info, note), self._limit_s)
+        self.writing = Writing(place[2], work, self._parts.give_up)
 
     def look(self) -> None:
         """Tell of a checkpoint that is complete by now.
@@ -85,11 +90,11 @@ class Saver:
         DataError where the folder or the disk doesn't take it, NotFiniteError where a number isn't finite, RankError
         where nothing moves: in the step after that happened, or later.
         """
-        if self._writing is not None and self._writing.done():
-            path = self._writing.result()
-            self._writing = None
+        if self.writing is not None and self.writing.work.done():
+            steps, path = self.writing.steps, self.writing.work.result()
+            self.writing = None
             if path is not None:
-                self._tell(self._steps, path)
+                self._tell(steps, path)
 
     def finish(self) -> None:
         """Return when the last checkpoint is complete, on all ranks. Collective; errors as `look`.
@@ -101,9 +106,9 @@ class Saver:
 
     def _goes_on(self) -> bool:
         """Whether a checkpoint is still being written, and has got on for some time."""
-        if self._writing is not None and not self._writing.goes_on():
+        if self.writing is not None and not self.writing.work.goes_on():
             self.look()
-        return self.busy
+        return self.writing is not None
 
     def _write(self, place: tuple[int, int, int], info: dict[str, Any], note: Note) -> Path | None:
         """In a thread: write what was copied; the checkpoint's path, where it is whole."""

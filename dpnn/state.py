@@ -1,18 +1,22 @@
 """A run's arrays between its ranks and its checkpoints: each part of a network brings its own pieces."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from dpnn import checkpoint
 from dpnn.checkpoint import Contents, Slice
 from dpnn.comm.background import Background
+from dpnn.comm.mesh import Mesh
 from dpnn.comm.ranks import Ranks
+from dpnn.comm.share import share
 from dpnn.errors import DataError, JobError
 from dpnn.nn import Graph
-from dpnn.plan import Piece
+from dpnn.plan import Piece, Store
 
 Array = NDArray[Any]
 
@@ -56,6 +60,76 @@ def load(ranks: Ranks, found: Contents, slices: Mapping[str, Sequence[Slice]]) -
         checkpoint.verify(found, crcs, slices.keys())
     except DataError as error:
         raise DamagedError(found.path, str(error)) from error
+
+
+class Origin(Protocol):
+    """Where the parameters of a run, and what its optimizer keeps, come from."""
+
+    def fill(self, ranks: Ranks, mesh: Mesh, store: Store, flats: Mapping[str, Array]) -> Iterable[str]:
+        """Fill the arrays of the first replica; the names of those that are to be shared with the others.
+
+        `flats`: the parameters of `store` (""), and by name what the optimizer keeps, all 0. Collective over `ranks`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Parameters are drawn."""
+
+    seed: int
+
+    def fill(self, ranks: Ranks, mesh: Mesh, store: Store, flats: Mapping[str, Array]) -> Iterable[str]:
+        if mesh.replica == 0:
+            store.draw(self.seed)
+        return [""]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """All are in a checkpoint. DamagedError, on all, where that is."""
+
+    found: Contents
+
+    def fill(self, ranks: Ranks, mesh: Mesh, store: Store, flats: Mapping[str, Array]) -> Iterable[str]:
+        pieces = store.pieces if mesh.replica == 0 else ()
+        load(ranks, self.found, {name: sliced(pieces, flat) for name, flat in flats.items()})
+        return flats
+
+
+@dataclass(frozen=True)
+class Held:
+    """The ranks of the first replica have them in arrays like those to be filled."""
+
+    arrays: Mapping[str, Array]
+
+    def fill(self, ranks: Ranks, mesh: Mesh, store: Store, flats: Mapping[str, Array]) -> Iterable[str]:
+        for name, array in self.arrays.items():
+            np.copyto(flats[name], array)
+        return flats
+
+
+@dataclass(frozen=True)
+class Own:
+    """Each replica has its own, in arrays like those to be filled; some take those of another replica, which is ahead.
+
+    `ahead`: that one; None: there is none. `behind`: whether this replica takes them. `state`: parallel.state of the
+    job, which says whether what the optimizer keeps is each replica's own.
+    """
+
+    arrays: Mapping[str, Array]
+    ahead: int | None
+    behind: bool
+    state: str
+
+    def fill(self, ranks: Ranks, mesh: Mesh, store: Store, flats: Mapping[str, Array]) -> Iterable[str]:
+        for name, array in self.arrays.items():
+            np.copyto(flats[name], array)
+        if self.ahead is not None:
+            for name in flats if self.state != "keep" else [""]:
+                takes = self.behind or mesh.replica == self.ahead
+                share(mesh.data, flats[name] if takes else flats[name].copy(), ranks.timeout_s, self.ahead)
+        return []
 
 
 def check_network(found: Contents, graph: Graph, states: Sequence[str]) -> None:

@@ -8,30 +8,28 @@ be wrong is found while building.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import asdict
 from dataclasses import replace as changed
 from functools import partial
-from itertools import pairwise
 from time import perf_counter
 
 from msgspec.structs import replace
 
 from dpnn import models
-from dpnn.balance import deal, speeds
+from dpnn.balance import runs
 from dpnn.cluster.signals import StopRequest
 from dpnn.comm import library
 from dpnn.comm.grains import stack_places
 from dpnn.comm.lifted import devices_of
+from dpnn.comm.losses import survives
 from dpnn.comm.mesh import Mesh, replicas_of
 from dpnn.comm.node import Node
 from dpnn.comm.pulse import PULSE
-from dpnn.comm.reduce import BucketReducer, measured_bucket
-from dpnn.comm.watchdog import Watchdog
+from dpnn.comm.reduce import BucketReducer, measured_bucket, most_updates
 from dpnn.comm.world import World
-from dpnn.data import Loader, Sampler, Skipped, no_samples
+from dpnn.data import Batch, Loader, Sampler, Skipped, no_samples
 from dpnn.errors import NotFiniteError, Stopped
-from dpnn.evaluate import Evaluator, Model, check_alike, check_devices, segments_of
+from dpnn.evaluate import Evaluator, Model, check_alike, check_devices, check_host, segments_of
 from dpnn.locations import locate, readers
 from dpnn.needs import check_room, room_of
 from dpnn.observe.folder import RunFolder
@@ -40,12 +38,14 @@ from dpnn.optim import STATES, schedule
 from dpnn.plan import Costs, n_params, spread
 from dpnn.planning import COSTS, is_open, settle
 from dpnn.prepare import Start, check_same_owners, prepare
+from dpnn.recovery import Past, Survivors, catch_up
 from dpnn.saving import Saver
-from dpnn.state import load, passing_over_damaged, sliced
+from dpnn.state import Drawn, Saved, passing_over_damaged
 from dpnn.strategies.allreduce import Allreduce
 from dpnn.strategies.average import Average
 from dpnn.strategies.base import Strategy
 from dpnn.strategies.flats import Flats
+from dpnn.timetable import Lanes, Timetable
 
 STRATEGIES: dict[str, type[Allreduce] | type[Average]] = {"allreduce": Allreduce, "average": Average}
 
@@ -83,10 +83,7 @@ def attempt(world: World, request: StopRequest, prepared: Callable[[], Start]) -
         from dpnn import asynchronous
 
         return asynchronous.run(world, request, start)
-    training = Training(world, start)
-    watchdog = Watchdog(world, start.job.parallel, start.folder, training.folder.event)
-    with closing(training.journal), watchdog:
-        return training.run(request)
+    return Survivors(world, start, partial(Training, world), located).run(request)
 
 
 def placed(world: World, start: Start) -> Start:
@@ -123,10 +120,12 @@ def located(world: World, start: Start) -> Start:
 class Training:
     """One run on this rank. The constructor builds everything; `run` takes the steps."""
 
-    def __init__(self, world: World, start: Start) -> None:
+    def __init__(self, world: World, start: Start, past: Past) -> None:
         """Collective. DamagedError, on all ranks, where the checkpoint to go on from is."""
         job, limit_s = start.job, start.job.parallel.stall_abort_s
         self.world, self.start, self.job = world, start, job
+        origin = past.origin or (Saved(start.found) if start.found is not None else Drawn(job.seed))
+        self.past = changed(past, origin=None)  # which is needed here only
         self.mesh = mesh = Mesh(world, job.parallel.parts)
 
         self.placed = placed = spread(models.graph(job, start.network, start.shape), start.placement)
@@ -141,11 +140,13 @@ class Training:
         if start.train_at.owners is not None:
             sampler.deal(start.train_at.owners.runs())
 
-        # Where the run stands: `at` counts steps of today's size from the first epoch on, until `end`.
-        self.epoch, self.step, self.steps = start.epoch, start.step, start.steps
-        self.at = start.epoch * sampler.steps + start.step
-        self.end = job.train.epochs * sampler.steps or self.at + job.train.steps - start.steps
-        self.total_steps = start.steps + max(0, self.end - self.at)
+        homes = [world.numbers[replica * mesh.parts] for replica in range(mesh.replicas)]
+        self.lanes = Lanes(sampler, mesh.replica, homes)
+
+        # Where the run stands: after `steps` of the steps that it has had since its start.
+        train = job.train
+        self.table = table = Timetable(sampler, start.steps, start.epoch, start.step, train.epochs, train.steps)
+        self.steps, self.evaluated, self.began = start.steps, start.evaluated, past.began or perf_counter()
 
         # The network, and its parameters, drawn or those of the checkpoint: the first replica's, on all.
         self.decoders = job.data.threads or world.threads()
@@ -160,33 +161,33 @@ class Training:
         strategy = STRATEGIES[job.parallel.strategy]
         if strategy.together:
             check_devices(world, self.devices)
+        if survives():
+            check_host(world, self.devices)
         self.node = node = Node(
             mesh, model.store.size, model.dtype, STATES[job.optimizer.name], model.kernels, limit_s,
             strategy.together, partials=stack_places(job.train.grains, mesh.replicas),
+            updates=most_updates(model.store.size, len(model.store.pieces) + 1) if survives() else 0,
         )  # fmt: skip
         store = model.store
         flats = Flats.of(model.memory, node)
         store.place(flats.params, flats.grads)
         sums = node.sums if strategy.together else node.grads
         optimizer = flats.optimizer(job.optimizer, segments, sums, model.team, model.arithmetic)
-        self.rate = schedule(job.schedule, job.optimizer.lr, sampler.steps, self.end)
-        if start.found is not None:
-            pieces = store.pieces if mesh.replica == 0 else ()
-            flat_arrays = {"": node.params, **node.state}
-            load(world, start.found, {name: sliced(pieces, flat) for name, flat in flat_arrays.items()})
-        elif mesh.replica == 0:
-            store.draw(job.seed)
-        for flat in (node.params, *(node.state.values() if start.found else ())):
-            node.share(flat)
+        self.rate = schedule(job.schedule, job.optimizer.lr, sampler.steps, table.at(table.end))
+        self.arrays = {"": node.params, **node.state}
+        for name in origin.fill(world, mesh, store, self.arrays):
+            node.share(self.arrays[name])
         flats.push()
 
         if job.train.balance:
-            self._balance()
+            trial = partial(Model, job, placed, mesh.part, world.threads(), world.node.rank)
+            sampler.deal(runs(world, mesh, trial, sampler, job.parallel, model.choices))
 
         # The strategy, and the two plans: a training step, and a forward pass over held-out samples.
         self.microbatches = job.train.grains // mesh.replicas or job.parallel.microbatches
         rows = sampler.max_micro_rows(mesh.replicas, self.microbatches)
         self.strategy: Strategy = strategy(mesh, node, flats, optimizer, job)
+        self.strategy.since = past.since
         evaluates = start.test and job.train.eval_every
         bucket_nbytes = self._bucket_nbytes()
         training, held_out = model.lay_out(
@@ -207,10 +208,10 @@ class Training:
 
         # What the run tells, and keeps.
         self.skipped = Skipped(job.data.bad_limit)
-        self.journal = Journal(self.folder, self.total_steps, first=world.rank == 0)
+        self.journal = Journal(self.folder, table.end, first=world.rank == 0)
         self.saver = Saver(
             self.folder.checkpoints, mesh, store, node.state, model.team, job.output.keep, limit_s,
-            lambda steps, path: self.journal.event("checkpoint", step=steps, path=str(path)),
+            lambda steps, path: self.journal.event("checkpoint", step=steps, path=str(path)), past.writing,
         )  # fmt: skip
 
     def _bucket_nbytes(self) -> int:
@@ -225,117 +226,136 @@ class Training:
             choices[question] = self.world.first(lambda: str(measured), sizes.index(max(sizes)))
         return int(choices[question])
 
-    def _balance(self) -> None:
-        """Deal the lanes by the replicas' speeds: as the run began, else measured."""
-        mesh, job, choices = self.mesh, self.job, self.model.choices
-        question = f"lanes {mesh.replicas}x{mesh.parts}"
-        if question not in choices:
-            rows = self.sampler.max_micro_rows(mesh.replicas, job.parallel.microbatches)
-            trial = Model(job, self.placed, mesh.part, self.world.threads(), self.world.node.rank)
-            cuts = deal(speeds(mesh, trial, rows, job.parallel.stall_abort_s), self.sampler.lanes)
-            choices[question] = self.world.first(lambda: " ".join(map(str, cuts)))
-        self.sampler.deal([range(lo, hi) for lo, hi in pairwise(map(int, choices[question].split()))])
-
     def run(self, request: StopRequest) -> int:
         """Take the steps that are left; the exit code. Collective, as is all below."""
-        job, mesh, sampler = self.job, self.mesh, self.sampler
-        self._tell_start()
-        if self.evaluator is not None and self.steps > self.start.evaluated and self._is_due():
-            self._evaluate()  # the run was killed between its last checkpoint and this
-        begin, samples = perf_counter(), 0
-        every = max(1, round(job.output.checkpoint_every * sampler.steps))
-        loader = None
-        if self.reads:
-            loader = Loader(
-                self.start.train_at.folder, self.start.train, sampler, mesh.replica, mesh.replicas,
-                view=self.start.view(self.model.dtype), dtype=self.model.dtype, window_mb=job.data.window_mb,
-                threads=self.decoders, skips=job.data.on_bad == "skip", empty=self.model.memory.host,
-                start=(self.epoch, self.step), last=divmod(self.end - 1, sampler.steps),
-                limit_s=job.parallel.stall_abort_s,
-            )  # fmt: skip
-        if loader is not None and not loader.pooled:
+        past, strategy, saver = self.past, self.strategy, self.saver
+        if not past.began:
+            self._tell_start()
+        elif self.world.rank == 0:
+            self.folder.write_choices(self.model.choices)
+        if past.began and not strategy.together:
+            catch_up(self)
+        loader = self.open(self.lanes, self.steps, self.table.end)
+        try:
+            # The run was killed between its last checkpoint and an evaluation, or a rank has died before either.
+            self._pause(saves=past.began > 0 and self._saves(), last=False)
+            while self.steps < self.table.end:
+                self._take_step(loader, request)
+                saver.look()
+                last = self.steps == self.table.end or strategy.stop
+                self._pause(saves=last or self._saves(), last=last)
+                if last:
+                    break
+            PULSE.doing = "ending the run"
+        finally:
+            if loader is not None:
+                loader.close()
+        strategy.close()
+        epoch, step = self.table.place(self.steps)
+        self.skipped.check(strategy.bad_samples, max(epoch - self.start.epoch + (step > 0), 1))
+        saver.finish()
+        code = 0 if self.steps >= self.table.end else Stopped.exit_code
+        samples, bad = past.samples + self.table.samples(self.steps), past.bad_samples + strategy.bad_samples
+        self.journal.end(self.steps, samples, bad, perf_counter() - self.began, code)
+        return code
+
+    def open(self, lanes: Lanes, begin: int, end: int) -> Loader | None:
+        """What brings the batches of some lanes, from one step of the run to another; None on a part that reads none.
+
+        None also where there are no such steps.
+        """
+        if not self.reads or begin >= end:
+            return None
+        job, start = self.job, self.start
+        loader = Loader(
+            start.train_at.folder, start.train, lanes.sampler, lanes.replica, len(lanes.homes),
+            view=start.view(self.model.dtype), dtype=self.model.dtype, window_mb=job.data.window_mb,
+            threads=self.decoders, skips=job.data.on_bad == "skip", empty=self.model.memory.host,
+            start=self.table.place(begin), last=self.table.place(end - 1), limit_s=job.parallel.stall_abort_s,
+        )  # fmt: skip
+        if not loader.pooled:
             self.journal.event(
                 "single_samples",
                 f"windows of {loader.window_mb:,.0f} MB are more than data.window_mb = {job.data.window_mb:g}: "
                 "samples are read one by one, slower and without their checksum",
             )
-        try:
-            while self.at < self.end:
-                samples += self._take_step(loader, request)
-                self.saver.look()
-                last = self.at == self.end or self.strategy.stop
-                saves = last or self.steps % every == 0
-                evaluates = self.evaluator is not None and self._is_due()
-                if saves or evaluates:
-                    PULSE.doing = "gathering the parameters"
-                    self.strategy.gather()
-                    if saves:
-                        PULSE.doing = "writing a checkpoint"
-                        self.journal.flush()
-                        self.saver.save((self.epoch, self.step, self.steps), self.start.info())
-                    if evaluates:
-                        self._evaluate()
-                if last:
-                    break
-                if saves or evaluates:
-                    self.strategy.release()
-            PULSE.doing = "ending the run"
-        finally:
-            if loader is not None:
-                loader.close()
-        self.strategy.close()
-        self.skipped.check(self.strategy.bad_samples, max(self.epoch - self.start.epoch + (self.step > 0), 1))
-        self.saver.finish()
-        code = 0 if self.at >= self.end else Stopped.exit_code
-        self.journal.end(self.steps, samples, self.strategy.bad_samples, perf_counter() - begin, code)
-        return code
+        return loader
 
-    def _take_step(self, loader: Loader | None, request: StopRequest) -> int:
-        """One step; its number of samples on all replicas."""
-        strategy, sampler, mesh = self.strategy, self.sampler, self.mesh
-        begin = perf_counter()
-        PULSE.epoch, PULSE.step, PULSE.doing = self.epoch + 1, self.steps + 1, "reading a batch"
-        batch = loader.next() if loader is not None else no_samples(self.epoch, self.step)
-        read = perf_counter()
-        total = sampler.total(self.step)
-        counts = sampler.micro(self.step, mesh.replica, mesh.replicas, self.microbatches)
+    def _saves(self) -> bool:
+        """Whether a checkpoint is due after the last step."""
+        every = max(1, round(self.job.output.checkpoint_every * self.sampler.steps))
+        return self.steps > 0 and (self.steps == self.table.end or self.steps % every == 0)
+
+    def _pause(self, saves: bool, last: bool) -> None:
+        """Between two steps: write a checkpoint, where it `saves`, and evaluate, where it is time to."""
+        evaluator, strategy = self.evaluator, self.strategy
+        evaluates = evaluator is not None and self.steps > self.evaluated and self._is_due()
+        if not (saves or evaluates):
+            return
+        PULSE.doing = "gathering the parameters"
+        strategy.gather()
+        if saves:
+            PULSE.doing = "writing a checkpoint"
+            self.journal.flush()
+            self.saver.save((*self.table.place(self.steps), self.steps), self.start.info())
+        if evaluates and evaluator is not None:
+            scores = evaluator.run()
+            epoch, step = self.table.place(self.steps)
+            self.journal.scores(str(scores), epoch + (step > 0), self.steps, **asdict(scores))
+            self.evaluated = self.steps
+        if not last:
+            strategy.release()
+
+    def _take_step(self, loader: Loader | None, request: StopRequest) -> None:
+        """One step."""
+        strategy, begin = self.strategy, perf_counter()
+        epoch, step = place = self.table.place(self.steps)
+        PULSE.epoch, PULSE.step = epoch + 1, self.steps + 1
+        strategy.stop = request.asked
+        batch, read_s = self.learn(loader, place, self.lanes.counts(step, self.microbatches))
+        self.steps += 1
+        PULSE.doing = "telling of the step"
+        took = Took(perf_counter() - begin, read_s, strategy.wait_s, strategy.update_s)
+        bad, total = self.past.bad_samples + strategy.bad_samples, self.sampler.total(step)
+        self.journal.step(epoch + 1, self.steps, strategy.loss, strategy.rate, total, took, bad_samples=bad)
+        self.journal.bad_samples(batch.bad)
+        self.skipped.note(batch.bad)
+        self.skipped.check(strategy.bad_samples, epoch - self.start.epoch + 1)
+
+    def learn(
+        self, loader: Loader | None, place: tuple[int, int], counts: Sequence[tuple[int, int]]
+    ) -> tuple[Batch, float]:
+        """Train on the next batch of a loader; the batch, and the seconds that it was waited for.
+
+        `place`: the epoch, and its step; `counts`: for each micro-batch the samples of this replica, and of all.
+        """
+        strategy, sampler, (epoch, step) = self.strategy, self.sampler, place
+        begin, PULSE.doing = perf_counter(), "reading a batch"
+        batch = loader.next() if loader is not None else no_samples(epoch, step)
+        read_s = perf_counter() - begin
         rows = sum(mine for mine, _ in counts)
-        strategy.rate, strategy.stop, strategy.samples = self.rate(self.at), request.asked, rows
+        strategy.rate, strategy.samples = self.rate(epoch * sampler.steps + step), rows
         strategy.skipped = len(batch.bad)
         PULSE.doing = self.executor
         try:
-            self.executor.run(batch, counts, total if strategy.together else rows)
+            self.executor.run(batch, counts, sampler.total(step) if strategy.together else rows)
         except NotFiniteError as error:
             self._explain(error)
         if loader is not None:
             loader.release(batch)
-        self.steps += 1
-        PULSE.doing = "telling of the step"
-        took = Took(perf_counter() - begin, read - begin, strategy.wait_s, strategy.update_s)
-        self.journal.step(
-            self.epoch + 1, self.steps, strategy.loss, strategy.rate, total, took, bad_samples=strategy.bad_samples
-        )
-        self.journal.bad_samples(batch.bad)
-        self.skipped.note(batch.bad)
-        self.skipped.check(strategy.bad_samples, self.epoch - self.start.epoch + 1)
-        self.at += 1
-        self.epoch, self.step = divmod(self.at, sampler.steps)
-        return total
-
-    def _evaluate(self) -> None:
-        if self.evaluator is not None:
-            scores = self.evaluator.run()
-            self.journal.scores(str(scores), self.epoch + (self.step > 0), self.steps, **asdict(scores))
+        return batch, read_s
 
     def _is_due(self) -> bool:
         """Whether the network is evaluated after the last step: it ended the run, or so many epochs."""
-        return self.at == self.end or (self.step == 0 and self.epoch % self.job.train.eval_every == 0)
+        epoch, step = self.table.place(self.steps)
+        return self.steps == self.table.end or (step == 0 and epoch % self.job.train.eval_every == 0)
 
     def _explain(self, error: NotFiniteError) -> None:
         """Raise, on every rank, which layer of which rank is the first that isn't finite."""
         self.saver.finish()  # a good one may be on its way
         layer = self.executor.not_finite()
-        where = f"epoch {self.epoch + 1}, step {self.steps + 1}: {error}"
+        epoch, _ = self.table.place(self.steps)
+        where = f"epoch {epoch + 1}, step {self.steps + 1}: {error}"
         way_out = "lower optimizer.lr, or set optimizer.clip; go on from the last checkpoint with --resume"
         self.world.agree(NotFiniteError(f"{layer}: its output is not finite ({where}); {way_out}") if layer else None)
         self.world.agree(NotFiniteError(f"{where}, though all layers' outputs are finite; {way_out}"))
@@ -351,7 +371,7 @@ class Training:
         backends = backends or self.model.backends[0].name  # a part with nothing to do
         self.journal.start(
             f"{job.model.name}, {graph.n_params:,} parameters, on {world.size} ranks{self._spread()} ({backends}); "
-            f"{self.sampler.samples:,} samples, {self.total_steps} steps of {start.global_batch}",
+            f"{self.sampler.samples:,} samples, {self.table.end} steps of {start.global_batch}",
             mpi=library.version(), ranks=world.size, replicas=self.mesh.replicas, parts=self.mesh.parts,
             microbatches=self.microbatches, parameters=graph.n_params, seed=job.seed, backend=backends,
             threads=job.backend.threads or world.threads(), global_batch=start.global_batch, lanes=start.lanes,
@@ -374,7 +394,7 @@ class Training:
         for reason in start.damaged:
             self.journal.event("damaged_checkpoint", f"passed over a damaged checkpoint: {reason}", path=reason)
         if self.steps:
-            left = f"going on at epoch {self.epoch + 1}, step {self.steps + 1}"
-            if self.at >= self.end:
-                left = f"all {self.total_steps} steps are taken; set train.epochs or train.steps higher to go on"
+            left = f"going on at epoch {start.epoch + 1}, step {self.steps + 1}"
+            if self.steps >= self.table.end:
+                left = f"all {self.table.end} steps are taken; set train.epochs or train.steps higher to go on"
             self.journal.event("resumed", left, step=self.steps)

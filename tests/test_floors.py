@@ -15,7 +15,7 @@ FLOORS = {
         [
             ("errors", "config", "philox", "team", "native", "memory", "machine", "caches"),
             ("nn", "backends", "comm", "data"),
-            ("models", "plan", "optim"),
+            ("models", "plan", "optim", "regroup", "timetable"),
             ("strategies", "checkpoint", "observe", "state", "saving", "locations"),
             (
                 "train",
@@ -27,6 +27,7 @@ FLOORS = {
                 "evaluate",
                 "planning",
                 "needs",
+                "recovery",
                 "onnx",
                 "cluster",
             ),
@@ -58,7 +59,10 @@ BESIDE = {
     ("needs", "evaluate"),
     ("needs", "planning"),
     ("needs", "prepare"),
+    ("recovery", "prepare"),
+    ("recovery", "cluster"),
     ("train", "needs"),
+    ("train", "recovery"),
     ("prepare", "planning"),
     ("train", "planning"),
     ("train", "asynchronous"),

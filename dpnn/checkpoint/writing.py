@@ -46,6 +46,11 @@ class InParts:
 
     def __init__(self, folder: Path, parts: int, mark: str) -> None:
         self._folder, self._names, self._mark = folder, [part_name(part, parts) for part in range(parts)], mark
+        self._given_up = False
+
+    def give_up(self) -> None:
+        """A part won't come: whoever waits for it raises DataError. Any thread may call it."""
+        self._given_up = True
 
     def write(
         self, steps: int, part: int, params: Sequence[Slice], optimizer: Mapping[str, Sequence[Slice]], note: Note
@@ -102,6 +107,8 @@ class InParts:
             missing = [name for name in self._names if name not in found]
             if not missing:
                 return
+            if self._given_up:
+                raise DataError(f"{missing[0]} won't come: its rank has died")
             if found != seen:
                 seen = found
                 note(f"the rank that writes {hidden / missing[0]}")

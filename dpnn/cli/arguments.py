@@ -132,6 +132,12 @@ def parser() -> argparse.ArgumentParser:
     launch = choices.add_parser("launch", help="start a command on several ranks", description=commands.launch.__doc__)
     launch.add_argument("-n", type=int, required=True, metavar="RANKS", help="the number of ranks")
     launch.add_argument(
+        "--with-faults",
+        action="store_true",
+        help="go on where a rank dies, as long as a whole replica is left; needs Open MPI 5 (docs/faults.md). A job of "
+        "downpour does so anyway, where it can",
+    )
+    launch.add_argument(
         "command", nargs=argparse.REMAINDER, help="the command and its arguments: train jobs/digits.toml"
     )
     launch.set_defaults(run=commands.launch)

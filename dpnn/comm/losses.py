@@ -42,6 +42,11 @@ class Losses:
         self.tells = survives()
         self._comm, self._ranks, self._known = comm, comm.Get_group(), set[int]()
 
+    @property
+    def any(self) -> bool:
+        """Whether it has noticed one so far."""
+        return bool(self._known)
+
     def new(self) -> list[int]:
         """Those that it has noticed since the last call. Takes no time, so a loop may ask in every turn."""
         if not self.tells:

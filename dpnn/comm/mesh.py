@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dpnn.comm.alarm import ALARM
 from dpnn.comm.faults import deadline
 from dpnn.comm.ranks import Ranks
 from dpnn.comm.world import World
@@ -56,12 +57,13 @@ class Mesh:
 
         self._world = world
         with deadline(world.timeout_s, "splitting the world into replicas and parts", world.fail):
-            self.crew = Ranks(world.comm.Split(self.server is not None, world.rank), world.timeout_s)
+            crew = ALARM.wakes(world.comm.Split(self.server is not None, world.rank))
+            self.crew = Ranks(crew, world.timeout_s)
             if self.server is not None:
                 return
-            self.data: Comm = self.crew.comm.Split(self.part, self.replica)
-            self.model: Comm = self.crew.comm.Split(self.replica, self.part)
-            self.node: Comm = self.data.Split_type(MPI.COMM_TYPE_SHARED, self.replica)
+            self.data: Comm = ALARM.wakes(crew.Split(self.part, self.replica))
+            self.model: Comm = ALARM.wakes(crew.Split(self.replica, self.part))
+            self.node: Comm = ALARM.wakes(self.data.Split_type(MPI.COMM_TYPE_SHARED, self.replica))
             self.smallest_node = self.data.allreduce(self.node.size, MPI.MIN)
             self.largest_node = self.data.allreduce(self.node.size, MPI.MAX)
             everywhere = self.node.rank < self.smallest_node

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from dpnn.comm.faults import wait
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.share import share
+from dpnn.comm.undo import Undo, log_nbytes
 from dpnn.native import Call, Kernels
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Node:
     them each own a share of every array: they are as many on every node. `across` joins the owners of one share on all
     nodes; None where there is one node, or on a rank that owns nothing. `groups` are the replicas node by node, in the
     order of `across`. `note` says why memory isn't shared, "" where it is or where no two replicas are on one node.
+    `undo` takes back what a step has done to `params` and `state`, where that was asked for.
     """
 
     def __init__(
@@ -55,11 +57,13 @@ class Node:
         limit_s: float,
         together: bool = True,
         partials: int = 0,
+        updates: int = 0,
     ) -> None:
         """Collective over mesh.data.
 
         `together`: whether all replicas always have the same parameters. `partials`: arrays that each replica has for
-        partial sums of gradients.
+        partial sums of gradients. `updates`: those that each replica may make in a step, if they may have to be taken
+        back.
         """
         from mpi4py import MPI
 
@@ -67,7 +71,8 @@ class Node:
         self.data, self.replica, self.replicas = mesh.data, mesh.replica, mesh.replicas
         page = mmap.PAGESIZE
         each = -(-n * dtype.itemsize // page) * page
-        n_common, own = 1 + len(states), page + (1 + partials) * each
+        log = -(-log_nbytes(updates) // page) * page if updates else 0
+        n_common, own = (1 + len(states)) * (2 if updates else 1), page + log + (1 + partials) * each
         common = n_common * each if together else 0
         block = None
         if mesh.largest_node > 1:
@@ -82,11 +87,17 @@ class Node:
         size = self.comm.size
         memory: Any = np.zeros(common + own, np.uint8) if block is None else block
         mine: Any = memory if together else np.zeros(n_common * each, np.uint8)
-        self.params, *kept = (np.frombuffer(mine, dtype, n, i * each) for i in range(n_common))
-        self.state = dict(zip(states, kept, strict=True))
+        kept = [np.frombuffer(mine, dtype, n, i * each) for i in range(n_common)]
+        self.params, self.state = kept[0], dict(zip(states, kept[1:], strict=False))
+        bases = [common + rank * own + page for rank in range(size)]
+        self.undo: Undo | None = None
+        if updates:
+            logs = [np.frombuffer(memory, np.int64, log // 8, base) for base in bases]
+            lasting = 1 + len(states)
+            mine_only = slice(None) if together else slice(self.comm.rank, self.comm.rank + 1)
+            self.undo = Undo(kept[:lasting], kept[lasting:], logs[mine_only], self.comm.rank if together else 0)
         arrays = [
-            [np.frombuffer(memory, dtype, n, common + rank * own + page + i * each) for i in range(1 + partials)]
-            for rank in range(size)
+            [np.frombuffer(memory, dtype, n, base + log + i * each) for i in range(1 + partials)] for base in bases
         ]
         self.all_grads, self.partials = [own[0] for own in arrays], [own[1:] for own in arrays]
         self.grads = self.all_grads[self.comm.rank]

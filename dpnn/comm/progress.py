@@ -9,6 +9,7 @@ nothing to move: memory is shared.
 import math
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -64,9 +65,12 @@ class Progress:
         return n > 0 and n % 2 == 0
 
     def _run(self) -> None:
-        while self._on.wait() and not self._ended:
-            self._comm.Iprobe()
-            time.sleep(_NAP_S)
+        from mpi4py import MPI
+
+        with suppress(MPI.Exception):  # a rank has died: the main thread hears of it, too
+            while self._on.wait() and not self._ended:
+                self._comm.Iprobe()
+                time.sleep(_NAP_S)
 
 
 def progress(comm: "MPI.Comm", nodes: int) -> Progress | None:

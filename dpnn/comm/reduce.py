@@ -219,6 +219,11 @@ def blocks(lo: int, hi: int, length: int = BLOCK) -> list[tuple[int, int]]:
     return [(start, min(start + length, hi)) for start in range(lo, hi, length)]
 
 
+def most_updates(n: int, buckets: int) -> int:
+    """The blocks, at most, that a rank gets of `n` numbers in a step, in at most so many buckets."""
+    return len(blocks(0, n)) + 2 * buckets
+
+
 def measured_bucket(node: Node, limit_s: float) -> int:
     """Bytes of a bucket such that latency is a twentieth of what its sum takes, on these ranks. Collective.
 

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self
 
 from dpnn.comm import library
+from dpnn.comm.alarm import ALARM
 from dpnn.comm.faults import deadline, exit_code, message, started, tell
 from dpnn.comm.losses import survives
 from dpnn.comm.ranks import Ranks
@@ -59,6 +60,7 @@ class World(Ranks):
     one's memory, `limits` are what its ranks may take of it, `room` is this rank's share, in bytes. `claim(message,
     code)` decides which rank may say why the job ends, where ranks fail on their own, and may keep a record of it: to
     begin with, one of each node; a job with a folder that all nodes see replaces it by one that is exact over nodes.
+    `numbers` are those that its ranks had when the job started.
     `post_mortem` is told beneath that where a rank failed: what the others were doing.
 
     As a context manager it ends the job on all ranks when the block raises, and else waits until all have left it.
@@ -66,9 +68,8 @@ class World(Ranks):
 
     def __init__(self, comm: "MPI.Comm", timeout_s: float) -> None:
         """Collective over `comm`, which has all ranks of the job."""
-        from mpi4py import MPI
-
         super().__init__(comm, timeout_s)
+        self.numbers = list(range(self.size))
         self.claim: Callable[[str, int], bool] = self._first_of_node
         self.lost = False
         """Whether a rank has died that the others do without."""
@@ -78,20 +79,42 @@ class World(Ranks):
         self._closed = False
         self._hooks = sys.excepthook, threading.excepthook
         try:
-            with deadline(timeout_s, f"meeting the other {self.size - 1} ranks", self.fail):
-                self.comm = comm.Dup()
-                self.node: MPI.Comm = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
-                self._claims = shared_file(self.node, os.O_RDWR | os.O_APPEND)
-                mine = os.sched_getaffinity(0), core_limits(), memory_limits()
-                cores, at_once, memory = zip(*self.node.allgather(mine), strict=True)
-                self.limits: tuple[Limits, ...] = memory
-                self.room: Share = share(memory, self.node.rank)
-                own, busy = share_of_cores(cores, self.node.rank), share(at_once, self.node.rank).amount
-                self._threads = max(1, int(min(own, busy)))
+            self._gather(comm)
         except Exception as error:
             if self.size == 1:
                 raise
             self.fail(error)  # the others wait for this rank
+
+    def go_on(self, comm: "MPI.Comm", numbers: list[int]) -> None:
+        """From here on the world is that of `comm`: other ranks of it have died. Collective over `comm`.
+
+        `numbers`: of its ranks, as they were when the job started.
+        """
+        self.rank, self.size, self.numbers, self.lost = comm.rank, comm.size, numbers, True
+        if self._claims >= 0:
+            os.close(self._claims)
+            self._claims = -1
+        self._gather(comm)
+
+    @property
+    def number(self) -> int:
+        """This rank's when the job started: messages call it so."""
+        return self.numbers[self.rank]
+
+    def _gather(self, comm: "MPI.Comm") -> None:
+        """Meet all ranks of `comm`, and know what they may take of their node."""
+        from mpi4py import MPI
+
+        with deadline(self.timeout_s, f"meeting the other {self.size - 1} ranks", self.fail):
+            self.comm = ALARM.wakes(comm.Dup())
+            self.node: MPI.Comm = ALARM.wakes(self.comm.Split_type(MPI.COMM_TYPE_SHARED))
+            self._claims = shared_file(self.node, os.O_RDWR | os.O_APPEND)
+            mine = os.sched_getaffinity(0), core_limits(), memory_limits()
+            cores, at_once, memory = zip(*self.node.allgather(mine), strict=True)
+            self.limits: tuple[Limits, ...] = memory
+            self.room: Share = share(memory, self.node.rank)
+            own, busy = share_of_cores(cores, self.node.rank), share(at_once, self.node.rank).amount
+            self._threads = max(1, int(min(own, busy)))
 
     def threads(self) -> int:
         """This rank's share of its node's cores, at least 1: a core that k ranks may run on counts as 1/k.
@@ -111,7 +134,7 @@ class World(Ranks):
             if not self._failing.acquire(blocking=False):
                 time.sleep(2 * _PATIENCE_S)  # another thread of this rank is at it
             agreed = isinstance(error, DpnnError) and error.agreed
-            text = message(error, None if agreed or self.size == 1 else self.rank)
+            text = message(error, None if agreed or self.size == 1 else self.number)
             mine = self.rank == 0 or not agreed
             if mine and (self._claim(text, code) or agreed):
                 tell(text)

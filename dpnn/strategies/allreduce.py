@@ -18,9 +18,10 @@ from dpnn.comm.lifted import GrainsOverHost, Reducer, lifted
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
 from dpnn.comm.progress import progress
-from dpnn.comm.reduce import BucketReducer, GradientReducer
+from dpnn.comm.reduce import BucketReducer, GradientReducer, blocks
 from dpnn.errors import NotFiniteError
 from dpnn.optim import Optimizer
+from dpnn.strategies.base import NEVER, Since
 from dpnn.strategies.flats import Flats
 
 
@@ -34,6 +35,7 @@ class Allreduce:
         self.rate, self.stop, self.loss, self.samples = 0.0, False, 0.0, 0
         self.skipped = self.bad_samples = 0
         self.wait_s = self.update_s = 0.0
+        self.steps, self.since, self.alone = 0, NEVER, False
         self._n, self._began = node.grads.size, 0.0
         self._clips, self._optimizer = job.optimizer.clip > 0, optimizer
         self._told = np.zeros(3)  # loss, requests to stop, bad samples
@@ -81,10 +83,13 @@ class Allreduce:
         self.loss, self.stop = float(self._told[0]), self._told[1] > 0
         self.bad_samples += int(self._told[2])
         if math.isfinite(self.loss):
+            if self._node.undo is not None:
+                self._node.undo.begin(self.steps)
             scale = self._clip_scale() if self._clips else 1.0
             for lo, hi in self._late:
                 self._update(lo, hi, scale)
         self._gradients.settle()
+        self.steps += 1
         end = perf_counter()
         if self._progress is not None:
             self._progress.off(end - self._began, self.samples)
@@ -96,6 +101,24 @@ class Allreduce:
         """End the thread that helps MPI to move."""
         if self._progress is not None:
             self._progress.close()
+
+    def meet(self) -> None:
+        """All replicas have the same parameters anyway."""
+
+    def leave(self) -> None:
+        """End the thread that helps MPI to move."""
+        self.close()
+
+    def held(self) -> tuple[int, int]:
+        """Others of the node may have begun to take the last step back."""
+        undo = self._node.undo
+        return self.steps - int(undo is not None and undo.back(self.steps - 1)), 0
+
+    def go_back(self, steps: int, averages: int) -> Since:
+        """Take back what ranks of the node, dead ones too, have done in the step after these."""
+        if self._node.undo is not None:
+            self._node.undo.take_back(steps)
+        return self.since
 
     def gather(self) -> None:
         """All replicas always have the same parameters, so one of each node brings them to the host."""
@@ -128,8 +151,14 @@ class Allreduce:
             self._update(lo, hi, 1.0)
 
     def _update(self, lo: int, hi: int, scale: float) -> None:
-        begin = perf_counter()
-        self._optimizer.apply(lo, hi, self.rate, scale)
+        begin, undo = perf_counter(), self._node.undo
+        if undo is None:
+            self._optimizer.apply(lo, hi, self.rate, scale)
+        else:
+            undo.begin(self.steps)
+            for start, end in blocks(lo, hi):
+                undo.keep(start, end)
+                self._optimizer.apply(start, end, self.rate, scale)
         self.update_s += perf_counter() - begin
 
     def _clip_scale(self) -> float:

@@ -16,10 +16,11 @@ import numpy as np
 from dpnn import config
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
-from dpnn.comm.reduce import BucketReducer, GradientReducer
+from dpnn.comm.reduce import BucketReducer, GradientReducer, blocks
 from dpnn.errors import NotFiniteError
 from dpnn.memory import Array, Wire
 from dpnn.optim import Optimizer
+from dpnn.strategies.base import NEVER, Since
 from dpnn.strategies.flats import Flats
 
 _TELL_STEPS = 8
@@ -39,8 +40,13 @@ class Average:
         self.wait_s = self.update_s = 0.0
         self._every, self._state = job.parallel.every, job.parallel.state
         self._node, self._flats, self._optimizer, self._clips = node, flats, optimizer, job.optimizer.clip > 0
-        self._steps, self._taken = 0, 0
-        """Steps since the start; samples since the last average."""
+        self.steps, self.since, self.alone = 0, NEVER, False
+        self._together = 0
+        """Steps that all have taken together."""
+        self._before = self._averaged = self.since
+        """What `since` was before the last step, and before the last average."""
+        self._undo = node.undo if mesh.parts > 1 else None
+        """For a step that not all parts of this replica could end."""
         self._bad = False
         """Whether a loss of this replica wasn't finite since it last told."""
         self._untold = 0
@@ -57,6 +63,8 @@ class Average:
         self._sum = GradientReducer(node, lambda lo, hi: None, limit_s)
         self._own: list[Array] = []
         """What this replica has where the mean is read meanwhile; made for the first time, and kept."""
+        self._away = False
+        """Whether it stands on that."""
 
     def begin(self) -> None:
         """Nothing is under way that the step could disturb."""
@@ -86,18 +94,20 @@ class Average:
         self._losses.finish()
         self.loss = float(self._loss[0])
         if self.samples and math.isfinite(self.loss):
-            self._optimizer.apply(0, self._node.grads.size, self.rate, self._clip_scale())
+            self._update(self._clip_scale())
         updated = perf_counter()
-        self._steps += 1
-        self._taken += self.samples
+        self.steps += 1
+        self._before = since = self.since
+        self.since = Since(since.steps + 1, since.samples + self.samples, since.averages)
         if not math.isfinite(self.loss):
             self._bad = True
         self._untold += self.skipped
         asked, self.stop = self.stop, False
-        if self._steps % _TELL_STEPS == 0:
-            self._hear(asked)
-        if self._every and self._steps % self._every == 0:
-            self._average()
+        if not self.alone:
+            self._together += 1
+            if self._together % _TELL_STEPS == 0:
+                self._hear(asked)
+            self.meet()
         self.wait_s, self.update_s = perf_counter() - updated, updated - start
 
     def close(self) -> None:
@@ -106,13 +116,34 @@ class Average:
         self._tell(0.0, 0.0)
         self._heard()
 
+    def leave(self) -> None:
+        """Nothing of it goes on by itself."""
+
+    def held(self) -> tuple[int, int]:
+        """What is done in a step is done once it has ended; an average, once all is averaged."""
+        return self.steps, self.since.averages
+
+    def go_back(self, steps: int, averages: int) -> Since:
+        """A part of this replica may be behind this one by a step, an average, or both."""
+        since = self.since
+        if self._away or averages < since.averages:
+            self.release()
+            since = since if averages == since.averages else self._averaged
+        if steps < self.steps and self._undo is not None:
+            self._undo.take_back(steps)
+            since = self._before
+        return since
+
+    def meet(self) -> None:
+        """Average, if it is time to. Collective over the replicas."""
+        if self._every and self.since.steps == self._every:
+            self._average()
+
     def gather(self) -> None:
         """Until `release` the parameters, and what the optimizer keeps, are the mean over all replicas. Collective."""
         self._telling.finish()
         self._flats.pull()
-        self._own = self._own or [np.empty_like(wire.buf) for wire in self._flats.kept]
-        for wire, own in zip(self._flats.kept, self._own, strict=True):
-            np.copyto(own, wire.buf)
+        self._keep_own()
         self._to_mean(self._flats.kept)
 
     def release(self) -> None:
@@ -121,6 +152,24 @@ class Average:
             wire.wait()
             np.copyto(wire.buf, own)
             wire.push()
+        self._away = False
+
+    def _keep_own(self) -> None:
+        """A copy of what this replica has, on the host."""
+        self._own = self._own or [np.empty_like(wire.buf) for wire in self._flats.kept]
+        for wire, own in zip(self._flats.kept, self._own, strict=True):
+            np.copyto(own, wire.buf)
+        self._away = True
+
+    def _update(self, scale: float) -> None:
+        n = self._node.grads.size
+        if self._undo is None:
+            self._optimizer.apply(0, n, self.rate, scale)
+            return
+        self._undo.begin(self.steps)
+        for lo, hi in blocks(0, n):
+            self._undo.keep(lo, hi)
+            self._optimizer.apply(lo, hi, self.rate, scale)
 
     def _hear(self, asked: bool) -> None:
         """What was told the last time; then tell anew."""
@@ -152,6 +201,8 @@ class Average:
         return self._optimizer.clip_scale(float(self._norm[0]))
 
     def _average(self) -> None:
+        if self._node.undo is not None:
+            self._keep_own()  # a rank may die in the middle of it
         params, state = self._flats.params, list(self._flats.state.values())
         averaged = [params, *(state if self._state == "average" else ())]
         for wire in averaged:
@@ -161,7 +212,11 @@ class Average:
             wire.wait()
             wire.buf.fill(0.0)
             wire.push()
-        self._taken = 0
+        self._away, self._averaged = False, self.since
+        self.since = Since(averages=self.since.averages + 1)
+        if self._undo is not None:  # a part goes on only when no other can be left without the average
+            self._norms.start(0, 1)
+            self._norms.finish()
 
     def _to_mean(self, wires: list[Wire]) -> None:
         """What is on the host of this replica's arrays becomes the mean of all, there and where it is computed with.
@@ -170,7 +225,7 @@ class Average:
         meet.
         """
         node = self._node
-        self._samples[0] = self._taken
+        self._samples[0] = self.since.samples
         self._weighing.start(0, 1)
         self._weighing.finish()
         total = float(self._samples[0])
@@ -178,7 +233,7 @@ class Average:
             return  # nothing has changed since
         for wire in wires:
             wire.wait()
-            np.multiply(wire.buf, wire.buf.dtype.type(self._taken / total), out=node.grads)
+            np.multiply(wire.buf, wire.buf.dtype.type(self.since.samples / total), out=node.grads)
             self._sum.start(0, wire.buf.size)
             self._sum.finish()
             self._sum.settle()  # all shares are summed

@@ -81,6 +81,13 @@ def test_other_launchers_need_no_option(environment, version):
     assert launch.command(2, ["eval", "run"])[:4] == [str(mpirun), "-n", "2", sys.executable]
 
 
+@pytest.mark.parametrize("version", ["mpirun (Open MPI) 4.1.4", "HYDRA build details:"])
+def test_ranks_that_cannot_outlive_others_are_not_started_as_if_they_could(environment, version):
+    environment(version)
+    with pytest.raises(JobError, match=r"only Open MPI 5 lets ranks go on where others die.*pip install"):
+        launch.check_survives()
+
+
 def test_the_mpirun_beside_python_goes_before_that_of_the_path(environment):
     elsewhere = environment("HYDRA", beside=False)
     assert launch.command(1, [])[0] == str(elsewhere)

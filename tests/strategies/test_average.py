@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from dpnn import config
+from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
-from dpnn.errors import NotFiniteError
+from dpnn.comm.reduce import most_updates
+from dpnn.errors import NotFiniteError, RankError
 from dpnn.memory import HOST
 from dpnn.optim import Segment
 from dpnn.strategies.average import Average
@@ -57,9 +59,10 @@ def serial(replicas: int, every: int, state: str) -> np.ndarray:
 def average(node_of, mesh_of):
     """average(where, every, state) -> (strategy, node)"""
 
-    def make(where: str, every: int = 0, state: str = "average") -> tuple[Average, Node]:
-        job, mesh = config.parse(JOB.format(every=every, state=state)), mesh_of(where)
-        node = node_of(where, n=N, mesh=mesh, together=False)
+    def make(where: str | Mesh, every: int = 0, state: str = "average", **how) -> tuple[Average, Node]:
+        job = config.parse(JOB.format(every=every, state=state))
+        mesh = mesh_of(where) if isinstance(where, str) else where
+        node = node_of(n=N, mesh=mesh, together=False, **how)
         segments = [Segment(0, N, False, 0.0)]
         flats = Flats.of(HOST, node)
         optimizer = flats.optimizer(job.optimizer, segments, node.grads, Team(1), node.kernels)
@@ -137,3 +140,63 @@ def test_a_loss_that_is_not_finite_ends_all_replicas_after_the_same_step(world, 
         run()
     assert len(set(world.comm.allgather(len(taken)))) == 1
     assert np.isfinite(node.params).all()
+
+
+@pytest.mark.parallel(4)
+def test_a_part_goes_back_to_where_the_others_of_its_replica_stand(world, average):
+    strategy, node = average(Mesh(world, 2), every=2, updates=most_updates(N, 1))
+    kept, stands = [node.params, *node.state.values()], []
+
+    def note() -> None:
+        stands.append(([array.copy() for array in kept], strategy.since))
+
+    def goes_back(steps: int, averages: int, stand: int) -> bool:
+        since = strategy.go_back(steps, averages)
+        arrays = [array.tolist() for array in kept]
+        return arrays == [array.tolist() for array in stands[stand][0]] and since == stands[stand][1]
+
+    mean = strategy._to_mean
+    strategy._to_mean = lambda wires: (note(), mean(wires))
+    for number in range(1, 3):
+        step(strategy, node, 1 + world.rank, node.params - curve(world.rank + number))
+        note()
+    # After a step, before the average, and after it; then also in the middle of a checkpoint.
+    assert [stand[1].averages for stand in stands] == [0, 0, 1]
+    assert strategy.held() == (2, 1)
+    strategy.gather()
+    assert goes_back(2, 1, stand=2)
+    strategy.gather()
+    strategy.release()
+    assert goes_back(2, 1, stand=2)
+    assert goes_back(1, 0, stand=0)
+    world.comm.barrier()
+
+
+@pytest.mark.parallel([1, 2, 4])
+def test_where_an_average_was_not_ended_it_is_as_if_it_had_not_begun(world, average):
+    strategy, node = average("together", every=2, updates=most_updates(N, 1))
+    mean = strategy._to_mean
+
+    def breaks_off(wires) -> None:
+        mean(wires[:1])
+        raise RankError("another rank has died")
+
+    step(strategy, node, 1, node.params - curve(world.rank))
+    strategy._to_mean = breaks_off
+    kept = [node.params, *node.state.values()]
+    with pytest.raises(RankError):
+        step(strategy, node, 2, node.params - curve(world.rank + 1))
+    own = serial_steps([(1, curve(world.rank)), (2, curve(world.rank + 1))])
+    assert strategy.held() == (2, 0)
+    assert strategy.go_back(2, 0) == (2, 3, 0)
+    for array, expected in zip(kept, own, strict=True):
+        np.testing.assert_allclose(array, expected, rtol=0, atol=1e-6)
+
+
+def serial_steps(steps: list[tuple[int, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Parameters and momentum after steps of one replica: (samples, minimum)."""
+    p, m = np.zeros(N), np.zeros(N)
+    for _, minimum in steps:
+        m = MOMENTUM * m + p - minimum
+        p = p - RATE * m
+    return p, m

@@ -3,8 +3,8 @@ parameters at the end, never by what the run says of itself.
 
 A contribution is a batch of a process. In Downpour every one that isn't a dead process's is in every shard, once; those
 of the dead are a beginning of what it did, once, in every shard or, where that is stated, in some only. Synchronous
-training may drop a step for every death. All contributions that are in any shard have every sample of every epoch,
-once.
+training may drop a step for every death; and what a dead replica has done since the last average is lost, as is stated.
+All contributions that are in any shard have every sample of every epoch, once.
 """
 
 from collections import Counter
@@ -19,6 +19,9 @@ from dpnn.strategies.downpour.protocol import shards
 
 UNIT = 256.0
 """Of a gradient that says which batch it is of: much more than any number that the parameters begin with."""
+
+LEAST_SHARE = 0.05
+"""Of a replica in a mean."""
 
 
 class Books:
@@ -54,8 +57,11 @@ class Books:
         return [[line.split() for line in text.splitlines()] for text in texts]
 
 
-def applied(books: Books, run: Path, n_shards: int, n_slots: int) -> np.ndarray:
-    """How often each contribution is in each shard: (shards, ranks, n_slots), by the newest checkpoint of a run."""
+def applied(books: Books, run: Path, n_shards: int, n_slots: int, averaged: bool = False) -> np.ndarray:
+    """How often each contribution is in each shard: (shards, ranks, n_slots), by the newest checkpoint of a run.
+
+    `averaged`: parameters are means over replicas, which have a share of it, once if at all: whether it is there.
+    """
     found = checkpoint.newest(run / "checkpoints")
     assert found is not None, f"{run} has no checkpoint"
     params = checkpoint.read(found[0].path).params
@@ -64,8 +70,8 @@ def applied(books: Books, run: Path, n_shards: int, n_slots: int) -> np.ndarray:
     slots, counts = books.ranks * n_slots, []
     for lo, hi in shards(flat.size, n_shards):
         copies = -flat[lo:hi][: (hi - lo) // slots * slots].reshape(-1, slots) / UNIT
-        times = np.rint(copies)
-        most = np.abs(copies - times).max()
+        times = np.ceil(copies - LEAST_SHARE) if averaged else np.rint(copies)
+        most = np.abs(copies - times).max(where=(times == 0) | (not averaged), initial=0)
         assert most < 0.02, f"a number is {most:g} from a whole one, by more than it can have begun with"
         torn = np.flatnonzero((times != times[0]).any(axis=0))
         assert torn.tolist() == [], "in a part of the shard only"
@@ -97,11 +103,13 @@ def check(
     dead: Collection[int],
     stated: Mapping[tuple[int, int], int],
     dropped: int = 0,
+    samples_lost: int = 0,
 ) -> int:
     """Fails where anything is lost, doubled or torn; the number of contributions.
 
     `dead`: processes that were killed. `stated`: by (shard, process), the batches that are said to be lost there.
-    `dropped`: how many batches each process may have dropped, and taken again.
+    `dropped`: how many batches each process may have dropped, and taken again. `samples_lost`: so many are
+    said to be in no shard.
     """
     done = books.contributions()
     assert set(np.unique(counts)) <= {0, 1}, f"applied twice: {np.argwhere(counts > 1).tolist()}"
@@ -125,5 +133,6 @@ def check(
         seen.update(chain.from_iterable(batches[number] for number in np.flatnonzero(arrived[rank]).tolist()))
     wanted = every_sample(epochs, samples)
     assert seen - wanted == Counter(), "samples that are in twice"
-    assert wanted - seen == Counter(), "samples that aren't in"
+    absent = (wanted - seen).total()
+    assert absent == samples_lost, f"{absent} samples aren't in, and {samples_lost} are stated"
     return int(arrived.sum())

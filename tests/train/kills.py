@@ -50,12 +50,14 @@ def draw(rng: random.Random, ranks: list[int], batches: int) -> list[Kill]:
 
 @dataclass
 class Case:
-    """What is killed: runs of `ranks`, the last `servers` of which are servers."""
+    """A run on `ranks`, of which the last are `servers`."""
 
     ranks: int
     servers: int
     settings: tuple[str, ...]
-    launch: tuple[str, ...] = ()
+    every: int
+    """Steps from one average to the next; 0: nothing is averaged."""
+    launch: tuple[str, ...]
     """What `dpnn launch` is told."""
 
 

@@ -14,7 +14,7 @@ from dpnn.comm.launch import command
 from dpnn.observe import metrics
 
 SAMPLES, EPOCHS = 231, 8
-NETWORKS = Path(__file__).parent / "networks.py"
+NETWORKS, DYING = Path(__file__).parent / "networks.py", Path(__file__).parent / "programs" / "dying.py"
 DOWNPOUR = (
     f"model.name={NETWORKS}:plain", "optimizer.name=momentum", "optimizer.lr=0.01", "train.global_batch=0",
     "train.replica_batch=7", "parallel.strategy=downpour", "parallel.stall_abort_s=20", "train.eval_every=0",
@@ -208,3 +208,12 @@ def test_what_the_optimizer_keeps_survives(going, identical, name, victim):
     check(program, folder, {victim - 1})
     if not events(folder, "update_lost"):
         identical(folder.with_name("calm"), folder)
+
+
+def test_the_last_checkpoint_is_there_though_the_first_server_dies_when_all_shards_are_written(start_line, job):
+    made, settings = job(), words(*DOWNPOUR, "parallel.servers=2", "train.epochs=1", "output.checkpoint_every=1000")
+    line = command(4, ["train", str(made.path), *settings], (str(DYING),), survives=True)
+    ended = start_line(line, env={"DIES": "2 0 completing"}).finish(LIMIT_S)
+    assert [event["rank"] for event in events(made.out, "server_lost")] == [2], ended.stderr
+    (end,) = read(made.out, "end")
+    assert (made.out / "checkpoints" / f"step-{end['steps']:09d}" / "info.h5").exists()
