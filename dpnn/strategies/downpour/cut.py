@@ -83,7 +83,7 @@ class Cut:
         """The servers of `crew`. The first of them holds the first shard."""
         self._forks: dict[int, Fork] = {}
         self._writing: Background[Path | None] | None = None
-        self._due, self._last = host.servers[host.number].shard.steps + due, False
+        self._due, self._written, self._last = host.servers[host.number].shard.steps + due, -1, False
         self._leases: dict[str, Any] = {}
         self._steps = 0
         self._left_behind: list[object] = []
@@ -155,8 +155,6 @@ class Cut:
         if self._crew.rank > 0:
             self._word = self._crew.Irecv(self._lost_rank, 0, _LOST)
         self._request: MPI.Request = self._mpi.REQUEST_NULL
-        self._written = -1
-        """Steps of the last checkpoint; of one that another rank was to complete nothing is known."""
         self._listen()
 
     def _go_on_without(self) -> None:
