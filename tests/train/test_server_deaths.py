@@ -13,7 +13,7 @@ from mpi4py import MPI
 from dpnn.comm.launch import command
 from dpnn.observe import metrics
 
-SAMPLES, EPOCHS = 231, 8
+SAMPLES, EPOCHS = 231, 12
 NETWORKS, DYING = Path(__file__).parent / "networks.py", Path(__file__).parent / "programs" / "dying.py"
 DOWNPOUR = (
     f"model.name={NETWORKS}:plain", "optimizer.name=momentum", "optimizer.lr=0.01", "train.global_batch=0",
@@ -114,7 +114,7 @@ def check(program, folder: Path, servers: set[int] | None, worker: int | None = 
 @pytest.mark.parametrize("victim", [2, 3], ids=["first", "second"])
 def test_one_of_two_servers_dies(going, victim, seed):
     program, folder = going(4, "parallel.servers=2", f"parallel.fetch_ahead={seed % 2}")
-    until_taken(program, folder, random.Random(seed * 10 + victim).uniform(0.0, 0.8))
+    until_taken(program, folder, random.Random(seed * 10 + victim).uniform(0.0, 0.5))
     kill(program, victim)
     check(program, folder, {victim - 2})
     lost = events(folder, "update_lost")
@@ -147,7 +147,7 @@ def test_a_server_and_a_worker_die_at_once(going, seed):
     draw = random.Random(seed)
     server, worker = draw.randrange(2), draw.randrange(3)
     program, folder = going(5, "parallel.servers=2")
-    until_taken(program, folder, draw.uniform(0.0, 0.8))
+    until_taken(program, folder, draw.uniform(0.0, 0.5))
     kill(program, *draw.sample([worker, 3 + server], 2))
     check(program, folder, {server}, worker)
 
