@@ -57,8 +57,10 @@ def load() -> ModuleType:
     if left_alone():
         # MPICH over UCX crashes where it reads from a rank that has died.
         os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
-        # Libfabric's newer provider "tcp" hangs now and then, where two ranks connect to each other at one time.
+        # Libfabric's newer provider "tcp" hangs now and then, where two ranks connect to each other at one time; so
+        # does a start where only the first ranks of the nodes are told of.
         os.environ.setdefault("FI_PROVIDER", "tcp;ofi_rxm")
+        os.environ.setdefault("MPIR_CVAR_CH4_ROOTS_ONLY_PMI", "0")
     promised = promise(os.environ)
     # MPICH doesn't start alone under Open MPI's mpirun or srun --mpi=pmix, it aborts in MPI_Init: so look before.
     foreign = promised is not None and _aborts_under(promised.launcher, library)
