@@ -75,7 +75,7 @@ def going(under_slurm, tmp_path, monkeypatch, capsys):
 
 def rank_of(job: str, rank: int) -> int:
     """The process of a rank."""
-    wanted = {f"SLURM_JOB_ID={job}".encode(), f"PMI_RANK={rank}".encode()}
+    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError):
             if wanted <= set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")):
@@ -124,9 +124,23 @@ def test_where_a_machine_with_workers_dies_the_others_go_on(slurm, going):
     assert [event["rank"] for event in events(run, "worker_lost")] == [1]
 
 
-@pytest.mark.parametrize(
-    "launcher", [pytest.param("srun --mpi=pmi2", marks=MPICH), pytest.param("mpirun", marks=OPEN_MPI)]
-)
+@OPEN_MPI
+@pytest.mark.soak
+@pytest.mark.timeout(120)
+def test_where_srun_ends_all_ranks_with_the_first_that_dies_the_job_is_queued_again(slurm, going):
+    job, run = going("srun --mpi=pmix", 4, 12)
+    os.kill(rank_of(job, 1), signal.SIGKILL)
+    slurm.wait_for(lambda: slurm.state(job) == "PENDING", 60)
+    assert not lines("end", run)
+    slurm.call("scancel", job)
+    slurm.wait_until_left(job)
+
+
+@pytest.mark.parametrize("launcher", [
+    pytest.param("srun --mpi=pmi2", marks=MPICH),
+    pytest.param("mpirun", marks=OPEN_MPI),
+    pytest.param("srun --mpi=pmix", marks=[OPEN_MPI, pytest.mark.soak]),
+])  # fmt: skip
 @pytest.mark.timeout(180)
 def test_a_job_that_has_lost_the_machine_with_its_server_goes_on_from_a_checkpoint(slurm, going, launcher):
     """It ends, though nobody tells it of the loss, and is queued again."""
