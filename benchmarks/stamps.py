@@ -8,6 +8,7 @@ import os
 import struct
 import sys
 import time
+from collections.abc import Callable
 
 from dpnn import cli
 from dpnn.data import Batch, Loader
@@ -22,8 +23,8 @@ def main() -> int:
     os.write(file, NUMBER.pack(os.getpid()))
     next_batch = Loader.next
 
-    def stamped(loader: Loader) -> Batch:
-        batch = next_batch(loader)
+    def stamped(loader: Loader, *tick: Callable[[], object]) -> Batch:
+        batch = next_batch(loader, *tick)
         if loader.sampler.shuffle:  # evaluation doesn't
             os.write(file, NUMBER.pack(time.monotonic()))
         return batch

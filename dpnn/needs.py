@@ -22,7 +22,6 @@ from dpnn.optim import STATES
 from dpnn.plan import Costs, Setting
 from dpnn.planning import common, copies, forecaster_of, lasting
 from dpnn.prepare import Start
-from dpnn.strategies.downpour.mirror import BUFFERS as MIRROR_BUFFERS
 from dpnn.team import Team
 
 GB = 1e9
@@ -121,8 +120,12 @@ def needs_of(world: World, start: Start, most: int) -> list[Need]:
         for part, (nbytes, n) in enumerate(zip(found.nbytes, found.params, strict=True))
     ]
     shard = sum(found.params) * itemsize / max(job.parallel.servers, 1)
-    kept = shard * (1 + len(STATES[job.optimizer.name])) * (2 if start.mirrored else 1)
-    return [*needs, Need(kept, kept + (MIRROR_BUFFERS * shard if start.mirrored else 0.0) + BESIDE)]
+    kept, buffers = shard * (1 + len(STATES[job.optimizer.name])), 0
+    if start.mirrored:
+        from dpnn.strategies.downpour.mirror import BUFFERS  # with what only servers use
+
+        kept, buffers = 2 * kept, BUFFERS
+    return [*needs, Need(kept, kept + buffers * shard + BESIDE)]
 
 
 def beside(start: Start, ranks: int) -> float:

@@ -236,10 +236,12 @@ def _survives(arguments: argparse.Namespace) -> bool:
     """Whether the training that is asked for goes on where one of its ranks dies. A wrong job is told by itself."""
     from dpnn import config
 
-    path = arguments.job
-    if path is None:
-        path = os.path.join(arguments.resume or arguments.replay, "job.toml")
+    path, folder = arguments.job, arguments.resume or arguments.replay
+    if path is None and not folder:
+        return False
     try:
-        return config.load(path, arguments.overrides).parallel.strategy == "downpour"
+        return (
+            config.load(path or os.path.join(folder, "job.toml"), arguments.overrides).parallel.strategy == "downpour"
+        )
     except JobError:
         return False

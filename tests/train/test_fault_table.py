@@ -41,9 +41,9 @@ def library() -> str:
 
 def cell(started: str, mpi: str, column: str) -> str:
     """What the table says."""
-    rows = [[field.strip() for field in line.strip("|").split("|")] for line in PAGE.read_text().splitlines()
-            if line.startswith("|")]  # fmt: skip
-    head = next(row for row in rows if row[:2] == ["started by", "MPI"])
+    text = PAGE.read_text().partition("## A process is killed\n")[2].partition("\n## ")[0]
+    rows = [[field.strip() for field in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    head = rows[0]
     found = [row for row in rows if f"`{started}`" in row[0].split(", ") and row[1] == mpi]
     assert len(found) == 1, (started, mpi, found)
     return found[0][head.index(column)]

@@ -36,7 +36,8 @@ class Link:
         """Whether parameters were asked for that haven't arrived."""
         self._hears: MPI.Request = MPI.REQUEST_NULL
         self._sign: MPI.Request = MPI.REQUEST_NULL
-        """The last sign of life."""
+        self._works = bytearray(1)
+        """The last sign of life, and what it says."""
         self.connect(rank)
 
     def connect(self, rank: int) -> None:
@@ -118,15 +119,16 @@ class Link:
         """Whether it was said."""
         return self._tested([self._hears])
 
-    def live(self) -> bool:
-        """Give a sign of life; False where this rank counts as dead all the same."""
+    def live(self, works: bool) -> bool:
+        """Give a sign of life, and whether this rank works; False where it counts as dead all the same."""
         gone = False
 
         def sign() -> None:
             nonlocal gone
             gone = self._comm.Iprobe(self.rank, self._tag[Tag.GONE])
             if self._sign.Test():
-                self._sign = self._comm.Isend(bytearray(), self.rank, self._tag[Tag.ALIVE])
+                self._works[0] = works
+                self._sign = self._comm.Isend(self._works, self.rank, self._tag[Tag.ALIVE])
 
         self._tried(sign)
         return not gone

@@ -63,22 +63,26 @@ class Links:
 
         def tested() -> object:
             self.unserved = False
-            self._parts.check()
+            if not self._parted:  # who has parted ends
+                self._parts.check()
             self.look()
-            self.tick()
+            self.tick(works=False)
             self.unserved = True
             return test()
 
         wait(tested, whom, self._limit_s)
         self.unserved = False
 
-    def tick(self) -> None:
-        """Give a sign of life, if it is time. RankError where this rank counts as dead all the same."""
+    def tick(self, works: bool) -> None:
+        """Give a sign of life, if it is time: this rank works, or waits for others.
+
+        RankError where this rank counts as dead all the same.
+        """
         now = monotonic()
         if now - self._ticked < _TICK_S or self._parted:
             return
         self._ticked = now
-        if not all(link.live() for link in self._all):
+        if not all(link.live(works) for link in self._all):
             raise RankError("the servers count this rank as dead, since it said nothing for parallel.silence_s")
 
     def look(self) -> None:

@@ -1,8 +1,9 @@
 """A server's roll of its workers: who has spoken when.
 
-Every worker gives its servers a sign of life about once a second, whatever it does, also while it waits. Signs have a
-tag of their own, so that a server hears them whatever else it has to hear of that worker first. Where MPI doesn't tell
-of deaths, who gives none has died.
+Every worker gives its servers a sign of life about once a second, whatever it does, also while it waits: the sign says
+so, for who waits for the others mustn't count as one of those that get on. Signs have a tag of their own, so that a
+server hears them whatever else it has to hear of that worker first. Where MPI doesn't tell of deaths, who gives none
+has died.
 """
 
 from collections.abc import Sequence
@@ -30,25 +31,25 @@ class Roll:
 
         self._mpi, self._comm, self._clients, self._tag = MPI, comm, clients, Tag.ALIVE.of(shard)
         self._silence_s, self._limit_s = silence_s, limit_s
-        self._called = 0.0
+        self._called, self._works = 0.0, bytearray(1)
 
     def call(self) -> tuple[int, list[tuple[Client, float]]]:
-        """Now and then: how many live, and who is silent, for how long at least. Else 0 and nobody."""
+        """Now and then: how many work, and who is silent, for how long at least. Else 0 and nobody."""
         now = monotonic()
         if now - self._called < _CALL_S:
             return 0, []
         self._called = now
         clients = [client for client in self._clients if not client.lost and not client.parted]
-        alive = sum(self.hears(client) for client in clients)
+        working = sum(self.hears(client) for client in clients)
         limits = [(client, self._silence_s if client.spoke else self._limit_s) for client in clients]
-        return alive, [(client, limit_s) for client, limit_s in limits if now - client.heard > limit_s]
+        return working, [(client, limit_s) for client, limit_s in limits if now - client.heard > limit_s]
 
     def hears(self, client: Client) -> bool:
-        """Whether there is a new sign."""
-        new = False
+        """Whether there is a new sign, and it works."""
+        works = False
         with suppress(self._mpi.Exception):  # that it has died is seen elsewhere
             while self._comm.Iprobe(client.rank, self._tag):
-                self._comm.Recv(bytearray(), client.rank, self._tag)
-                new = client.spoke = True
-                client.heard = monotonic()
-        return new
+                self._comm.Recv(self._works, client.rank, self._tag)
+                client.spoke, client.heard = True, monotonic()
+                works = bool(self._works[0])
+        return works

@@ -61,7 +61,7 @@ class Server:
         self.frozen = self.parting = False
         """Whether no push is applied for a moment; whether a worker has parted: the run is over."""
         silence_s = min(options.silence_s, self.limit_s / 2)
-        self._roll, self._alive = Roll(comm, number, self.clients, silence_s, self.limit_s), 0
+        self._roll, self._working = Roll(comm, number, self.clients, silence_s, self.limit_s), 0
         self.mirror: Mirror | None = None
         self.over: Callable[[], bool] = lambda: shard.over
         """Whether the run is over, as this rank knows."""
@@ -74,9 +74,9 @@ class Server:
 
     def turn(self) -> bool:
         """Do what there is to do; whether there was anything."""
-        alive = self._look()
+        working = self._look()
         passed = self.mirror is not None and self.mirror.turn()
-        return alive | self._hear() | self._lines.sent() | self._serve() | passed
+        return working | self._hear() | self._lines.sent() | self._serve() | passed
 
     def do(self, change: Change, then: Callable[[], object] = lambda: None) -> None:
         """Change the shard; `then` is called once the mirror knows."""
@@ -134,15 +134,15 @@ class Server:
             raise RankError("all workers have died; go on from the last checkpoint with --resume")
 
     def _look(self) -> bool:
-        """Now and then see who is alive; whether anybody is. Who is silent counts as dead, as the first server says."""
-        alive, silent = self._roll.call()
-        self._alive += alive
+        """Now and then see who works; whether anybody does. Who is silent counts as dead, as the first server says."""
+        working, silent = self._roll.call()
+        self._working += working
         while self._lines.broken:
             self.lose(self._lines.broken.pop().replica)
         if self.shard.ledger is not None and self._lines.survives:
             for client, limit_s in silent:
                 self.lose(client.replica, f"it said nothing for {limit_s:g} s")
-        return alive > 0
+        return working > 0
 
     def note_written(self) -> None:
         """The last checkpoint is written."""
@@ -309,7 +309,7 @@ class Server:
     def _answer(self, client: Client, tag: Tag, lease: Lease = Lease.NONE) -> None:
         shard, account = self.shard, self.shard.accounts[client.replica]
         known = (shard.version, shard.steps, shard.samples, shard.loss, shard.rate(shard.steps))
-        run = (shard.stop, shard.left, self._alive, account.staleness, shard.discarded, shard.bad)
+        run = (shard.stop, shard.left, self._working, account.staleness, shard.discarded, shard.bad)
         given, lane = account.leased, (0, 0, 0, 0)
         if lease == Lease.LANE and given is not None:
             lane = (given.epoch, given.lanes.start, given.first, given.last)

@@ -205,12 +205,12 @@ class Worker:
         self._ask_until(lambda answer: bool(answer.written))
 
     def tick(self) -> None:
-        """This replica is alive, though it asks for nothing: to be called now and then while it is.
+        """This replica works, though it asks for nothing: to be called now and then while it does.
 
         RankError where the servers count it as dead.
         """
         self.links.look()
-        self.links.tick()
+        self.links.tick(works=True)
 
     def end(self) -> None:
         """The run is over, says this replica, which speaks for it."""

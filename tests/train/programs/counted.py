@@ -39,8 +39,8 @@ def append(name: str, line: str) -> None:
     os.close(file)
 
 
-def counted_next(loader: Loader) -> Batch:
-    batch = next_batch(loader)
+def counted_next(loader: Loader, *tick: Any) -> Batch:
+    batch = next_batch(loader, *tick)
     if loader.sampler.shuffle:  # evaluation doesn't
         time.sleep(float(os.environ.get("PACE", "0")))
         append(str(RANK), " ".join(map(str, [batch.epoch, *batch.ids.tolist()])) + "\n")
