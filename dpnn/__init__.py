@@ -3,9 +3,11 @@
 The map of the house (a room imports only from the floors below it):
 
     cli  preview                       the commands; what `dpnn plan` shows
-    train  asynchronous  prepare       the training loop (read train.py first), that of workers and servers; what rank 0
-    planning  balance  evaluate        reads for all; where layers go; lanes by speed; held-out data;
-    needs  cluster                     memory that ranks need; batch systems, and whether all is there
+    train  asynchronous  serving       the training loop (read train.py first), those of workers and of servers;
+    recovery  regroup  prepare         where a rank dies, who goes on, and from where; what rank 0 reads for all;
+    timetable  course  evaluate        the steps of a run, of an asynchronous one; held-out data;
+    planning  balance  needs           where layers go; lanes by speed; memory that ranks need;
+    cluster                            batch systems, and whether all is there
     strategies  checkpoint  state      what becomes of gradients; what a run writes, how its parts bring it
     saving  observe  locations         together, and when; what it tells; where the data lie
     models  plan  optim                networks by name; who computes what, and when; updates of the parameters
