@@ -138,7 +138,7 @@ def test_where_srun_ends_all_ranks_with_the_first_that_dies_the_job_is_queued_ag
 
 @pytest.mark.parametrize("launcher", [
     pytest.param("srun --mpi=pmi2", marks=MPICH),
-    pytest.param("mpirun", marks=OPEN_MPI),
+    pytest.param("mpirun", marks=[OPEN_MPI, pytest.mark.soak]),
     pytest.param("srun --mpi=pmix", marks=[OPEN_MPI, pytest.mark.soak]),
 ])  # fmt: skip
 @pytest.mark.timeout(180)
