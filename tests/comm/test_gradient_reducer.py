@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dpnn.comm import reduce as module
-from dpnn.comm.faults import duplicate
+from dpnn.comm.faults import wait
 from dpnn.comm.node import Node
 from dpnn.comm.reduce import GradientReducer, allreduce, measured_bucket
 from dpnn.errors import RankError
@@ -251,12 +251,12 @@ def test_a_replica_that_does_not_prepare_is_a_rank_error(world, node_of):
     node = node_of("not shared", n=N)
     late = world.size - 1
     if world.rank != late:
-        # What is raised holds the communicator that MPI still makes.
+        # What is raised holds what MPI is still at.
         with pytest.raises(RankError, match=r"waited 0\.2 s for \d nodes to prepare their sums") as raised:
             GradientReducer(node, lambda lo, hi: None, 0.2)
     world.comm.barrier()
     if world.rank == late:
-        duplicate(node.across, "the others, who have begun", 60)  # what they began is ended: it is collective
+        wait(node.across.Ibarrier().Test, "the others, who have begun", 60)  # what they began is ended: to meet
     else:
         assert raised.value.exit_code == 4
     world.comm.barrier()
