@@ -240,8 +240,7 @@ def _survives(arguments: argparse.Namespace) -> bool:
     if path is None and not folder:
         return False
     try:
-        return (
-            config.load(path or os.path.join(folder, "job.toml"), arguments.overrides).parallel.strategy == "downpour"
-        )
+        job = config.load(path or os.path.join(folder, "job.toml"), arguments.overrides)
     except JobError:
         return False
+    return job.parallel.strategy == "downpour"

@@ -34,29 +34,33 @@ _FRAMES = 6
 """How many frames of a traceback a failing rank shows: the innermost."""
 
 
-def wait(test: Callable[[], object], whom: str, limit_s: float) -> None:
+def wait(test: Callable[[], object], whom: str, limit_s: float, naps: bool = True) -> None:
     """Call `test` until it is true (an MPI request's Test, which is also what makes MPI progress).
 
-    `whom` completes the sentence "waited for ...". RankError where `limit_s` seconds pass, or MPI reports an error;
-    RankLost where a rank has died that the others can do without.
+    `whom` completes the sentence "waited for ...". `naps`: whether it sleeps between two calls, where that takes long.
+    RankError where `limit_s` seconds pass, or MPI reports an error; RankLost where a rank has died that the others can
+    do without.
     """
     begin = time.monotonic()
     while not tested(test, whom):
         if time.monotonic() - begin > _EAGER_S:
             with PULSE.waiting(whom, begin):
-                _wait_napping(test, whom, limit_s, begin)
+                _wait_long(test, whom, limit_s, begin, naps)
             return
         os.sched_yield()
 
 
-def _wait_napping(test: Callable[[], object], whom: str, limit_s: float, begin: float) -> None:
+def _wait_long(test: Callable[[], object], whom: str, limit_s: float, begin: float, naps: bool) -> None:
     """The rest of a wait that began at `begin`."""
     while not tested(test, whom):
         waited = time.monotonic() - begin
         if waited > limit_s:
             raise given_up(limit_s, whom)
         ALARM.look()
-        time.sleep(_NAP_S if waited < _LONG_S else _LONG_NAP_S)
+        if naps:
+            time.sleep(_NAP_S if waited < _LONG_S else _LONG_NAP_S)
+        else:
+            os.sched_yield()
 
 
 def given_up(limit_s: float, whom: str) -> RankError:
@@ -99,12 +103,7 @@ def duplicate(comm: "MPI.Comm", whom: str, limit_s: float) -> "MPI.Comm":
     """
     wait(comm.Ibarrier().Test, whom, limit_s)
     copy, request = comm.Idup()
-    until = time.monotonic() + limit_s
-    while not tested(request.Test, whom):
-        if time.monotonic() > until:
-            raise given_up(limit_s, whom)
-        ALARM.look()
-        os.sched_yield()
+    wait(request.Test, whom, limit_s, naps=False)
     return copy
 
 

@@ -141,7 +141,7 @@ def until_trained():
 
     def wait(program, folder: Path) -> None:
         end, lines = time.monotonic() + 60, folder / "metrics.jsonl"
-        while not lines.exists() or b'"step"' not in lines.read_bytes():
+        while not lines.exists() or b'"kind":"step"' not in lines.read_bytes():
             assert program.process.poll() is None, program.stderr
             assert time.monotonic() < end, "no step in time"
             time.sleep(0.02)

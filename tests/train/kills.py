@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-from dpnn.observe import metrics
+from tests.train import runs
 from tests.train.accounts import Books
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -72,11 +72,11 @@ class Outcome:
 
     def told(self, kind: str) -> list[dict]:
         """Lines of a kind of metrics.jsonl."""
-        return [line for line in metrics.read(self.folder / "metrics.jsonl") if line["kind"] == kind]
+        return runs.told(self.folder, kind)
 
     def events(self, event: str) -> list[dict]:
         """Events of that name."""
-        return [line for line in self.told("event") if line["event"] == event]
+        return runs.events(self.folder, event)
 
     @property
     def dead(self) -> set[int]:
@@ -95,10 +95,9 @@ def run(
 ) -> Outcome:
     """Start a job (`start(*args, env)`: this Python with such arguments), kill, and see it end; what came of it."""
     books.mkdir()
-    words = [word for setting in case.settings for word in ("--set", setting)]
     program = start(
         PROGRAMS / "launched.py", PROGRAMS / "counted.py", "launch", "-n", case.ranks, *case.launch, "train", job.path,
-        *words, env={"COUNTS": str(books), **env},
+        *runs.words(*case.settings), env={"COUNTS": str(books), **env},
     )  # fmt: skip
     outcome = Outcome(job.out, Books(books, case.ranks))
     end = time.monotonic() + limit_s

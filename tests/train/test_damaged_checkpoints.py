@@ -13,7 +13,7 @@ import pytest
 
 from dpnn import checkpoint, cli
 from dpnn.checkpoint import look
-from dpnn.observe import metrics
+from tests.train.runs import events, words
 
 from .conftest import HERE
 
@@ -25,10 +25,6 @@ SHORT = (
 PARTS = ("parallel.parts=2", 'parallel.placement={"dense*" = 1, "*" = 0}', "parallel.microbatches=1")
 ALONE = ("parallel.parts=1", "parallel.placement=auto")
 SERVERS = ("parallel.strategy=downpour", "parallel.servers=2", "train.global_batch=0", "train.replica_batch=16")
-
-
-def words(*settings: str) -> list[str]:
-    return [word for setting in settings for word in ("--set", setting)]
 
 
 @pytest.fixture
@@ -76,10 +72,6 @@ def cut(file: Path) -> str:
 def lose(file: Path) -> str:
     file.unlink()
     return f"{file} can't be read (No such file or directory)"
-
-
-def events(folder: Path, event: str) -> list[dict]:
-    return [line for line in metrics.read(folder / "metrics.jsonl") if line.get("event") == event]
 
 
 def check(folder: Path, told: list[str], step: int) -> None:

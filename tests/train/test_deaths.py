@@ -7,47 +7,30 @@ import time
 from pathlib import Path
 
 import pytest
-from mpi4py import MPI
 
 from dpnn.comm.launch import command
 from dpnn.comm.losses import survives
-from dpnn.observe import metrics
+from tests.train.runs import TOLERANT, told, words
 
 NETWORKS = Path(__file__).parent / "networks.py"
 DOWNPOUR = (
     f"model.name={NETWORKS}:plain", "optimizer.name=sgd", "train.global_batch=0", "train.replica_batch=7",
     "parallel.strategy=downpour", "parallel.stall_abort_s=20", "train.eval_every=0", "output.checkpoint_every=2",
 )  # fmt: skip
-TOLERANT = pytest.mark.skipif(
-    "Open MPI v5" not in MPI.Get_library_version(), reason="only Open MPI 5 tells of processes that have died"
-)
 LIMIT_S = 40
 
 pytestmark = [pytest.mark.mpi, TOLERANT]
 
 
-def words(*settings: str) -> list[str]:
-    return [word for setting in settings for word in ("--set", setting)]
-
-
-def read(folder: Path, kind: str) -> list[dict]:
-    path = folder / "metrics.jsonl"
-    return [line for line in metrics.read(path) if line["kind"] == kind] if path.exists() else []
-
-
 @pytest.fixture
-def going(start_python, job):
+def going(start_python, job, until_trained):
     """going(ranks, *settings) -> a run under `dpnn launch` that has taken its first steps, and its folder."""
 
     def start(ranks: int, *settings: str):
         made = job()
         line = ("-m", "dpnn", "launch", "-n", str(ranks), "train", made.path, *words(*DOWNPOUR, *settings))
         program = start_python(*line)
-        end = time.monotonic() + 60
-        while not read(made.out, "step"):
-            assert time.monotonic() < end, program.stderr
-            assert program.process.poll() is None, program.stderr
-            time.sleep(0.02)
+        until_trained(program, made.out)
         return program, made.out
 
     return start
@@ -72,9 +55,9 @@ def test_the_others_take_every_step_that_is_left(going, python, ranks, settings,
     ended = program.finish(LIMIT_S)
     assert ended.returncode == 0, ended.stderr
     program.until_gone(LIMIT_S)
-    events = read(folder, "event")
+    events = told(folder, "event")
     assert {event["replica"] for event in events if event["event"] == "worker_lost"} == lost
-    (start,), (end,) = read(folder, "start"), read(folder, "end")
+    (start,), (end,) = told(folder, "start"), told(folder, "end")
     assert (end["exit"], end["steps"]) == (0, start["total_steps"])
     assert (folder / "checkpoints" / f"step-{end['steps']:09d}" / "info.h5").exists()
     assert python("-m", "dpnn", "eval", folder).returncode == 0
@@ -83,21 +66,21 @@ def test_the_others_take_every_step_that_is_left(going, python, ranks, settings,
 def test_a_spare_takes_no_part_until_a_worker_dies(going):
     program, folder = going(4, "train.epochs=60", "parallel.servers=1", "parallel.spares=1")
     time.sleep(0.5)
-    assert not [event for event in read(folder, "event") if event["event"] == "spare_joined"]
+    assert not [event for event in told(folder, "event") if event["event"] == "spare_joined"]
     os.kill(program.pids()[0], signal.SIGKILL)
     ended = program.finish(LIMIT_S)
     program.until_gone(LIMIT_S)
     assert ended.returncode == 0, ended.stderr
-    events = {event["event"]: event for event in read(folder, "event")}
+    events = {event["event"]: event for event in told(folder, "event")}
     assert events["spare_joined"]["replica"] == 2
-    (start,), (end,) = read(folder, "start"), read(folder, "end")
+    (start,), (end,) = told(folder, "start"), told(folder, "end")
     assert (end["exit"], end["steps"]) == (0, start["total_steps"])
 
 
 def test_a_spare_that_nobody_needs_ends_with_the_others(going):
     program, folder = going(3, "train.epochs=3", "parallel.servers=1", "parallel.spares=1")
     assert program.finish(LIMIT_S).returncode == 0
-    assert not [event for event in read(folder, "event") if event["event"] == "spare_joined"]
+    assert not [event for event in told(folder, "event") if event["event"] == "spare_joined"]
 
 
 def test_a_worker_that_is_stopped_for_ever_counts_as_dead(going):
@@ -107,9 +90,9 @@ def test_a_worker_that_is_stopped_for_ever_counts_as_dead(going):
     ended = program.finish(2 * LIMIT_S)
     program.until_gone(LIMIT_S)
     assert ended.returncode == 0, ended.stderr
-    (event,) = [event for event in read(folder, "event") if event["event"] == "worker_lost"]
+    (event,) = [event for event in told(folder, "event") if event["event"] == "worker_lost"]
     assert (event["rank"], event["reason"]) == (1, "it said nothing for 4 s")
-    (start,), (end,) = read(folder, "start"), read(folder, "end")
+    (start,), (end,) = told(folder, "start"), told(folder, "end")
     assert (end["exit"], end["steps"]) == (0, start["total_steps"])
 
 
@@ -144,9 +127,9 @@ def test_an_error_on_one_worker_ends_that_one_alone(start_line, job, tmp_path):
     ended = start_line(line, env={"FAULT": "1 3 raise"}).finish(LIMIT_S)
     assert "dpnn: rank 1: ValueError: bad value" in ended.stderr
     assert "dpnn: rank 1 ends, the others go on" in ended.stderr
-    events = {event["event"]: event for event in read(made.out, "event")}
+    events = {event["event"]: event for event in told(made.out, "event")}
     assert events["worker_failed"]["rank"] == events["worker_lost"]["rank"] == 1
-    (start,), (end,) = read(made.out, "start"), read(made.out, "end")
+    (start,), (end,) = told(made.out, "start"), told(made.out, "end")
     assert (end["exit"], end["steps"]) == (0, start["total_steps"])
 
 

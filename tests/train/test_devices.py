@@ -5,8 +5,8 @@ import pytest
 
 from dpnn.backends.cuda import device_of_rank
 from dpnn.native import Unavailable
-from dpnn.observe import metrics
 from dpnn.observe.folder import RunFolder
+from tests.train.runs import told
 
 from .conftest import HERE, JOB, last
 
@@ -90,10 +90,6 @@ def identical(one, other):
     a, b = last(one), last(other)
     for (name, array), (_, its) in zip(a.arrays(), b.arrays(), strict=True):
         assert array.tobytes() == its.tobytes(), name
-
-
-def told(folder, kind):
-    return [line for line in metrics.read(folder / "metrics.jsonl") if line["kind"] == kind]
 
 
 @pytest.mark.mpi

@@ -15,7 +15,7 @@ import pytest
 from dpnn import cli
 from dpnn.data import Sampler
 from dpnn.data.manifest import Manifest
-from dpnn.observe import metrics
+from tests.train.runs import told, words
 
 SAMPLES = 231
 NETWORKS = Path(__file__).parent / "networks.py"
@@ -28,14 +28,6 @@ ALONE = (
     "model.name=lenet", "model.kernel=3", "model.batchnorm=true", "model.dropout=0.3",
     "data.lanes=1", "backend.threads=1",
 )  # fmt: skip
-
-
-def words(*settings: str) -> list[str]:
-    return [word for setting in settings for word in ("--set", setting)]
-
-
-def read(folder: Path, kind: str) -> list[dict]:
-    return [line for line in metrics.read(folder / "metrics.jsonl") if line["kind"] == kind]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +48,7 @@ def test_one_worker_that_waits_for_its_parameters_is_synchronous_sgd(trained, id
     )  # fmt: skip
     n = identical(trained(1, *chosen), trained(1 + servers, *chosen, *asynchronous))
     print(f"{name}, {servers} servers: {n} numbers, none of whose bits differ (limit 0)")
-    scores = [read(trained(1, *chosen), "eval"), read(trained(1 + servers, *chosen, *asynchronous), "eval")]
+    scores = [told(trained(1, *chosen), "eval"), told(trained(1 + servers, *chosen, *asynchronous), "eval")]
     assert scores[0][-1]["loss"] == pytest.approx(scores[1][-1]["loss"], rel=1e-5)
 
 
@@ -79,9 +71,9 @@ def test_a_replay_ends_with_the_same_bits(mpirun, job, identical, request):
     assert ended.returncode == 0, ended.stderr
     n = identical(run.out, again)
     print(f"replayed: {n} numbers, none of whose bits differ (limit 0)")
-    ours, theirs = ([(line["step"], line["loss"]) for line in read(folder, "eval")] for folder in (run.out, again))
+    ours, theirs = ([(line["step"], line["loss"]) for line in told(folder, "eval")] for folder in (run.out, again))
     assert ours == theirs
-    steps = [[(line["step"], line["loss"], line["staleness"]) for line in read(f, "step")] for f in (run.out, again)]
+    steps = [[(line["step"], line["loss"], line["staleness"]) for line in told(f, "step")] for f in (run.out, again)]
     assert steps[0] == steps[1]
 
 
@@ -116,7 +108,7 @@ def test_in_an_epoch_every_sample_is_seen_once(mpirun, job, watched, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert len(list(seen.iterdir())) == 3
     assert seen_ids(seen) == every_sample(2)
-    (end,) = read(run.out, "end")
+    (end,) = told(run.out, "end")
     steps = sum(-(-len(range(lane * SAMPLES // 12, (lane + 1) * SAMPLES // 12)) // 7) for lane in range(12)) * 2
     assert (end["exit"], end["steps"]) == (0, steps)
 
@@ -140,7 +132,7 @@ def test_stopped_and_resumed_on_other_workers_and_servers_every_sample_is_seen_o
         ended = mpirun(ranks, *line, script=watched, env={"SEEN": seen, "TOGETHER": str(workers), "FAULT": fault})
         assert ended.returncode == code, ended.stderr
         if code:
-            (end,) = read(run.out, "end")[-1:]
+            (end,) = told(run.out, "end")[-1:]
             taken = end["steps"]
             assert (end["exit"], (run.out / "checkpoints" / f"step-{taken:09d}").is_dir()) == (75, True)
             assert messages(ended.stderr)[0].startswith(f"dpnn: stopped after step {taken} of ")
@@ -201,7 +193,7 @@ def test_a_checkpoint_goes_from_one_strategy_to_the_other_and_back(mpirun, pytho
     ended = mpirun(4, "train", run.path, *words(*settings))
     assert ended.returncode == 0, ended.stderr
     steps = last(run.out).steps
-    said = read(run.out, "eval")[-1]
+    said = told(run.out, "eval")[-1]
     ended = python("-m", "dpnn", "eval", run.out)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert f"loss {said['loss']:.4f} ({said['samples']} samples)" in ended.stdout
@@ -223,8 +215,8 @@ def test_a_checkpoint_goes_from_one_strategy_to_the_other_and_back(mpirun, pytho
     lanes = found.info["lanes"]
     cuts = [lane * SAMPLES // lanes for lane in range(lanes + 1)]
     assert found.steps == steps + 15 + sum(-(-(hi - lo) // 7) for lo, hi in pairwise(cuts))
-    assert read(run.out, "eval")[-1]["epoch"] == 3
-    assert [line["exit"] for line in read(run.out, "end")] == [0, 0, 0]
+    assert told(run.out, "eval")[-1]["epoch"] == 3
+    assert [line["exit"] for line in told(run.out, "end")] == [0, 0, 0]
 
 
 @pytest.mark.mpi
@@ -236,7 +228,7 @@ def test_ctrl_c_stops_at_a_checkpoint(start_python, job):
     program.signal(signal.SIGINT)
     ended = program.finish()
     assert ended.returncode == 75, ended.stderr
-    (end,) = read(run.out, "end")
+    (end,) = told(run.out, "end")
     assert end["exit"] == 75
     assert (run.out / "checkpoints" / f"step-{end['steps']:09d}" / "info.h5").exists()
 
@@ -244,9 +236,9 @@ def test_ctrl_c_stops_at_a_checkpoint(start_python, job):
 def test_every_push_is_in_the_histogram_of_its_staleness(trained):
     settings = (*DOWNPOUR, "parallel.servers=2", "parallel.staleness.policy=discard", "parallel.staleness.bound=1")
     folder = trained(4, *settings)
-    events = [line for line in read(folder, "event") if line["event"] == "staleness"]
+    events = [line for line in told(folder, "event") if line["event"] == "staleness"]
     assert sorted(event["server"] for event in events) == [0, 1]
-    steps = read(folder, "end")[0]["steps"]
+    steps = told(folder, "end")[0]["steps"]
     for event in events:
         assert sum(event["pushes"]) == steps
         assert event["discarded"] == sum(event["pushes"][2:])
@@ -311,15 +303,15 @@ def test_only_a_recorded_run_is_repeated_and_only_as_it_was(trained, tmp_path, c
     plain, recorded = trained(2), trained(3, *RECORDED)
     resumed = shutil.copytree(recorded, tmp_path / "resumed")
     with (resumed / "metrics.jsonl").open("a") as file:
-        print(json.dumps(read(resumed, "start")[0]), file=file)
-    for folder, told in (
+        print(json.dumps(told(resumed, "start")[0]), file=file)
+    for folder, said in (
         (plain, f"{plain} was not recorded; record a run with --set parallel.record=true"),
         (recorded, f"{recorded} ran on 3 ranks, not 1; start as many"),
         (resumed, f"{resumed} was started 2 times: only a run from its start can be repeated"),
     ):
         assert cli.main(["train", "--replay", str(folder), *words(f"output.dir={tmp_path}/again")]) == 2
         (message,) = messages(capfd.readouterr().err)
-        assert told in message
+        assert said in message
     assert not (tmp_path / "again").exists()
 
 

@@ -6,14 +6,13 @@ Those of whole machines, and of `srun`, are in tests/cluster.
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from mpi4py import MPI
 
 from dpnn.comm.launch import command
-from dpnn.observe import metrics
+from tests.train.runs import told, words
 
 pytestmark = [pytest.mark.mpi, pytest.mark.smoke]
 
@@ -49,33 +48,24 @@ def cell(started: str, mpi: str, column: str) -> str:
     return found[0][head.index(column)]
 
 
-def lines(folder: Path, kind: str) -> list[dict]:
-    path = folder / "metrics.jsonl"
-    return [line for line in metrics.read(path) if line["kind"] == kind] if path.exists() else []
-
-
 @pytest.fixture
-def killed(start_line, job):
+def killed(start_line, job, until_trained):
     """killed(started, column, ...): the job whose rank is killed after its first steps does what the table says."""
 
     def run(started: str, column: str, epochs: int, *more: str) -> str:
         ranks, victim, settings = VICTIMS[column]
         made, more = job(), (f"train.epochs={epochs}", *more)
-        args = ["train", str(made.path), *(word for setting in (*settings, *more) for word in ("--set", setting))]
+        args = ["train", str(made.path), *words(*settings, *more)]
         by_launch = [sys.executable, "-m", *started.split(), "-n", str(ranks), *args]
         program = start_line(command(ranks, args) if started == "mpirun" else by_launch)
-        end = time.monotonic() + LIMIT_S
-        while not lines(made.out, "step"):
-            assert time.monotonic() < end, program.stderr
-            assert program.process.poll() is None, program.stderr
-            time.sleep(0.02)
+        until_trained(program, made.out)
         os.kill(program.pids()[victim], signal.SIGKILL)
         ended = program.finish(LIMIT_S)
         program.until_gone(LIMIT_S)
-        ends = lines(made.out, "end")
+        ends = told(made.out, "end")
         if ends and ends[-1]["exit"] == 0:
-            assert {event["event"] for event in lines(made.out, "event")} & {"worker_lost", "server_lost"}
-            assert ends[-1]["steps"] == lines(made.out, "start")[0]["total_steps"]
+            assert {event["event"] for event in told(made.out, "event")} & {"worker_lost", "server_lost"}
+            assert ends[-1]["steps"] == told(made.out, "start")[0]["total_steps"]
             assert ended.returncode == 0, ended.stderr
             return "goes on"
         return f"ends, {ended.returncode}"

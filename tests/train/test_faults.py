@@ -17,7 +17,7 @@ import pytest
 
 from dpnn import checkpoint
 from dpnn.comm.launch import command
-from dpnn.observe import metrics
+from tests.train.runs import told, words
 
 pytestmark = pytest.mark.mpi
 
@@ -54,18 +54,10 @@ EVERYWHERE = [
 LONG = ("train.epochs=1000", "train.eval_every=0", "output.checkpoint_every=0.2", "output.keep=3")
 
 
-def words(*settings: str) -> list[str]:
-    return [word for setting in settings for word in ("--set", setting)]
-
-
 def newest(folder: Path) -> int:
     """Steps of the newest checkpoint; all that have their name are good."""
     paths = sorted(folder.glob("step-*"))
     return max((checkpoint.read(path).steps for path in paths), default=0)
-
-
-def told(folder: Path, kind: str) -> list[dict]:
-    return [line for line in metrics.read(folder / "metrics.jsonl") if line["kind"] == kind]
 
 
 def ended(program, limit_s: float = LIMIT_S, since: str = ""):

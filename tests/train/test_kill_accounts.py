@@ -12,11 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from mpi4py import MPI
 
 from tests.soak import write_down
 from tests.train import accounts, kills
 from tests.train.kills import Case, Outcome
+from tests.train.runs import TOLERANT
 
 ROOT = Path(__file__).parents[2]
 NETWORKS = Path(__file__).parent / "networks.py"
@@ -97,9 +97,7 @@ def seeds(which: int) -> list[tuple[str, int]]:
 
 pytestmark = [
     pytest.mark.mpi,
-    pytest.mark.skipif(
-        "Open MPI v5" not in MPI.Get_library_version(), reason="only Open MPI 5 tells of processes that have died"
-    ),
+    TOLERANT,
 ]
 
 

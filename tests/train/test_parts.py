@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpnn.evaluate import Scores
-from dpnn.observe import metrics
+from tests.train.runs import told
 
 from .conftest import HERE
 
@@ -64,10 +64,6 @@ def alike(last):
                 assert [its[key] for key in keys] == pytest.approx([line[key] for key in keys], rel=limit, abs=limit)
 
     return compare
-
-
-def told(folder, kind):
-    return [line for line in metrics.read(folder / "metrics.jsonl") if line["kind"] == kind]
 
 
 @pytest.mark.parametrize(

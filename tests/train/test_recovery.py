@@ -7,16 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-from mpi4py import MPI
 
 from dpnn.comm.launch import command
-from dpnn.observe import metrics
+from tests.train.runs import TOLERANT, events, told, words
 
 DYING = Path(__file__).parent / "programs" / "dying.py"
 NETWORKS = Path(__file__).parent / "networks.py"
-TOLERANT = pytest.mark.skipif(
-    "Open MPI v5" not in MPI.Get_library_version(), reason="only Open MPI 5 tells of processes that have died"
-)
 LIMIT_S = 100
 SETTINGS = (
     f"model.name={NETWORKS}:plain", "train.global_batch=24", "train.eval_every=0", "parallel.stall_abort_s=20",
@@ -32,32 +28,15 @@ def soaked(*values: object, **how):
 pytestmark = [pytest.mark.mpi, TOLERANT]
 
 
-def words(*settings: str) -> list[str]:
-    return [word for setting in settings for word in ("--set", setting)]
-
-
-def read(folder: Path, kind: str) -> list[dict]:
-    path = folder / "metrics.jsonl"
-    return [line for line in metrics.read(path) if line["kind"] == kind] if path.exists() else []
-
-
-def events(folder: Path, name: str) -> list[dict]:
-    return [event for event in read(folder, "event") if event["event"] == name]
-
-
 @pytest.fixture
-def going(start_python, job):
+def going(start_python, job, until_trained):
     """going(ranks, *settings) -> a run under `dpnn launch --with-faults` that has taken its first steps; its folder."""
 
     def start(ranks: int, *settings: str, name: str = "job"):
         made = job(name, out=name)
         line = ("-m", "dpnn", "launch", "--with-faults", "-n", str(ranks), "train", made.path)
         program = start_python(*line, *words(*SETTINGS, *settings))
-        end = time.monotonic() + 60
-        while not read(made.out, "step"):
-            assert time.monotonic() < end, program.stderr
-            assert program.process.poll() is None, program.stderr
-            time.sleep(0.02)
+        until_trained(program, made.out)
         return program, made.out
 
     return start
@@ -80,11 +59,11 @@ def ended_well(program, folder: Path) -> None:
     ended = program.finish(LIMIT_S)
     program.until_gone(LIMIT_S)
     assert ended.returncode == 0, ended.stderr
-    (start,), (end,) = read(folder, "start"), read(folder, "end")
+    (start,), (end,) = told(folder, "start"), told(folder, "end")
     assert (end["exit"], end["steps"]) == (0, start["total_steps"])
     goes_on = max((event["step"] for event in events(folder, "worker_lost")), default=end["steps"])
-    told = {line["step"] for line in read(folder, "step")}  # what the first had still to write is lost with it
-    assert told >= set(range(goes_on + 1, end["steps"] + 1))
+    taken = {line["step"] for line in told(folder, "step")}  # what the first had still to write is lost with it
+    assert taken >= set(range(goes_on + 1, end["steps"] + 1))
 
 
 @pytest.mark.parametrize("seed", [0, *map(soaked, range(1, 20))])
@@ -156,8 +135,7 @@ def test_averaging_goes_on_without_those_replicas(going, python, ranks, settings
         time.sleep(draw.uniform(0.0, 0.3))
         os.kill(pids[victim], signal.SIGKILL)
     ended_well(program, folder)
-    told = events(folder, "samples_lost")
-    assert sum(len(event["replicas"]) for event in told) == lost
+    assert sum(len(event["replicas"]) for event in events(folder, "samples_lost")) == lost
     assert python("-m", "dpnn", "eval", folder).returncode == 0
 
 
@@ -185,7 +163,7 @@ def test_wherever_a_rank_dies_not_a_bit_is_lost(dying, trained, identical, death
     told_of_no_loss = deaths == "1 29 ending"  # the others have ended too
     lost = {rank for event in events(folder, "worker_lost") for rank in event["ranks"]}
     assert lost == ({int(death.split()[0]) for death in deaths.split(";")} if not told_of_no_loss else set())
-    assert {line["epoch"] for line in read(folder, "eval")} == {1, 2, 3}
+    assert {line["epoch"] for line in told(folder, "eval")} == {1, 2, 3}
     assert identical(trained(2, *SETTINGS, *settings), folder) > 0
 
 
@@ -208,7 +186,7 @@ def test_wherever_a_replica_dies_that_averages_the_others_go_on(dying, ranks, de
     lost = {rank for event in events(folder, "worker_lost") for rank in event["ranks"]}
     assert lost == {int(death.split()[0]) for death in deaths.split(";")}
     assert len(events(folder, "samples_lost")) >= 1
-    assert {line["epoch"] for line in read(folder, "eval")} == {1, 2, 3}
+    assert {line["epoch"] for line in told(folder, "eval")} == {1, 2, 3}
 
 
 @pytest.mark.parametrize(
@@ -236,7 +214,7 @@ def test_without_a_whole_replica_the_job_ends_with_the_way_out(going):
     program.until_gone(LIMIT_S)
     assert ended.returncode == 4, ended.stderr
     assert "no rank is left of part 1 of 2; go on with --resume" in ended.stderr
-    assert read(folder, "end")[-1]["exit"] == 4
+    assert told(folder, "end")[-1]["exit"] == 4
 
 
 def test_a_rank_that_is_stopped_ends_the_job(going):

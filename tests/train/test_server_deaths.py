@@ -8,10 +8,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from mpi4py import MPI
 
 from dpnn.comm.launch import command
-from dpnn.observe import metrics
+from tests.train.runs import TOLERANT, events, told, words
 
 SAMPLES, EPOCHS = 231, 12
 NETWORKS, DYING = Path(__file__).parent / "networks.py", Path(__file__).parent / "programs" / "dying.py"
@@ -32,21 +31,8 @@ def seeds(n: int) -> list:
 
 pytestmark = [
     pytest.mark.mpi,
-    pytest.mark.skipif("Open MPI v5" not in MPI.Get_library_version(), reason="only Open MPI 5 tells of deaths"),
+    TOLERANT,
 ]
-
-
-def words(*settings: str) -> list[str]:
-    return [word for setting in settings for word in ("--set", setting)]
-
-
-def read(folder: Path, kind: str) -> list[dict]:
-    path = folder / "metrics.jsonl"
-    return [line for line in metrics.read(path) if line["kind"] == kind] if path.exists() else []
-
-
-def events(folder: Path, name: str) -> list[dict]:
-    return [event for event in read(folder, "event") if event["event"] == name]
 
 
 def until(program, found) -> None:
@@ -59,8 +45,8 @@ def until(program, found) -> None:
 
 def until_taken(program, folder: Path, share: float) -> None:
     """Until that share of the run's steps has been taken."""
-    (start,) = read(folder, "start")
-    until(program, lambda: read(folder, "step")[-1]["step"] >= share * start["total_steps"])
+    (start,) = told(folder, "start")
+    until(program, lambda: told(folder, "step")[-1]["step"] >= share * start["total_steps"])
 
 
 def kill(program, *ranks: int) -> None:
@@ -70,7 +56,7 @@ def kill(program, *ranks: int) -> None:
 
 
 @pytest.fixture
-def going(start_line, job, watched, tmp_path):
+def going(start_line, job, watched, tmp_path, until_trained):
     """going(ranks, *settings) -> a run that survives deaths and has taken its first steps; its folder."""
 
     def start(ranks: int, *settings: str, out: str = "run"):
@@ -81,7 +67,7 @@ def going(start_line, job, watched, tmp_path):
             command(ranks, line, (str(watched),), survives=True),
             env={"SEEN": str(tmp_path / f"{out}-seen"), "PACE": "0.005"},
         )
-        until(program, lambda: read(made.out, "step"))
+        until_trained(program, made.out)
         return program, made.out
 
     return start
@@ -93,9 +79,9 @@ def check(program, folder: Path, servers: set[int] | None, worker: int | None = 
     """
     ended = program.finish(LIMIT_S)
     program.until_gone(LIMIT_S)
-    (start,) = read(folder, "start")
-    assert read(folder, "end"), ended.stderr
-    (end,) = read(folder, "end")
+    (start,) = told(folder, "start")
+    assert told(folder, "end"), ended.stderr
+    (end,) = told(folder, "end")
     assert (end["exit"], end["steps"]) == (0, start["total_steps"]), ended.stderr
     if servers is not None:
         assert {event["server"] for event in events(folder, "server_lost")} == servers, ended.stderr
@@ -168,7 +154,7 @@ def test_where_a_server_and_its_mirror_die_at_once_the_run_goes_on_from_a_checkp
     (newest, *_) = sorted((made.out / "checkpoints").glob("step-*"), reverse=True)
     resumed = python("-m", "dpnn", "launch", "-n", "3", "train", "--resume", made.out, *words("train.epochs=4"))
     assert resumed.returncode == 0, resumed.stderr
-    assert int(newest.name.removeprefix("step-")) <= read(made.out, "end")[-1]["steps"]
+    assert int(newest.name.removeprefix("step-")) <= told(made.out, "end")[-1]["steps"]
 
 
 @pytest.mark.parametrize("seed", seeds(3))
@@ -186,9 +172,9 @@ def test_servers_die_while_a_checkpoint_is_written(going, seed):
 @pytest.mark.parametrize("at", ["last checkpoint", "end"])
 def test_a_server_dies_at_the_end_of_the_run(going, victim, at):
     program, folder = going(4, "parallel.servers=2")
-    last = folder / "checkpoints" / f"step-{read(folder, 'start')[0]['total_steps']:09d}"
+    last = folder / "checkpoints" / f"step-{told(folder, 'start')[0]['total_steps']:09d}"
     if at == "end":
-        until(program, lambda: read(folder, "end"))
+        until(program, lambda: told(folder, "end"))
     else:
         until(program, lambda: last.exists() or list(last.parent.glob(f".{last.name}*")))
     kill(program, victim)
@@ -215,5 +201,5 @@ def test_the_last_checkpoint_is_there_though_the_first_server_dies_when_all_shar
     line = command(4, ["train", str(made.path), *settings], (str(DYING),), survives=True)
     ended = start_line(line, env={"DIES": "2 0 completing"}).finish(LIMIT_S)
     assert [event["rank"] for event in events(made.out, "server_lost")] == [2], ended.stderr
-    (end,) = read(made.out, "end")
+    (end,) = told(made.out, "end")
     assert (made.out / "checkpoints" / f"step-{end['steps']:09d}" / "info.h5").exists()

@@ -313,8 +313,8 @@ class Server:
         given, lane = account.leased, (0, 0, 0, 0)
         if lease == Lease.LANE and given is not None:
             lane = (given.epoch, given.lanes.start, given.first, given.last)
-        speaker, lost = shard.speaker, sum(account.lost for account in shard.accounts)
-        last = (speaker.replica if speaker else -1, lost, shard.written, self.over(), account.pushes)
+        speaker = shard.speaker
+        last = (speaker.replica if speaker else -1, shard.lost, shard.written, self.over(), account.pushes)
         self._lines.answer(client, tag, Answer(*known, *run, lease, *lane, *last))
 
     def _is_too_far(self, replica: int, steps: int = 0) -> bool:

@@ -19,7 +19,10 @@ from dpnn.strategies.downpour.protocol import Array, Change, Deed
 
 _BINS = 128
 """Of the histogram of staleness; the last one has all that is more."""
-_NUMBERS = ("version", "steps", "samples", "bad", "discarded", "loss", "left", "stop", "over", "written", "losses")
+_NUMBERS = (
+    *("version", "steps", "samples", "bad", "discarded", "loss"),
+    *("left", "lost", "stop", "over", "written", "losses"),
+)
 
 Make = Callable[[Array, Array, dict[str, Array]], Optimizer]
 Send = Callable[[Copy, Callable[[int, int], None]], None]
@@ -64,6 +67,8 @@ class Shard:
         self.accounts = [Account(replica) for replica in range(replicas)]
         self.left = replicas
         """Replicas that may still push."""
+        self.lost = 0
+        """Replicas that have died."""
         self.version = self.steps = self.samples = self.bad = self.discarded = 0
         self.loss = 0.0
         self.stop = self.over = self.written = False
@@ -97,6 +102,7 @@ class Shard:
                 self._leave(account)
             case Deed.LOSE:
                 account.lost = True
+                self.lost += 1
                 self.losses.append(account.replica)
             case Deed.SETTLE:
                 self.settle(change)
