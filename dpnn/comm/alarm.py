@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from dpnn.comm.losses import Losses
-from dpnn.errors import RankError, RankLost
+from dpnn.errors import DpnnError, RankError, RankLost
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -21,7 +21,7 @@ C = TypeVar("C", bound="MPI.Comm")
 _LOOK_S = 0.01
 """From one look to the next."""
 _PATIENCE_S = 1.0
-"""How long after an error of MPI's a death may become known that it comes from."""
+"""How long after an error a death may become known that it comes from."""
 
 
 class Alarm:
@@ -50,10 +50,13 @@ class Alarm:
             raise RankLost("a rank has died")
 
     def heard(self, error: BaseException) -> bool:
-        """Whether an error comes from a death."""
-        from mpi4py import MPI
+        """Whether an error comes from a death.
 
-        if self._world is None or not isinstance(error, RankError | MPI.Exception):
+        It may be any that nobody has foreseen: where a rank dies in a collective call of MPI's, the call may end on
+        others without an error, and without all that it should have brought.
+        """
+        foreseen = isinstance(error, DpnnError) and not isinstance(error, RankError)
+        if self._world is None or foreseen:
             return False
         until = time.monotonic() + _PATIENCE_S
         while not self._rings(self._world):
