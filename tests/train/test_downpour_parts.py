@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from dpnn import cli
+from tests.train.runs import told, words
 
-from .test_downpour import LONG, NETWORKS, SAMPLES, every_sample, read, seen_ids, words
+from .test_downpour import LONG, NETWORKS, SAMPLES, every_sample, seen_ids
 
 LIMIT_S = 10
 DOWNPOUR = (
@@ -50,10 +51,10 @@ def test_one_replica_that_waits_for_its_parameters_is_synchronous_sgd(
     worst = max(np.abs(one[name] - many[name]).max() for name in one)
     print(f"{placement}: {worst:.1e} at most between {len(one)} arrays and those of one rank (limit 1e-9)")
     assert worst < 1e-9
-    losses = [[line["loss"] for line in read(run, "step")] for run in runs]
+    losses = [[line["loss"] for line in told(run, "step")] for run in runs]
     assert len(losses[0]) == 30
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-9)
-    scores = [[(line["epoch"], line["top1_error"], line["loss"]) for line in read(run, "eval")] for run in runs]
+    scores = [[(line["epoch"], line["top1_error"], line["loss"]) for line in told(run, "eval")] for run in runs]
     np.testing.assert_allclose(scores[1][-1], scores[0][-1], rtol=1e-9)
 
 
@@ -66,12 +67,12 @@ def test_every_sample_is_seen_once_and_the_network_looked_at_between_steps(mpiru
     assert ended.returncode == 0, ended.stderr
     assert len(list(seen.iterdir())) == 2  # of each replica one part reads
     assert seen_ids(seen) == every_sample(5)
-    assert [(line["exit"], line["images_s"] > 0) for line in read(run.out, "end")] == [(0, True)]
-    assert read(run.out, "end")[0]["steps"] == read(run.out, "step")[-1]["step"]
-    assert len(read(run.out, "eval")) >= 2
-    losses = [[line["loss"] for line in read(run.out, "step") if line["epoch"] == epoch] for epoch in (1, 5)]
+    assert [(line["exit"], line["images_s"] > 0) for line in told(run.out, "end")] == [(0, True)]
+    assert told(run.out, "end")[0]["steps"] == told(run.out, "step")[-1]["step"]
+    assert len(told(run.out, "eval")) >= 2
+    losses = [[line["loss"] for line in told(run.out, "step") if line["epoch"] == epoch] for epoch in (1, 5)]
     assert np.mean(losses[1]) < 0.95 * np.mean(losses[0])  # by about a quarter: it learns
-    (start,) = read(run.out, "start")
+    (start,) = told(run.out, "start")
     assert (start["ranks"], start["replicas"], start["parts"], start["servers"]) == (6, 2, 2, 2)
 
 
@@ -86,7 +87,7 @@ def test_stopped_and_resumed_with_other_parts_every_sample_is_seen_once(mpirun, 
         line = (*command, *words(f"parallel.parts={parts}", f"parallel.servers={servers}"))
         ended = mpirun(ranks, *line, script=watched, env={"SEEN": seen, "FAULT": fault})
         assert ended.returncode == code, ended.stderr
-        end = read(run.out, "end")[-1]
+        end = told(run.out, "end")[-1]
         assert (end["exit"], (run.out / "checkpoints" / f"step-{end['steps']:09d}").is_dir()) == (code, True)
         if code:
             assert 0 < seen_ids(seen).total() < 2 * SAMPLES
@@ -124,7 +125,7 @@ def test_a_replay_ends_with_the_same_bits(mpirun, job, identical, request):
     n = identical(run.out, again)
     print(f"replayed: {n} numbers, none of whose bits differ (limit 0)")
     for kind in ("step", "eval"):
-        ours, theirs = ([(line["step"], line["loss"]) for line in read(folder, kind)] for folder in (run.out, again))
+        ours, theirs = ([(line["step"], line["loss"]) for line in told(folder, kind)] for folder in (run.out, again))
         assert ours == theirs
 
 
@@ -144,7 +145,7 @@ def test_a_request_to_stop_to_one_rank_stops_all_at_a_checkpoint(going, rank, me
     os.kill(program.pids()[rank], signal.SIGTERM)
     ended = program.finish(2 * LIMIT_S)
     assert ended.returncode == 75, ended.stderr
-    (end,) = read(folder, "end")
+    (end,) = told(folder, "end")
     assert end["exit"] == 75
     assert (folder / "checkpoints" / f"step-{end['steps']:09d}" / "info.h5").exists()
     (message,) = messages(ended.stderr)
