@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dpnn import config
 from dpnn.comm.faults import deadline, reported
-from dpnn.comm.losses import Losses, has_died
+from dpnn.comm.losses import Losses
 from dpnn.comm.pulse import PULSE
 from dpnn.errors import RankError
 from dpnn.strategies.downpour.holders import Holders
@@ -98,8 +98,6 @@ class Host:
         mirrored: bool,
         fail: Callable[[RankError], object],
     ) -> None:
-        from mpi4py import MPI
-
         self._comm, self.number, self._part_of, self._parts = comm, number, part_of, parts
         self._workers = comm.size - len(part_of)
         self._shard_of, self._options, self._asked, self._fail = shard_of, options, asked, fail
@@ -115,7 +113,6 @@ class Host:
         """By the shards that this rank holds."""
         self.shadows: dict[int, Shadow] = {}
         self._cut: Cut | None = None
-        self._mpi_error = MPI.Exception
 
     def run(self, cut: "Cut") -> None:
         """Serve until the run is over. RankError where no worker is heard of for `limit_s` seconds, where all have
@@ -215,8 +212,8 @@ class Host:
         moved = self._look()
         for server in list(self.servers.values()):
             moved |= server.turn()
-        for number in list(self.shadows):
-            moved |= self._follow(number)
+        for shadow in self.shadows.values():
+            moved |= shadow.turn()
         return moved | (self._cut is not None and self._cut.turn())
 
     def _look(self) -> bool:
@@ -225,15 +222,6 @@ class Host:
         for rank in lost:
             self.lose(rank)
         return bool(lost)
-
-    def _follow(self, number: int) -> bool:
-        """Do as the holder of a shard has done."""
-        try:
-            return number in self.shadows and self.shadows[number].turn()
-        except self._mpi_error as error:
-            if not has_died(error):
-                raise
-            return False  # as will be told
 
     def _close(self, cut: "Cut") -> None:
         for shadow in self.shadows.values():

@@ -102,8 +102,8 @@ class Shadow:
 
         self._mpi, self._comm, self.rank, self.shard = MPI, comm, rank, shard
         self._tag = {tag: tag.of(number) for tag in Tag}
-        self.complete = False
-        """Whether it has all that the holder has told."""
+        self.complete = self._ended = False
+        """Whether it has all that the holder has told; whether MPI has reported that nothing more will come of it."""
         self.seconds = 0.0
         """How long it was at it."""
         self._letter = Letter(Change)
@@ -118,6 +118,15 @@ class Shadow:
 
     def turn(self) -> bool:
         """Do what has arrived, one thing at most; whether there was anything."""
+        try:
+            return not self._ended and self._turn()
+        except self._mpi.Exception as error:
+            if not has_died(error):
+                raise
+            self._ended = True  # requests that have failed would count as complete from now on
+            return False
+
+    def _turn(self) -> bool:
         if self._change is None:
             if not self._next.Test():
                 return False
@@ -139,12 +148,8 @@ class Shadow:
     def finish(self) -> Shard | None:
         """Its holder has died: the shard as it is after all that has arrived; None where that isn't a whole one."""
         poke(self._comm)
-        try:
-            while self.turn():
-                pass
-        except self._mpi.Exception as error:
-            if not has_died(error):
-                raise
+        while self.turn():
+            pass
         self.close()
         return self.shard if self.complete else None
 
