@@ -155,6 +155,8 @@ class Survivors:
         self._known, self._homes = set(world.numbers), tuple[int, ...]()
         """Ranks, and whole replicas, that others were told to be left."""
         self._stand: Stand | None = None
+        self._dealt: list[tuple[int, Lanes]] = []
+        """Of each run so far, the step that it began with, and whose samples were whose from there on."""
         self._failures: list[BaseException] = []
         """Errors since the run was last built: they keep what messages may still be written into."""
         self._folder = RunFolder(start.folder)
@@ -178,6 +180,7 @@ class Survivors:
                     return code
             if run is not None:
                 self._stand = Stand(run)
+                self._dealt.append((run.start.steps, run.lanes))
             left = self._go_on()
             if left is not None:
                 return left
@@ -286,8 +289,12 @@ class Survivors:
         self._folder.event("worker_lost", ranks=lost, left=left, spare=len(told) - left, step=steps)
         if stand is not None and groups.homes:
             begin = (steps if past.backlog is None else past.backlog[0]) - past.since.steps
-            lanes, homes = stand.lanes, self._homes or stand.lanes.homes
-            gone = [i for i, home in enumerate(lanes.homes) if home in homes and home not in groups.homes]
-            places = stand.run.table.places(begin, steps)
-            samples = sum(lanes._replace(replica=replica).rows(places) for replica in gone)
+            homes = self._homes or stand.lanes.homes
+            gone = [home for home in homes if home not in groups.homes]
+            samples, end = 0, steps
+            for first, lanes in reversed(self._dealt):
+                places = stand.run.table.places(max(begin, first), end)
+                replicas = [replica for replica, home in enumerate(lanes.homes) if home in gone]
+                samples += sum(lanes._replace(replica=replica).rows(places) for replica in replicas)
+                end = min(end, first)
             self._folder.event("samples_lost", replicas=gone, samples=samples, since=begin)

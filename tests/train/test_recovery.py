@@ -167,6 +167,17 @@ def test_wherever_a_rank_dies_not_a_bit_is_lost(dying, trained, identical, death
     assert identical(trained(2, *SETTINGS, *settings), folder) > 0
 
 
+def test_samples_that_are_lost_are_those_that_the_dead_had_when_each_step_was_taken(dying):
+    """Of 24 in a step each of four replicas has 6, and each of the three that are left 8."""
+    settings = ("parallel.strategy=average", "parallel.every=9", "data.lanes=12")
+    program, folder = dying(4, "0 4 updated;1 8 averaged", *settings)
+    ended_well(program, folder)
+    step, average = (event["step"] for event in events(folder, "worker_lost"))
+    assert average == 9
+    lost = [(event["replicas"], event["samples"], event["since"]) for event in events(folder, "samples_lost")]
+    assert lost == [([0], 6 * step, 0), ([1], 6 * step + 8 * (average - step), 0)]
+
+
 @pytest.mark.parametrize(
     ("ranks", "deaths", "settings"),
     [
