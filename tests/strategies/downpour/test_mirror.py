@@ -1,15 +1,18 @@
 """What a mirror does, without MPI: all that its shard's holder has done, in that order, makes the same of the same."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 from dpnn import config
 from dpnn.errors import RankError
 from dpnn.optim import STATES, Optimizer, Segment
 from dpnn.strategies.downpour.holders import Holders
 from dpnn.strategies.downpour.ledger import Ledger
+from dpnn.strategies.downpour.mirror import Shadow
 from dpnn.strategies.downpour.protocol import Change, Deed, Letter
 from dpnn.strategies.downpour.shard import Shard
 from dpnn.team import Team
@@ -139,6 +142,50 @@ def test_a_push_that_has_been_applied_is_refused():
     with pytest.raises(RankError, match="push 3 of replica 1 came after its push 1"):
         shard.do(Change(Deed.PUSH, 1, number=3, steps=1), np.ones(N))
     assert (shard.version, shard.steps) == (1, 1)
+
+
+class Dying:
+    """The line to a holder that tells of one change and dies, and its requests.
+
+    As in MPI, the request that this fails is done for, and one that is done for counts as complete.
+    """
+
+    rank = 0
+
+    def __init__(self, change: Change) -> None:
+        self.letter, self.starts, self.failed = Letter(Change), 0, False
+        self.letter.write(change)
+
+    def Recv_init(self, buffer, rank, tag):
+        buffer[:] = self.letter.bytes
+        return self
+
+    def Irecv(self, buffer, rank, tag):
+        return SimpleNamespace(Test=lambda: False, Cancel=lambda: None)
+
+    def Iprobe(self, rank):
+        return False
+
+    def Start(self):
+        self.starts += 1
+
+    def Test(self):
+        if self.starts == 2 and not self.failed:
+            self.failed = True
+            raise MPI.Exception(MPI.ERR_OTHER)
+        return True
+
+    def Cancel(self):
+        pass
+
+
+def test_what_a_holder_told_last_is_not_done_again_when_it_dies(monkeypatch):
+    monkeypatch.setattr("dpnn.strategies.downpour.mirror.has_died", lambda error: True)
+    shard = made("sgd", "accept")
+    shadow = Shadow(Dying(Change(Deed.GRANT, 1)), 0, 0, shard)
+    assert [shadow.turn() for _ in range(4)] == [True, False, False, False]
+    assert shadow.finish() is None
+    assert shard.accounts[1].leases == 1
 
 
 @pytest.mark.parametrize("servers", [2, 3, 5])
