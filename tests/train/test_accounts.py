@@ -67,6 +67,18 @@ def test_what_the_living_have_trained_on_twice_or_nobody_has(books):
         check_trained(books, EPOCHS, SAMPLES + 1, {1})
 
 
+def test_only_as_many_are_trained_on_again_as_may_be_and_once_for_each_death(books, tmp_path):
+    with (tmp_path / "0").open("a") as file:
+        file.write("0 0 1\n")
+    check_trained(books, EPOCHS, SAMPLES, {1}, again=2)
+    with pytest.raises(AssertionError, match="2 samples were trained on twice, and at most 1 may be"):
+        check_trained(books, EPOCHS, SAMPLES, {1}, again=1)
+    with (tmp_path / "0").open("a") as file:
+        file.write("0 0 1\n")
+    with pytest.raises(AssertionError, match="more often than ranks have died"):
+        check_trained(books, EPOCHS, SAMPLES, {1}, again=4)
+
+
 def test_counting_goes_on_where_it_stood(books, tmp_path):
     before = books.n_batches()
     with (tmp_path / "2").open("a") as file:

@@ -165,7 +165,8 @@ def error_of(start_python, mnist, tmp_path) -> Callable[[str, int], tuple[Outcom
         made = SimpleNamespace(path=ROOT / "jobs" / f"{kind.job}.toml", out=where)
         books = tmp_path / f"books-{seed}"
         outcome = kills.run(start_python, made, case, plan if seed else [], books, {}, TRAINED_LIMIT_S)
-        accounts.check_trained(outcome.books, TRAINED_EPOCHS, TRAINED, outcome.dead)
+        batch = 0 if case.servers else outcome.told("start")[0]["global_batch"]
+        accounts.check_trained(outcome.books, TRAINED_EPOCHS, TRAINED, outcome.dead, len(outcome.killed) * batch)
         error = outcome.told("eval")[-1]["top1_error"]
         print(f"{name}, seed {seed}: {'; '.join(map(str, outcome.killed)) or 'nobody killed'}: error {error:.2%}")
         return outcome, error
