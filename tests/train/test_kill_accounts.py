@@ -84,7 +84,7 @@ SYNCHRONOUS = {
 }
 KINDS = {
     "workers": Kind((4,), (1, 2), (3,), 0, 2, (31, 4), **DOWNPOUR),
-    "servers": Kind((2, 3), (2, 3), (0,), 1, 2, (48, 5), **DOWNPOUR),
+    "servers": Kind((2, 3), (2, 3), (0,), 1, 2, (60, 5), **DOWNPOUR),
     "both": Kind((3,), (2, 3), (1, 2), 1, 1, (18, 3), **DOWNPOUR),
     "synchronous": Kind((4,), (0,), (1, 2, 3), 0, 3, (46, 5), **SYNCHRONOUS),
 }
