@@ -79,6 +79,8 @@ class Arithmetic(Protocol):
         "descend", n, p, g, m, rate, scale, decay, momentum, nesterov
         "adagrad", n, p, g, s, rate, scale, decay, epsilon
         "blend", n, p, g, share                                        running statistics
+    The C kernels have all three also as "descend_kept" and so on, which keep what they change; behind the other
+    arguments stand the distance to where, the fronts, and how many of them there are (`Keeper`).
     """
 
     def call(self, name: str, *arguments: Any) -> Any:
@@ -88,6 +90,17 @@ class Arithmetic(Protocol):
     def sum_of_squares(self, arrays: Iterable[Array]) -> float:
         """Of all numbers of some arrays, in float64."""
         ...
+
+
+class Keeper(Protocol):
+    """What keeps numbers before they are changed, to take that back (dpnn/comm/undo.py)."""
+
+    distance: int
+    fronts: Array
+
+    def open(self, lo: int) -> None: ...
+    def note(self, lo: int, hi: int) -> None: ...
+    def keep(self, lo: int, hi: int) -> None: ...
 
 
 class InNumPy:
@@ -189,7 +202,7 @@ class Optimizer:
 
     `kernels` compute where the arrays are float32, else NumPy does. `state` holds what is kept from step to step, flat
     arrays as long as `params`, by the names in STATES. It is made where it isn't given; where arrays are a device's it
-    has to be given.
+    has to be given. `keeper` keeps what is changed, on the host.
     """
 
     def __init__(
@@ -201,6 +214,7 @@ class Optimizer:
         team: Team,
         kernels: Arithmetic | None = None,
         state: dict[str, Array] | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         # Without weight decay a decaying segment is like any other: fewer, longer segments are faster.
         decays = options.weight_decay != 0
@@ -213,24 +227,37 @@ class Optimizer:
         self._params, self._grads = params, grads
         self.state = state if state is not None else {name: np.zeros_like(params) for name in STATES[options.name]}
         self._kept = next((self.state[name] for name in STATES[options.name]), None)
-        self._arithmetic: Arithmetic = InNumPy(team, params.dtype)
-        if kernels is not None and params.dtype == np.float32:
-            self._arithmetic = kernels
+        compiled = kernels if params.dtype == np.float32 else None
+        self._arithmetic: Arithmetic = compiled or InNumPy(team, params.dtype)
+        self._keeper, self._kernels_keep = keeper, compiled is not None
 
     def apply(self, lo: int, hi: int, rate: float, scale: float = 1.0) -> None:
         """Update params[lo:hi]. `scale` multiplies the gradients (clipping); they are left as they are."""
-        options, call = self._options, self._arithmetic.call
+        options = self._options
         for segment, start, end in self._pieces(lo, hi):
             n, p, g = end - start, self._params[start:end], self._grads[start:end]
             if segment.statistic:
-                call("blend", n, p, g, segment.statistic)
+                self._call("blend", start, end, n, p, g, segment.statistic)
                 continue
             kept = None if self._kept is None else self._kept[start:end]
             numbers = (rate, scale, options.weight_decay if segment.decay else 0.0)
             if options.name == "adagrad":
-                call("adagrad", n, p, g, kept, *numbers, _EPSILON)
+                self._call("adagrad", start, end, n, p, g, kept, *numbers, _EPSILON)
             else:
-                call("descend", n, p, g, kept, *numbers, options.momentum, options.nesterov)
+                self._call("descend", start, end, n, p, g, kept, *numbers, options.momentum, options.nesterov)
+
+    def _call(self, name: str, lo: int, hi: int, *arguments: Any) -> None:
+        """Change [lo, hi), and keep what was there before, if that is asked for."""
+        keeper, call = self._keeper, self._arithmetic.call
+        if keeper is None:
+            call(name, *arguments)
+        elif self._kernels_keep:
+            keeper.open(lo)
+            call(f"{name}_kept", *arguments, keeper.distance, keeper.fronts, keeper.fronts.size // 2)
+            keeper.note(lo, hi)
+        else:
+            keeper.keep(lo, hi)
+            call(name, *arguments)
 
     def sum_of_squares(self, lo: int, hi: int) -> float:
         """Of the trained gradients in [lo, hi), added up in float64."""

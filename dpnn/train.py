@@ -163,16 +163,17 @@ class Training:
             check_devices(world, self.devices)
         if survives():
             check_host(world, self.devices)
+        is_undone = survives() and (strategy.together or mesh.parts > 1)  # else who dies takes its parameters along
         self.node = node = Node(
             mesh, model.store.size, model.dtype, STATES[job.optimizer.name], model.kernels, limit_s,
             strategy.together, partials=stack_places(job.train.grains, mesh.replicas),
-            updates=most_updates(model.store.size, len(model.store.pieces) + 1) if survives() else 0,
+            updates=most_updates(model.store.size, len(model.store.pieces)) if is_undone else 0,
         )  # fmt: skip
         store = model.store
         flats = Flats.of(model.memory, node)
         store.place(flats.params, flats.grads)
         sums = node.sums if strategy.together else node.grads
-        optimizer = flats.optimizer(job.optimizer, segments, sums, model.team, model.arithmetic)
+        optimizer = flats.optimizer(job.optimizer, segments, sums, model.team, model.arithmetic, node.undo)
         self.rate = schedule(job.schedule, job.optimizer.lr, sampler.steps, table.at(table.end))
         self.arrays = {"": node.params, **node.state}
         for name in origin.fill(world, mesh, store, self.arrays):

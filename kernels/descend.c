@@ -6,47 +6,141 @@
  *
  * Other ranks have read p (workers fetch it, replicas share it): a line of it is in their caches too, and one that is
  * stored to has to be got back from there. Stores wait for that one after the other; asked for ahead, many come at once.
+ *
+ * Those that end in _kept keep what they change (dpnn/comm/undo.py): the old p, m and s, each `distance` numbers further.
+ * They are stored past the caches, which spares the reading of what they take the place of: so they cost some hundredths
+ * of an update, where a copy made before it costs as much as half of it.
  */
 #include "cpu.h"
+#if defined(__SSE2__) && !defined(__AVX2__)
+#include <emmintrin.h>
+#endif
 
 #define AHEAD 512 /* numbers */
+#define TURN 256  /* numbers that are kept, and then changed: few enough to be in the first cache still */
+
+/* Store past the caches, if that may be. */
+static inline void stream(float *p, vec v, long left, int aligned) {
+#ifdef __SSE2__
+    if (aligned && left >= LANES) {
+#if defined(__AVX512F__)
+        _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+        _mm256_stream_ps(p, (__m256)v);
+#else
+        union { vec all; __m128 half[2]; } both = {v};
+        _mm_stream_ps(p, both.half[0]);
+        _mm_stream_ps(p + 4, both.half[1]);
+#endif
+        return;
+    }
+#endif
+    store_some(p, v, left);
+}
+
+static inline int is_aligned(const float *p) { return (uintptr_t)p % (4 * LANES) == 0; }
+
+/* Keep the old numbers of [lo, hi). */
+static inline void keep(float *p, long lo, long hi, int64_t distance, int aligned) {
+    for (long i = lo; i < hi; i += LANES) {
+        __builtin_prefetch(p + i + AHEAD, 1);
+        stream(p + i + distance, load_some(p + i, hi - i), hi - i, aligned);
+    }
+}
+
+/* What went past the caches is seen by all. */
+static inline void drain(void) {
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
+}
+
+/* Until here stores are as they stand in the code: who is killed has done all before, and nothing beyond. */
+#define IN_THIS_ORDER __asm__ volatile("" ::: "memory")
+
+/* STEP changes the numbers from i on, of which there are `left`. */
+#define CHANGE(STEP)                                                            \
+    _Pragma("omp parallel for schedule(static) if (n > WORTH)")                 \
+    for (long i = 0; i < n; i += LANES) {                                       \
+        long left = n - i;                                                      \
+        __builtin_prefetch(p + i + AHEAD, 1);                                   \
+        STEP;                                                                   \
+    }
+
+/* The same, of p and m (which may be NULL) in turns. Each thread says in its front, two numbers, what it has kept. */
+#define KEEP_AND_CHANGE(STEP)                                                   \
+    int threads = n > WORTH ? omp_get_max_threads() : 1;                        \
+    int aligned = is_aligned(p + distance) && (!m || is_aligned(m + distance)); \
+    _Pragma("omp parallel num_threads(threads < fronts ? threads : fronts)")    \
+    {                                                                           \
+        long lo, hi;                                                            \
+        my_rows((n + LANES - 1) / LANES, &lo, &hi);                             \
+        lo *= LANES, hi = hi * LANES < n ? hi * LANES : n;                      \
+        int64_t *mine = front + 2 * omp_get_thread_num();                       \
+        mine[1] = mine[0] = lo;                                                 \
+        for (long turn = lo; turn < hi; turn += TURN) {                         \
+            long end = turn + TURN < hi ? turn + TURN : hi;                     \
+            keep(p, turn, end, distance, aligned);                              \
+            if (m) keep(m, turn, end, distance, aligned);                       \
+            IN_THIS_ORDER;                                                      \
+            mine[1] = end;                                                      \
+            IN_THIS_ORDER;                                                      \
+            for (long i = turn; i < end; i += LANES) {                          \
+                long left = end - i;                                            \
+                STEP;                                                           \
+            }                                                                   \
+        }                                                                       \
+        drain();                                                                \
+    }
+
+static inline void descend(float *p, const float *g, float *m, long left, float rate, float scale, float decay, float momentum,
+                           int64_t nesterov) {
+    vec old = load_some(p, left), step = scale * load_some(g, left) + decay * old;
+    if (m) {
+        vec velocity = momentum * load_some(m, left) + step;
+        store_some(m, velocity, left);
+        if (nesterov)
+            step += momentum * velocity;
+        else
+            step = velocity;
+    }
+    store_some(p, old - rate * step, left);
+}
 
 KERNEL void dpnn_descend(int64_t n, float *p, const float *g, float *m, float rate, float scale, float decay, float momentum,
                          int64_t nesterov) {
-#pragma omp parallel for schedule(static) if (n > WORTH)
-    for (long i = 0; i < n; i += LANES) {
-        long left = n - i;
-        __builtin_prefetch(p + i + AHEAD, 1);
-        vec old = load_some(p + i, left), step = scale * load_some(g + i, left) + decay * old;
-        if (m) {
-            vec velocity = momentum * load_some(m + i, left) + step;
-            store_some(m + i, velocity, left);
-            if (nesterov)
-                step += momentum * velocity;
-            else
-                step = velocity;
-        }
-        store_some(p + i, old - rate * step, left);
-    }
+    CHANGE(descend(p + i, g + i, m ? m + i : 0, left, rate, scale, decay, momentum, nesterov))
+}
+
+KERNEL void dpnn_descend_kept(int64_t n, float *p, const float *g, float *m, float rate, float scale, float decay,
+                              float momentum, int64_t nesterov, int64_t distance, int64_t *front, int64_t fronts) {
+    KEEP_AND_CHANGE(descend(p + i, g + i, m ? m + i : 0, left, rate, scale, decay, momentum, nesterov))
+}
+
+static inline void adagrad(float *p, const float *g, float *s, long left, float rate, float scale, float decay, float epsilon) {
+    vec old = load_some(p, left), step = scale * load_some(g, left) + decay * old;
+    vec squares = load_some(s, left) + step * step;
+    store_some(s, squares, left);
+    store_some(p, old - rate * (step / (root(squares) + epsilon)), left);
 }
 
 KERNEL void dpnn_adagrad(int64_t n, float *p, const float *g, float *s, float rate, float scale, float decay, float epsilon) {
-#pragma omp parallel for schedule(static) if (n > WORTH)
-    for (long i = 0; i < n; i += LANES) {
-        long left = n - i;
-        __builtin_prefetch(p + i + AHEAD, 1);
-        vec old = load_some(p + i, left), step = scale * load_some(g + i, left) + decay * old;
-        vec squares = load_some(s + i, left) + step * step;
-        store_some(s + i, squares, left);
-        store_some(p + i, old - rate * (step / (root(squares) + epsilon)), left);
-    }
+    CHANGE(adagrad(p + i, g + i, s + i, left, rate, scale, decay, epsilon))
 }
 
-KERNEL void dpnn_blend(int64_t n, float *p, const float *g, float share) {
-    float keep = 1 - share;
-#pragma omp parallel for schedule(static) if (n > WORTH)
-    for (long i = 0; i < n; i += LANES) {
-        long left = n - i;
-        store_some(p + i, keep * load_some(p + i, left) + share * load_some(g + i, left), left);
-    }
+KERNEL void dpnn_adagrad_kept(int64_t n, float *p, const float *g, float *m, float rate, float scale, float decay,
+                              float epsilon, int64_t distance, int64_t *front, int64_t fronts) {
+    KEEP_AND_CHANGE(adagrad(p + i, g + i, m + i, left, rate, scale, decay, epsilon))
+}
+
+static inline void blend(float *p, const float *g, long left, float share) {
+    store_some(p, (1 - share) * load_some(p, left) + share * load_some(g, left), left);
+}
+
+KERNEL void dpnn_blend(int64_t n, float *p, const float *g, float share) { CHANGE(blend(p + i, g + i, left, share)) }
+
+KERNEL void dpnn_blend_kept(int64_t n, float *p, const float *g, float share, int64_t distance, int64_t *front,
+                            int64_t fronts) {
+    float *m = 0;
+    KEEP_AND_CHANGE(blend(p + i, g + i, left, share))
 }

@@ -10,6 +10,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 
@@ -91,7 +92,10 @@ class LastWords:
     def keep(self, lines: Sequence[str]) -> str:
         """Write all into one file; its path."""
         self._all.write_text("\n".join([*lines, ""]))
-        shutil.rmtree(self._asked, ignore_errors=True)
+        away = self._asked.with_name(f".{_ASKED}")
+        with suppress(OSError):  # as none was made
+            self._asked.rename(away)  # a node that is late would put its lines in while it is being emptied
+        shutil.rmtree(away, ignore_errors=True)
         return str(self._all)
 
 

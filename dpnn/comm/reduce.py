@@ -219,9 +219,12 @@ def blocks(lo: int, hi: int, length: int = BLOCK) -> list[tuple[int, int]]:
     return [(start, min(start + length, hi)) for start in range(lo, hi, length)]
 
 
-def most_updates(n: int, buckets: int) -> int:
-    """The blocks, at most, that a rank gets of `n` numbers in a step, in at most so many buckets."""
-    return len(blocks(0, n)) + 2 * buckets
+def most_updates(n: int, pieces: int) -> int:
+    """The runs, at most, that a rank updates of `n` numbers in a step: in blocks, cut at buckets and at pieces.
+
+    Buckets are cut at pieces, too.
+    """
+    return len(blocks(0, n)) + 3 * (pieces + 1)
 
 
 def measured_bucket(node: Node, limit_s: float) -> int:

@@ -18,7 +18,7 @@ from dpnn.comm.lifted import GrainsOverHost, Reducer, lifted
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
 from dpnn.comm.progress import progress
-from dpnn.comm.reduce import BucketReducer, GradientReducer, blocks
+from dpnn.comm.reduce import BucketReducer, GradientReducer
 from dpnn.errors import NotFiniteError
 from dpnn.optim import Optimizer
 from dpnn.strategies.base import NEVER, Since
@@ -151,14 +151,10 @@ class Allreduce:
             self._update(lo, hi, 1.0)
 
     def _update(self, lo: int, hi: int, scale: float) -> None:
-        begin, undo = perf_counter(), self._node.undo
-        if undo is None:
-            self._optimizer.apply(lo, hi, self.rate, scale)
-        else:
-            undo.begin(self.steps)
-            for start, end in blocks(lo, hi):
-                undo.keep(start, end)
-                self._optimizer.apply(start, end, self.rate, scale)
+        begin = perf_counter()
+        if self._node.undo is not None:
+            self._node.undo.begin(self.steps)
+        self._optimizer.apply(lo, hi, self.rate, scale)
         self.update_s += perf_counter() - begin
 
     def _clip_scale(self) -> float:

@@ -14,9 +14,10 @@ from time import perf_counter
 import numpy as np
 
 from dpnn import config
+from dpnn.comm.losses import survives
 from dpnn.comm.mesh import Mesh
 from dpnn.comm.node import Node
-from dpnn.comm.reduce import BucketReducer, GradientReducer, blocks
+from dpnn.comm.reduce import BucketReducer, GradientReducer
 from dpnn.errors import NotFiniteError
 from dpnn.memory import Array, Wire
 from dpnn.optim import Optimizer
@@ -45,7 +46,7 @@ class Average:
         """Steps that all have taken together."""
         self._before = self._averaged = self.since
         """What `since` was before the last step, and before the last average."""
-        self._undo = node.undo if mesh.parts > 1 else None
+        self._undo = node.undo
         """For a step that not all parts of this replica could end."""
         self._bad = False
         """Whether a loss of this replica wasn't finite since it last told."""
@@ -162,14 +163,9 @@ class Average:
         self._away = True
 
     def _update(self, scale: float) -> None:
-        n = self._node.grads.size
-        if self._undo is None:
-            self._optimizer.apply(0, n, self.rate, scale)
-            return
-        self._undo.begin(self.steps)
-        for lo, hi in blocks(0, n):
-            self._undo.keep(lo, hi)
-            self._optimizer.apply(lo, hi, self.rate, scale)
+        if self._undo is not None:
+            self._undo.begin(self.steps)
+        self._optimizer.apply(0, self._node.grads.size, self.rate, scale)
 
     def _hear(self, asked: bool) -> None:
         """What was told the last time; then tell anew."""
@@ -201,7 +197,7 @@ class Average:
         return self._optimizer.clip_scale(float(self._norm[0]))
 
     def _average(self) -> None:
-        if self._node.undo is not None:
+        if survives():
             self._keep_own()  # a rank may die in the middle of it
         params, state = self._flats.params, list(self._flats.state.values())
         averaged = [params, *(state if self._state == "average" else ())]

@@ -7,7 +7,7 @@ from typing import Any
 from dpnn import config
 from dpnn.comm.node import Node
 from dpnn.memory import Array, Memory, Wire
-from dpnn.optim import Optimizer, Segment
+from dpnn.optim import Keeper, Optimizer, Segment
 from dpnn.team import Team
 
 
@@ -37,12 +37,21 @@ class Flats:
         return [self.params, *self.state.values()]
 
     def optimizer(
-        self, options: config.Optimizer, segments: Iterable[Segment], sums: Array, team: Team, arithmetic: Any
+        self,
+        options: config.Optimizer,
+        segments: Iterable[Segment],
+        sums: Array,
+        team: Team,
+        arithmetic: Any,
+        keeper: Keeper | None,
     ) -> Optimizer:
-        """What updates them where the backend computes; on the host by `sums`, where gradients are summed there."""
+        """What updates them where the backend computes; on the host by `sums`, where gradients are summed there.
+
+        `keeper` keeps what it changes.
+        """
         grads = self.grads.array if self.lifted else sums
         state = {name: wire.array for name, wire in self.state.items()}
-        return Optimizer(options, segments, self.params.array, grads, team, arithmetic, state)
+        return Optimizer(options, segments, self.params.array, grads, team, arithmetic, state, keeper)
 
     def pull(self) -> None:
         """Bring what is kept to the host."""

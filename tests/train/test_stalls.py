@@ -136,7 +136,7 @@ def test_a_run_that_is_merely_slow_is_warned_of_and_goes_on(ended):
 def test_ctrl_c_twice_ends_a_run_that_stalls(start):
     """The first one asks for a stop at a step that never comes, where the launcher doesn't kill at once."""
     program, _ = start(2, "1 4 sleep 1000", "parallel.stall_warn_s=1")
-    program.wait_for("s for the sum of")
+    program.wait_for("where nothing moves for")  # of one of the ranks: a node says it once
     for _ in range(2):
         program.signal(signal.SIGINT)
         time.sleep(0.5)
@@ -148,7 +148,7 @@ def test_ctrl_c_twice_ends_a_run_that_stalls(start):
 def test_sigterm_changes_nothing_for_a_run_that_stalls_where_the_launcher_does_not_kill(start):
     """It asks for a stop at a step that never comes; the limit holds."""
     program, _ = start(2, "1 4 sleep 1000", *SHORT)
-    program.wait_for("s for the sum of")
+    program.wait_for("where nothing moves for")  # of one of the ranks: a node says it once
     program.signal(signal.SIGTERM)
     assert program.finish(LIMIT_S).returncode not in (0, 75)
     program.until_gone(10)

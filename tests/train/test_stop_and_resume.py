@@ -73,9 +73,9 @@ def test_resumed_on_other_numbers_of_ranks_every_sample_is_seen_once(mpirun, pyt
 
 @pytest.mark.parametrize("step", [5, EPOCH + 5])
 def test_after_a_kill_it_goes_on_from_the_last_checkpoint(mpirun, trained, identical, job, watched, step):
-    """kill -9 on every rank: before the first checkpoint, and after it."""
+    """kill -9 on every rank: before the first checkpoint, and after it, when there was time to write it."""
     run = job()
-    ended = mpirun(2, "train", run.path, script=watched, env={"FAULT": f"* {step} SIGKILL"})
+    ended = mpirun(2, "train", run.path, script=watched, env={"FAULT": f"* {step} SIGKILL", "PACE": "0.1"})
     assert ended.returncode not in (0, 75)
     kept = step // EPOCH * EPOCH
     assert checkpoints(run.out) == ([f"step-{kept:09d}.h5"] if kept else [])

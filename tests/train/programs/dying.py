@@ -1,8 +1,8 @@
 """`dpnn` on ranks that kill themselves at a chosen place.
 
 DIES  "RANK STEP PLACE; ...": the rank dies where it comes to PLACE for the first time when it has taken STEP steps or
-      more. Places: "kept" and "updated" (before an update, and in the middle of it), "averaged" (when the first array
-      is the mean, the others aren't), "saving", "writing" (a checkpoint's bytes), "completing" (a checkpoint that
+      more. Places: "kept" and "updated" (before an update is noted, and amid it), "averaged" (when the first
+      array is the mean, the others aren't), "saving", "writing" (a checkpoint's bytes), "completing" (a checkpoint that
       servers have written; they count no steps), "evaluating", "ending" (before the run's end is told), "regrouping"
       (who is left makes a world), "rebuilding" (and the run).
 NODES, where it is set, as in nodes.py.
@@ -86,7 +86,7 @@ def pwrite(descriptor, data, at):
 
 
 train.Training._take_step, Optimizer.apply, Average._to_mean = counted_step, apply_half, one_by_one
-after(Undo, "keep", "kept")
+before(Undo, "note", "kept")
 before(Saver, "save", "saving")
 before(serving.Shards, "complete", "completing")
 before(Evaluator, "run", "evaluating")
