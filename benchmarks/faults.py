@@ -1,8 +1,11 @@
 """What it costs to be able to survive the death of a rank, and what a death costs.
 
-Whole runs of LeNet over random images, under the mpirun line of `dpnn launch`; ranks are killed from outside. The rows:
+Whole runs over random images, under the mpirun line of `dpnn launch`: of LeNet, and of AlexNet for what it takes to
+keep what a step changes. Ranks are killed from outside. The rows:
 
     nobody dies    images a second, against the same job that isn't fault tolerant; the two take turns
+    keeping        images a second of the same job's steps, if their updates took what they take where they can be taken
+                   back, against what they are; runs with and without take turns
     known          seconds from a death until the run tells of it, against the limit
     full speed     seconds from a death until the end of the longest time that any of the others then takes for a batch,
                    where that is much longer than batches before (else none); against the limit
@@ -10,6 +13,7 @@ Whole runs of LeNet over random images, under the mpirun line of `dpnn launch`; 
 Medians count.
 """
 
+import json
 import os
 import random
 import signal
@@ -41,6 +45,25 @@ threads = 1
 [output]
 checkpoint_every = 1000
 """
+LARGE = """
+[data]
+train = "large/train"
+[train]
+eval_every = 0
+[model]
+name = "alexnet"
+[optimizer]
+name = "momentum"
+lr = 1e-6
+[backend]
+threads = 1
+[output]
+checkpoint_every = 1000
+"""
+LARGE_RANKS, LARGE_IMAGES, LARGE_BATCH, LARGE_STEPS, LARGE_RUNS = 2, 512, 64, 10, 5
+QUICK_LARGE_BATCH, QUICK_LARGE_STEPS = 4, 4
+LARGE_WARM_UP = 2
+"""Of AlexNet; the batch is a rank's. Steps that aren't looked at."""
 IMAGES, IMAGES_S = 60_000, 3000
 """Of an epoch; how many a second are expected, at least, so that runs last as long as wanted."""
 COST, COST_MIRRORED = 0.99, 0.9
@@ -88,17 +111,19 @@ CASES = (
 
 
 class Run:
-    """A job that runs in a folder of its own, for about so many seconds."""
+    """A job that runs in a folder of its own, for about so many seconds, or `steps`."""
 
-    def __init__(self, folder: Path, case: Case, seconds: float, survives: bool) -> None:
+    def __init__(
+        self, folder: Path, case: Case, seconds: float, survives: bool, job: str = "job.toml", steps: int = 0
+    ) -> None:
         folder.mkdir()
         self._folder, self._workers, self._told = folder, case.workers, folder / "told"
         self._metrics, self._end = folder / "run" / "metrics.jsonl", time.monotonic() + LIMIT_S
         shared = case.batch * (1 if "parallel.strategy=downpour" in case.settings else case.workers)
-        steps = max(100 * case.workers, round(seconds * IMAGES_S / shared))
+        steps = steps or max(100 * case.workers, round(seconds * IMAGES_S / shared))
         settings = (*case.settings, f"train.steps={steps}", f"output.dir='{folder / 'run'}'")
         words = [word for setting in settings for word in ("--set", setting)]
-        line = command(case.ranks, ["train", "job.toml", *words], (str(STAMPING),), survives)
+        line = command(case.ranks, ["train", job, *words], (str(STAMPING),), survives)
         environ = {**os.environ, "STAMPS": str(folder), **session_folder(str(folder))}
         with self._told.open("wb") as told:
             self._process = subprocess.Popen(
@@ -120,6 +145,11 @@ class Run:
     def stamps(self) -> list[list[float]]:
         """When each worker has begun its batches."""
         return [self._numbers(rank)[1:] for rank in range(self._workers)]
+
+    def steps(self) -> list[dict[str, float]]:
+        """What the run says of its steps."""
+        lines = map(json.loads, self._metrics.read_text().splitlines())
+        return [line for line in lines if line["kind"] == "step"]
 
     def tells(self, event: str) -> bool:
         """Whether the run has told of it."""
@@ -172,6 +202,28 @@ def measure_cost(bench: Benchmark, folder: Path, case: Case) -> None:
     )
 
 
+def measure_keeping(bench: Benchmark, folder: Path) -> None:
+    """What the updates of a large network take, with and without."""
+    batch, steps = (QUICK_LARGE_BATCH, QUICK_LARGE_STEPS) if bench.quick else (LARGE_BATCH, LARGE_STEPS)
+    shared = batch * LARGE_RANKS
+    case = Case("alexnet", LARGE_RANKS, LARGE_RANKS, batch, (f"train.global_batch={shared}",), COST, ())
+    updates: dict[bool, list[float]] = {True: [], False: []}
+    whole: list[float] = []
+    for turn in range(1 if bench.quick else LARGE_RUNS):
+        for survives in updates if turn % 2 else reversed(updates):
+            with Run(folder / f"{case.name}-{survives}-{turn}", case, 0.0, survives, "large.toml", steps) as run:
+                run.finish()
+                lines = run.steps()[LARGE_WARM_UP:]
+            updates[survives] += [line["update"] for line in lines]
+            if not survives:
+                whole += [shared / line["images_s"] for line in lines]
+    step, (kept, plain) = median(whole), map(median, updates.values())
+    ours = shared / (step + kept - plain)
+    title = f"allreduce of AlexNet, {batch} a rank: keeping"
+    bench.record(title, ours, shared / step, "not fault tolerant", case.cost, "images/s", more_is_better=True)
+    bench.note(f"{title}: an update takes {kept:.4f} s, else {plain:.4f} s, of a step's {step:.3f} s")
+
+
 def one_death(run: Run, victim: int, delay_s: float, event: str) -> tuple[float, float]:
     """Seconds from the death of a rank until the run tells of it, and until nobody is held up any more."""
 
@@ -212,6 +264,14 @@ def main() -> None:
         np.savez(folder / "images.npz", x=images, y=rng.integers(0, 10, IMAGES))
         pack(str(folder / "images.npz"), str(folder / "data"))
         (folder / "job.toml").write_text(JOB)
+        images = rng.integers(0, 256, (LARGE_IMAGES, 224, 224, 3), np.uint8)
+        np.savez(folder / "large.npz", x=images, y=rng.integers(0, 1000, LARGE_IMAGES))
+        pack(str(folder / "large.npz"), str(folder / "large"))
+        (folder / "large.toml").write_text(LARGE)
+        try:
+            measure_keeping(bench, folder)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            bench.note(f"keeping: not measured: {error}")
         for case in CASES:
             try:
                 measure_cost(bench, folder, case)
