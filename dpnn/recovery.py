@@ -29,7 +29,7 @@ from dpnn.data import Loader
 from dpnn.errors import RankError
 from dpnn.observe.folder import RunFolder
 from dpnn.observe.journal import Journal
-from dpnn.observe.metrics import last_evaluated, last_exit
+from dpnn.observe.metrics import last_evaluated, last_exit, lost
 from dpnn.prepare import Start
 from dpnn.regroup import Regrouped, Told, apart, together
 from dpnn.saving import Saver, Writing
@@ -282,19 +282,22 @@ class Survivors:
         return start
 
     def _tell(self, told: Sequence[Told], groups: Regrouped, steps: int) -> None:
-        """Tell of those who are lost. On one rank."""
-        here = {one.number for one in told}
-        lost, left, stand, past = sorted(self._known - here), len(groups.places), self._stand, self._past
-        tell(f"dpnn: lost rank {', '.join(map(str, lost))}; {left} ranks go on after step {steps}")
-        self._folder.event("worker_lost", ranks=lost, left=left, spare=len(told) - left, step=steps)
+        """Tell of those who are lost, and that nobody has told of in a try that others broke off. On one rank."""
+        ranks, replicas = lost(self._folder.metrics, self._since)
+        left, stand, past = len(groups.places), self._stand, self._past
+        gone = sorted(self._known - {one.number for one in told} - ranks)
+        if gone:
+            tell(f"dpnn: lost rank {', '.join(map(str, gone))}; {left} ranks go on after step {steps}")
+            self._folder.event("worker_lost", ranks=gone, left=left, spare=len(told) - left, step=steps)
         if stand is not None and groups.homes:
             begin = (steps if past.backlog is None else past.backlog[0]) - past.since.steps
             homes = self._homes or stand.lanes.homes
-            gone = [home for home in homes if home not in groups.homes]
+            gone = [home for home in homes if home not in groups.homes and home not in replicas]
             samples, end = 0, steps
             for first, lanes in reversed(self._dealt):
                 places = stand.run.table.places(max(begin, first), end)
-                replicas = [replica for replica, home in enumerate(lanes.homes) if home in gone]
-                samples += sum(lanes._replace(replica=replica).rows(places) for replica in replicas)
+                theirs = [replica for replica, home in enumerate(lanes.homes) if home in gone]
+                samples += sum(lanes._replace(replica=replica).rows(places) for replica in theirs)
                 end = min(end, first)
-            self._folder.event("samples_lost", replicas=gone, samples=samples, since=begin)
+            if gone:
+                self._folder.event("samples_lost", replicas=gone, samples=samples, since=begin)

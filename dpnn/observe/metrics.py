@@ -1,6 +1,8 @@
 """`metrics.jsonl`: what happened in a run, one JSON object a line, each with `kind` (DESIGN, section 7)."""
 
 import os
+from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
@@ -87,6 +89,12 @@ class _End(msgspec.Struct, tag_field="kind", tag="end"):
     exit: int
 
 
+class _Lost(msgspec.Struct, tag_field="kind", tag="event"):
+    event: str
+    ranks: tuple[int, ...] = ()
+    replicas: tuple[int, ...] = ()
+
+
 class _Eval(msgspec.Struct, tag_field="kind", tag="eval"):
     step: int
 
@@ -103,19 +111,28 @@ def last_evaluated(path: Path) -> int:
     return 0 if evaluated is None else evaluated.step
 
 
+def lost(path: Path, since: int) -> tuple[set[int], set[int]]:
+    """The ranks that are told to be lost behind byte `since` of a file, and the replicas whose samples are."""
+    ranks, replicas = set[int](), set[int]()
+    for found in _lines(path, b"_lost", _Lost, since):
+        ranks.update(found.ranks if found.event == "worker_lost" else ())
+        replicas.update(found.replicas if found.event == "samples_lost" else ())
+    return ranks, replicas
+
+
 def _last(path: Path, mark: bytes, kind: type[T], since: int = 0) -> T | None:
     """The last line of a kind, behind byte `since`; lines with `mark` may be of it."""
-    found = None
-    try:
-        with path.open("rb") as file:
-            file.seek(since)
-            for line in file:
-                if mark in line:
-                    with suppress(msgspec.DecodeError, UnicodeDecodeError):  # cut short, or another kind
-                        found = msgspec.json.decode(line, type=kind)
-    except OSError:
-        pass
-    return found
+    return next(iter(deque(_lines(path, mark, kind, since), 1)), None)
+
+
+def _lines(path: Path, mark: bytes, kind: type[T], since: int) -> Iterator[T]:
+    """Those of a kind, behind byte `since`, as far as they can be read; lines with `mark` may be of it."""
+    with suppress(OSError), path.open("rb") as file:
+        file.seek(since)
+        for line in file:
+            if mark in line:
+                with suppress(msgspec.DecodeError, UnicodeDecodeError):  # cut short, or another kind
+                    yield msgspec.json.decode(line, type=kind)
 
 
 def _plain(value: Any) -> Any:

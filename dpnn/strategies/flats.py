@@ -43,7 +43,7 @@ class Flats:
         sums: Array,
         team: Team,
         arithmetic: Any,
-        keeper: Keeper | None,
+        keeper: Keeper | None = None,
     ) -> Optimizer:
         """What updates them where the backend computes; on the host by `sums`, where gradients are summed there.
 

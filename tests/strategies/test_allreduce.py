@@ -59,7 +59,7 @@ class Replica:
     def __init__(self, world, mesh, node, options: config.Optimizer) -> None:
         self.rank, self.node = world.rank, node
         flats = Flats.of(HOST, node)
-        self.optimizer = flats.optimizer(options, SEGMENTS, node.sums, Team(1), node.kernels)
+        self.optimizer = flats.optimizer(options, SEGMENTS, node.sums, Team(1), node.kernels, node.undo)
         self.strategy = Allreduce(mesh, node, flats, self.optimizer, job(options))
         self.strategy.rate = 0.1
         if world.rank == 0:

@@ -4,7 +4,7 @@ DIES  "RANK STEP PLACE; ...": the rank dies where it comes to PLACE for the firs
       more. Places: "kept" and "updated" (before an update is noted, and amid it), "averaged" (when the first
       array is the mean, the others aren't), "saving", "writing" (a checkpoint's bytes), "completing" (a checkpoint that
       servers have written; they count no steps), "evaluating", "ending" (before the run's end is told), "regrouping"
-      (who is left makes a world), "rebuilding" (and the run).
+      (who is left makes a world), "rebuilding" (and the run), "told" (of those who are lost, by the rank that does so).
 NODES, where it is set, as in nodes.py.
 """
 
@@ -93,6 +93,7 @@ before(Evaluator, "run", "evaluating")
 before(Journal, "end", "ending")
 before(World, "go_on", "regrouping")
 after(recovery.Survivors, "_with_data", "rebuilding")
+after(recovery.Survivors, "_tell", "told")
 output.os = SimpleNamespace(**{**vars(os), "pwrite": pwrite})  # there alone
 
 if __name__ == "__main__":
