@@ -36,6 +36,8 @@ T = TypeVar("T")
 _EAGER_S, _NAP_SHARE, _LONGEST_NAP_S = 1e-3, 0.1, 5e-4
 """How long an idle server only gives way to other processes; then it sleeps between two looks, for a share of the time
 that it has been idle."""
+_LOOK_S = 1e-3
+"""From one look for deaths to the next: a look takes as long as a turn that finds nothing to do."""
 
 
 def loop(turn: Callable[[], bool], done: Callable[[], bool], limit_s: float) -> None:
@@ -101,7 +103,7 @@ class Host:
         self._comm, self.number, self._part_of, self._parts = comm, number, part_of, parts
         self._workers = comm.size - len(part_of)
         self._shard_of, self._options, self._asked, self._fail = shard_of, options, asked, fail
-        self._losses = Losses(comm)
+        self._losses, self._look_due = Losses(comm), 0.0
         self.limit_s = options.stall_abort_s
         self.holders = Holders(len(part_of), mirrored)
         self.mirrored, self.spent = mirrored, Spent()
@@ -217,8 +219,11 @@ class Host:
         return moved | (self._cut is not None and self._cut.turn())
 
     def _look(self) -> bool:
-        """See who has died; whether anybody."""
-        lost = self._losses.new()
+        """Now and then see who has died; whether anybody."""
+        now = time.monotonic()
+        if now < self._look_due:
+            return False
+        self._look_due, lost = now + _LOOK_S, self._losses.new()
         for rank in lost:
             self.lose(rank)
         return bool(lost)
