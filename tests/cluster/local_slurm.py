@@ -151,9 +151,9 @@ class LocalSlurm:
         for number in (signal.SIGSTOP, signal.SIGKILL):  # nobody there sees another one die
             for pid in there:
                 os.kill(pid, number)
-        spool = self.folder / "spool" / node  # as if it was in memory
-        shutil.rmtree(spool)
-        spool.mkdir()
+        for kind in ("spool", "tmp"):  # as if they were in memory: a node that starts finds neither
+            shutil.rmtree(self.folder / kind / node)
+            (self.folder / kind / node).mkdir()
 
     def wait_until_idle(self) -> None:
         """Until both nodes can take a job."""
