@@ -48,6 +48,7 @@ class Lone:
         """Forward and backward."""
         self._op.forward()
         self._op.backward()
+        self._op.weights()
 
 
 def convolutions(network: Network) -> list[tuple[Conv, Shape, bool]]:

@@ -39,7 +39,8 @@ class Lone:
         self._d_params = {role: self._device.empty(array.nbytes).view(np.float32).reshape(array.shape)
                           for role, array in self._params.items()}  # fmt: skip
         room = backend.room(self.group, rows, "train")
-        self._room = tuple(self._device.empty(nbytes) for nbytes in (room.kept, room.forward, room.backward))
+        sizes = room.kept, room.forward, room.backward, room.weights, room.row * rows
+        self._room = tuple(self._device.empty(nbytes) for nbytes in sizes)
 
     def build(self) -> Op:
         """An op of the group."""
@@ -75,7 +76,7 @@ class Lone:
     def d_input(self, node: Node, position: int = 0) -> Array | None:
         return self._d_inputs[position] if self.data else None
 
-    def room(self, group: Group) -> tuple[Array, Array, Array]:
+    def room(self, group: Group) -> tuple[Array, ...]:
         return self._room
 
     def param(self, node: Node, role: str) -> Array:

@@ -44,6 +44,10 @@ class Step:
     """Samples of the whole step: all micro-batches, all replicas. Losses divide by it."""
     first: bool = True
     """Whether this is the step's first micro-batch: parameter gradients are assigned, not added to."""
+    last: bool = True
+    """Whether it is the last one that adds to them."""
+    before: int = 0
+    """Samples of those that have been added to them before."""
 
 
 Edge = tuple[int, int]
@@ -59,6 +63,8 @@ class Group:
     `forward_view`: the output is the first input's buffer, seen with the output's shape; nothing is computed.
     `backward_view`: the gradient of the first input is the gradient of the output, likewise.
     `in_place`: the gradient of this input is written over the gradient of the output (of a Fork, its first reader's).
+    `splits`: the gradients of weights are made by a call of their own (`SplitOp`), which may come later. `gathers`:
+    that is made in the last micro-batch, of the rows of all.
     """
 
     nodes: tuple[Node, ...]
@@ -66,6 +72,8 @@ class Group:
     forward_view: bool = False
     backward_view: bool = False
     in_place: Edge | None = None
+    splits: bool = False
+    gathers: bool = False
 
     @property
     def inputs(self) -> list[tuple[Node, int]]:
@@ -78,12 +86,15 @@ class Group:
 class Room:
     """Bytes that an op wants beside its activations and gradients.
 
-    `kept` lasts from forward to backward; `forward` and `backward` are scratch of one call each.
+    `kept` lasts from forward to backward; `forward`, `backward` and `weights` are scratch of one call each. `row` is
+    wanted for each sample of the step, in all slots the same bytes, from the first micro-batch to the last.
     """
 
     kept: int = 0
     forward: int = 0
     backward: int = 0
+    weights: int = 0
+    row: int = 0
 
 
 class Slot(Protocol):
@@ -111,8 +122,8 @@ class Slot(Protocol):
         """Where `node` writes the gradient by its input number `position`; None where nobody wants it."""
         ...
 
-    def room(self, group: Group) -> tuple[Array, Array, Array]:
-        """The bytes that the backend asked for: kept, forward, backward (uint8, aligned to a cache line)."""
+    def room(self, group: Group) -> tuple[Array, ...]:
+        """The bytes that the backend asked for, in the order of `Room` (uint8, aligned to a cache line)."""
         ...
 
     def param(self, node: Node, role: str) -> Array:
@@ -133,6 +144,16 @@ class Op(Protocol):
 
     def backward(self) -> None:
         """Compute the gradients of the inputs and of the parameters from the gradient of the output."""
+        ...
+
+
+class SplitOp(Op, Protocol):
+    """An op of a group that splits."""
+
+    def weights(self) -> None:
+        """Compute the gradients that `backward` left out: those of weights. What that has read and written is still
+        there: the inputs, and the gradient of the output (of a Fork, its first reader's).
+        """
         ...
 
 

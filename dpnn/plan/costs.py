@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,20 +22,29 @@ _UPDATE_PASSES = 5
 """Over the parameters' memory in an update with momentum."""
 
 
+class Phases(NamedTuple):
+    """Seconds forward, backward, and for gradients of weights that are made by themselves."""
+
+    forward: float
+    backward: float
+    weights: float = 0.0
+
+
 @dataclass(frozen=True)
 class Time:
-    """Seconds of a group's forward and backward, measured for some numbers of samples, in rising order."""
+    """Seconds of a group, measured for some numbers of samples, in rising order; `weights`: where it splits."""
 
     rows: tuple[int, ...]
     forward: tuple[float, ...]
     backward: tuple[float, ...]
+    weights: tuple[float, ...]
 
-    def of(self, rows: int) -> tuple[float, float]:
-        """Forward and backward of so many samples: between two that were measured, or in proportion to the most."""
+    def of(self, rows: int) -> Phases:
+        """Of so many samples: between two that were measured, or in proportion to the most."""
+        measured = self.forward, self.backward, self.weights
         if rows > self.rows[-1]:
-            return self.forward[-1] * rows / self.rows[-1], self.backward[-1] * rows / self.rows[-1]
-        forward, backward = (float(np.interp(rows, self.rows, times)) for times in (self.forward, self.backward))
-        return forward, backward
+            return Phases(*(times[-1] * rows / self.rows[-1] for times in measured))
+        return Phases(*(float(np.interp(rows, self.rows, times)) for times in measured))
 
 
 @dataclass(frozen=True)
@@ -53,22 +63,26 @@ class Costs:
     crossing: float = 4e9
     groups: Mapping[str, Time] = field(default_factory=dict)
 
-    def phases(self, node: Node) -> tuple[float, float]:
-        """Assumed seconds of a sample, forward and backward."""
+    def phases(self, node: Node) -> Phases:
+        """Assumed seconds of a sample; of a node whose group splits."""
         if isinstance(node.layer, Input | Fork | Flatten):
-            return 0.0, 0.0
+            return Phases(0.0, 0.0)
         nbytes = ITEMSIZE * (math.prod(node.shape) + sum(map(math.prod, node.input_shapes)))
         forward = multiply_adds(node) / self.multiply_adds + nbytes / self.bandwidth
-        # Backward goes to the inputs and to the parameters.
-        return forward, (1 + bool(node.params)) * forward if node.needs_grad else 0.0
+        backward = forward if node.needs_grad else 0.0
+        return Phases(forward, backward, backward if node.params else 0.0)
 
-    def group(self, group: Group, rows: int) -> tuple[float, float]:
-        """Seconds of a group's forward and backward over so many samples: measured, else assumed."""
+    def group(self, group: Group, rows: int, microbatches: int = 1) -> Phases:
+        """Seconds of a group over a micro-batch of so many samples: measured, else assumed."""
         known = self.groups.get(question(group))
+        if known is not None and group.gathers:
+            return known.of(rows)._replace(weights=known.of(rows * microbatches).weights / microbatches)
         if known is not None:
             return known.of(rows)
-        forward, backward = (sum(times) for times in zip(*map(self.phases, group.nodes), strict=True))
-        return self.call + rows * forward, self.call + rows * backward
+        forward, backward, weights = (sum(times) for times in zip(*map(self.phases, group.nodes), strict=True))
+        if not group.splits:
+            backward, weights = backward + weights, 0.0
+        return Phases(self.call + rows * forward, self.call + rows * backward, rows * weights)
 
     def __str__(self) -> str:
         return (
@@ -85,7 +99,7 @@ class Costs:
         """The costs of a text."""
         values = json.loads(text)
         groups = {
-            asked: Time(*(tuple(time[key]) for key in ("rows", "forward", "backward")))
+            asked: Time(*(tuple(time[key]) for key in ("rows", "forward", "backward", "weights")))
             for asked, time in values.pop("groups").items()
         }
         return cls(**values, groups=groups)

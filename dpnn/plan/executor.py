@@ -7,12 +7,12 @@ checks nothing and reserves nothing.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpnn.backends.base import Op, Step
+from dpnn.backends.base import Op, SplitOp, Step
 from dpnn.data import Batch
 from dpnn.memory import Wire
 from dpnn.native import denormals_flushed
@@ -31,6 +31,7 @@ from dpnn.plan.instructions import (
     Recv,
     Send,
     Sent,
+    Weights,
 )
 from dpnn.plan.memory import Arena, Buffers, Key, Layout
 from dpnn.plan.schedule import Plan
@@ -38,6 +39,7 @@ from dpnn.plan.store import Store
 
 Array = NDArray[Any]
 
+_COMPUTE = Forward | Backward | Weights
 # The loss tells what isn't finite, on all ranks at once; NumPy would on each, and in its own words.
 _QUIET = np.errstate(over="ignore", invalid="ignore", divide="ignore")
 
@@ -273,9 +275,9 @@ class Executor:
             self._bound.append((step, call))
             calls.append(call)
             under_way = under_way or isinstance(step, Ready | Collect)
-            if under_way and isinstance(step, Forward | Backward) and self._strategy is not None:
+            if under_way and isinstance(step, _COMPUTE) and self._strategy is not None:
                 calls.append(self._strategy.poke)
-            if self._calls_of and self._edges is not None and isinstance(step, Forward | Backward):
+            if self._calls_of and self._edges is not None and isinstance(step, _COMPUTE):
                 calls.append(self._edges.poke)
             self._instructions += [step] * (len(calls) - len(self._instructions))
         return calls
@@ -289,6 +291,8 @@ class Executor:
                 return self._ops[slot][group].forward
             case Backward(group, slot):
                 return self._ops[slot][group].backward
+            case Weights(group, slot):
+                return cast(SplitOp, self._ops[slot][group]).weights
             case PostRecv() | Recv() | Send() | Sent():
                 return self._calls_of[step]
             case Loss(slot, last):
@@ -311,9 +315,10 @@ class Executor:
         batch, step = self._batch, self._steps[slot]
         step.rows, step.batch = self._counts[micro]
         step.first = micro == 0 or self.plan.grains
+        step.last = micro == len(self._counts) - 1 or self.plan.grains
+        step.before = lo = sum(rows for rows, _ in self._counts[:micro])
         if batch is None or not self.inputs:
             return
-        lo = sum(rows for rows, _ in self._counts[:micro])
         hi = lo + step.rows
         for wire, values in zip(self.inputs[slot], (batch.x, batch.labels, batch.ids), strict=True):
             wire.load(values[lo:hi])

@@ -10,7 +10,7 @@ import numpy as np
 from dpnn.backends.base import Backend
 from dpnn.nn.graph import Graph
 from dpnn.plan.costs import Costs
-from dpnn.plan.instructions import Backward, Finish, Forward, Instruction
+from dpnn.plan.instructions import Backward, Finish, Forward, Instruction, Weights
 from dpnn.plan.memory import Layout, message_nbytes
 from dpnn.plan.pipeline import Pipeline
 from dpnn.plan.placement import Loads, Placement
@@ -75,7 +75,7 @@ class Forecaster:
         graph, rows = self.graph, -(-self.rows // microbatches)
         work, crossing = np.zeros(len(graph.nodes)), np.zeros(len(graph.nodes))
         for group in self.groups:
-            work[group.nodes[0].index] = sum(self.costs.group(group, rows))
+            work[group.nodes[0].index] = sum(self.costs.group(group, rows, microbatches))
         for node in graph.nodes:
             nbytes = math.prod(node.shape) * self._backends[0].dtype.itemsize * (rows if node.layer.batched else 1)
             crossing[node.index] = self.costs.message(nbytes) * (1 + node.needs_grad)
@@ -97,14 +97,16 @@ class Forecaster:
         plans = tuple(compiled(part=part, pieces=held) for part, held in enumerate(pieces))
         params = tuple(held[-1].end if held else 0 for held in pieces)
 
-        times = [[self.costs.group(group, rows) for group in plan.groups] for plan in plans]
+        times = [[self.costs.group(group, rows, setting.microbatches) for group in plan.groups] for plan in plans]
 
         def seconds(plan: Plan, step: Instruction) -> float:
             match step:
                 case Forward(group, _):
-                    return times[plan.part][group][0]
+                    return times[plan.part][group].forward
                 case Backward(group, _):
-                    return times[plan.part][group][1]
+                    return times[plan.part][group].backward
+                case Weights(group, _):
+                    return times[plan.part][group].weights
                 case Finish():
                     return self.costs.update(params[plan.part])
             return 0.0

@@ -68,6 +68,14 @@ class Backward:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """Make the gradients of the weights of group number `group`, which splits; its backward op has run."""
+
+    group: int
+    slot: int
+
+
+@dataclass(frozen=True)
 class Collect:
     """Start to sum the output of node `node` over the replicas, or (`gradient`) the gradient by it."""
 
@@ -107,5 +115,18 @@ class Finish:
 
 
 Instruction = (
-    Load | PostRecv | Recv | Forward | Send | Sent | Loss | Backward | Collect | Collected | Open | Ready | Finish
+    Load
+    | PostRecv
+    | Recv
+    | Forward
+    | Send
+    | Sent
+    | Loss
+    | Backward
+    | Weights
+    | Collect
+    | Collected
+    | Open
+    | Ready
+    | Finish
 )

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from time import perf_counter
+from typing import cast
 
 import numpy as np
 
-from dpnn.backends.base import Backend, Group, Step
+from dpnn.backends.base import Backend, Group, SplitOp, Step
 from dpnn.memory import Memory
 from dpnn.native import denormals_flushed
 from dpnn.nn.graph import Graph
-from dpnn.plan.costs import Costs, Time, multiply_adds, question
+from dpnn.plan.costs import Costs, Phases, Time, multiply_adds, question
 from dpnn.plan.memory import Arena, Buffers, Layout
 from dpnn.plan.placement import Placement, shardable
 from dpnn.plan.schedule import choose_groups, compile_plan
@@ -57,18 +58,17 @@ def _is_summed(graph: Graph, group: Group) -> bool:
 def _time(graph: Graph, group: Group, backends: Sequence[Backend], most: int) -> Time:
     """Of several numbers of samples, up to `most`; large arrays come out of memory, not out of caches."""
     rows: list[int] = []
-    times: list[tuple[float, float]] = []
+    times: list[Phases] = []
     for n in (1, *(n for n in _ROWS if n <= most)):
         rows.append(n)
         times.append(_seconds(graph, group, backends, n))
         if n > 1 and max(times[-1]) > _LARGE_S:
             break
-    forward, backward = zip(*times, strict=True)
-    return Time(tuple(rows), forward, backward)
+    return Time(tuple(rows), *zip(*times, strict=True))
 
 
-def _seconds(graph: Graph, group: Group, backends: Sequence[Backend], rows: int) -> tuple[float, float]:
-    """Seconds of forward and backward."""
+def _seconds(graph: Graph, group: Group, backends: Sequence[Backend], rows: int) -> Phases:
+    """Seconds of a group."""
     inside = {node.index for node in group.nodes}
     lone = Placed(graph, 2, tuple(int(node.index not in inside) for node in graph.nodes))
     plan = compile_plan(lone, 0, backends, "train", rows)
@@ -78,15 +78,16 @@ def _seconds(graph: Graph, group: Group, backends: Sequence[Backend], rows: int)
     memory.zero(arena.take(0, (layout.nbytes,), np.dtype(np.uint8)))
     store = Store(group.nodes, backends[0].dtype, memory)
     buffers = Buffers(layout, 0, arena, store, {}, Step(rows=rows, batch=rows, total=rows))
-    times = [0.0, 0.0]
+    forward = backward = weights = 0.0
     for mine in plan.groups:
         op = mine.backend.build(mine, buffers, "train")
         with denormals_flushed():
             if not mine.forward_view:
-                times[0] += _fastest(op.forward, memory)
+                forward += _fastest(op.forward, memory)
             if not mine.backward_view and any(node.needs_grad for node in mine.nodes):
-                times[1] += _fastest(op.backward, memory)
-    return times[0], times[1]
+                backward += _fastest(op.backward, memory)
+                weights += _fastest(cast(SplitOp, op).weights, memory) if mine.splits else 0.0
+    return Phases(forward, backward, weights)
 
 
 def _fastest(call: Callable[[], None], memory: Memory) -> float:

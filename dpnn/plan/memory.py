@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dpnn.backends.base import Group, Room, Step
+from dpnn.backends.base import Group, Step
 from dpnn.memory import ALIGNMENT, HOST, Memory
 from dpnn.nn.graph import Node
 from dpnn.nn.join import Fork
 from dpnn.nn.layer import Input
-from dpnn.plan.instructions import Backward, Forward, Load, Loss, PostRecv, Recv, Send, Sent
+from dpnn.plan.instructions import Backward, Forward, Load, Loss, PostRecv, Recv, Send, Sent, Weights
 from dpnn.plan.messages import Message
 from dpnn.plan.schedule import Plan
 from dpnn.plan.store import Store
@@ -29,7 +29,7 @@ Key = tuple[int, int]
 """(node, -1): the output of a node. (node, position): the gradient by one of its inputs. (last node of a group, KEPT
 and so on): the bytes that its op asked for."""
 
-KEPT, FORWARD, BACKWARD = -2, -3, -4
+KEPT, FORWARD, BACKWARD, WEIGHTS, ROWS = -2, -3, -4, -5, -6
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,9 @@ class Layout:
                 self._same[node.index, 0] = self._gradient(node)
             if group.in_place is not None and self.graph.readers(node):
                 self._same[group.in_place] = self._gradient(node)
-        self.rooms = {
-            group.nodes[-1].index: group.backend.room(group, plan.rows, plan.mode) if rooms else Room()
-            for group in plan.groups
-        }
+        self._microbatches = 1 if plan.grains else sum(isinstance(step, Load) for step in plan.instructions)
+        self.rooms = {group.nodes[-1].index: self._room(group) if rooms else {} for group in plan.groups}
+        """The bytes that each group's op asked for, by key."""
         self.offsets, self.nbytes = pack(self._lives_in_slots(plan))
 
     def shape(self, node: Node) -> tuple[int, ...]:
@@ -120,6 +119,12 @@ class Layout:
             key = self._same[key]
         return key
 
+    def _room(self, group: Group) -> dict[int, int]:
+        plan = self.plan
+        room = group.backend.room(group, plan.rows, plan.mode)
+        keys = {KEPT: room.kept, FORWARD: room.forward, BACKWARD: room.backward, WEIGHTS: room.weights}
+        return {**keys, ROWS: room.row * plan.rows * self._microbatches}
+
     def _gradient(self, node: Node) -> Key:
         """The gradient by the output of `node`: its one reader's."""
         reader, position = self.graph.readers(node)[0]
@@ -133,6 +138,8 @@ class Layout:
     def _lives_in_slots(self, plan: Plan) -> dict[tuple[Key, int], Life]:
         """The lives of all buffers, those that are common to all slots under slot 0."""
         lives, tasks = self._lives(plan)
+        wanted = {(index, ROWS): room.get(ROWS, 0) for index, room in self.rooms.items()}
+        lives |= {key: Life(nbytes, 0, len(plan.instructions)) for key, nbytes in wanted.items() if nbytes}
         if plan.slots == 1 and _alike(plan):
             return {(key, 0): life for key, life in lives.items()}
         own = {self.root(m.key) for m in plan.messages if plan.part in (m.source, m.target)}
@@ -160,6 +167,8 @@ class Layout:
                     touched, task = self._touched(plan.groups[group], FORWARD), (FORWARD, plan.levels[group])
                 case Backward(group, _):
                     touched, task = self._touched(plan.groups[group], BACKWARD), (BACKWARD, plan.levels[group])
+                case Weights(group, _):
+                    touched, task = self._touched_by_weights(plan.groups[group]), (BACKWARD, plan.levels[group])
                 case Loss():
                     touched = {(n.index, -1) for n in losses if plan.mode == "train" or not n.training_only}
                 case PostRecv(number, _) | Recv(number, _) | Send(number, _) | Sent(number, _):
@@ -189,6 +198,12 @@ class Layout:
             keys.update((reader.index, position) for reader, position in self.graph.readers(last))
         return keys
 
+    def _touched_by_weights(self, group: Group) -> set[Key]:
+        """The same of the gradients of weights, where they are made by themselves."""
+        last = group.nodes[-1]
+        inputs = {(node.inputs[position], -1) for node, position in group.inputs}
+        return inputs | {(last.index, WEIGHTS), self._gradient(last)}
+
     def _touch(self, lives: dict[Key, Life], keys: set[Key], at: int) -> None:
         for key in keys:
             nbytes = self._nbytes(key)
@@ -202,8 +217,7 @@ class Layout:
         index, position = key
         node = self.graph.nodes[index]
         if position < -1:
-            room = self.rooms[index]
-            return {KEPT: room.kept, FORWARD: room.forward, BACKWARD: room.backward}[position]
+            return self.rooms[index].get(position, 0)
         source = node if position < 0 else self.graph.nodes[node.inputs[position]]
         if source.layer.collected:
             return 0
@@ -216,7 +230,7 @@ def _alike(plan: Plan) -> bool:
     for step in plan.instructions:
         if isinstance(step, Load):
             orders.append([])
-        elif isinstance(step, Forward | Backward):
+        elif isinstance(step, Forward | Backward | Weights):
             orders[-1].append((type(step), step.group))
     return all(order == orders[0] for order in orders)
 
@@ -279,15 +293,13 @@ class Buffers:
         source = self._layout.graph.nodes[node.inputs[position]]
         return self._array((node.index, position), source) if source.needs_grad else None
 
-    def room(self, group: Group) -> tuple[Array, Array, Array]:
+    def room(self, group: Group) -> tuple[Array, ...]:
         """The bytes that the group's backend asked for."""
-        index = group.nodes[-1].index
-        room, layout = self._layout.rooms[index], self._layout
-        kept, forward, backward = (
+        index, layout = group.nodes[-1].index, self._layout
+        return tuple(
             self._arena.take(layout.offset((index, key), self._slot) or 0, (nbytes,), np.dtype(np.uint8))
-            for key, nbytes in ((KEPT, room.kept), (FORWARD, room.forward), (BACKWARD, room.backward))
+            for key, nbytes in layout.rooms[index].items()
         )
-        return kept, forward, backward
 
     def param(self, node: Node, role: str) -> Array:
         """A parameter, as a view of the flat array."""

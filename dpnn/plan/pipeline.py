@@ -81,8 +81,8 @@ def _segments(placed: Placed, trains: bool) -> dict[tuple[int, int], _Segment]:
     for node in placed.graph.nodes:
         own = part_of[node.index], levels[node.index]
         segment = segments[own]
-        forward, backward = costs.phases(node)
-        segment.forward += forward
+        phases = costs.phases(node)
+        segment.forward += phases.forward
         if not trains and node.training_only:
             continue
         for source in node.inputs:
@@ -91,7 +91,7 @@ def _segments(placed: Placed, trains: bool) -> dict[tuple[int, int], _Segment]:
                 segment.after.add(other)
         if trains and node.needs_grad:
             segment.trained = True
-            segment.backward += backward
+            segment.backward += phases.backward + phases.weights
             for source in node.inputs:
                 other = part_of[source], levels[source]
                 if other != own and placed.graph.nodes[source].needs_grad:

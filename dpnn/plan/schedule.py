@@ -9,6 +9,9 @@ what is exchanged, put in by one rule each:
   anew; before that what the slot sent must have left it.
 - an output that is summed over all replicas (`collected`) is sent off right after it was written, and waited for
   right before it is read; its gradient likewise.
+- what makes gradients of weights, on which no other rank waits, stands behind the last gradient that the task sends to
+  another part, or else right behind the backward that it belongs to: so the other part waits for less (Qi et al. 2023,
+  section 2).
 - a bucket of gradients is opened before the first instruction of the step that writes into it, and ready after the
   last one (so in the last micro-batch only; where micro-batches are grains, in each);
 
@@ -40,6 +43,7 @@ from dpnn.plan.instructions import (
     Recv,
     Send,
     Sent,
+    Weights,
 )
 from dpnn.plan.messages import Message, messages_of
 from dpnn.plan.pipeline import Pipeline, Task, levels_of, order_of
@@ -85,7 +89,7 @@ class Plan:
         """An instruction, for people who know the network, not the plan."""
         kind, nodes = type(instruction).__name__, self.graph.nodes
         match instruction:
-            case Forward(group, _) | Backward(group, _):
+            case Forward(group, _) | Backward(group, _) | Weights(group, _):
                 return f"{kind} {' + '.join(node.name for node in self.groups[group].nodes)}"
             case Collect(node, _, gradient) | Collected(node, _, gradient):
                 return f"{kind} the {'gradient by' if gradient else 'output of'} {nodes[node].name} over the replicas"
@@ -108,7 +112,7 @@ class Plan:
         lines = []
         for instruction in self.instructions:
             match instruction:
-                case Forward(group, _) | Backward(group, _):
+                case Forward(group, _) | Backward(group, _) | Weights(group, _):
                     lines.append(f"{instruction}  {names[group]}")
                 case Collect(node, _, _) | Collected(node, _, _):
                     lines.append(f"{instruction}  {nodes[node].name}")
@@ -282,22 +286,31 @@ class _Lists:
         return steps
 
     def _backward(self, level: int, slot: int) -> list[Instruction]:
-        steps: list[Instruction] = []
-        for i, group in reversed(self._by_level.get(level, ())):
-            if not any(node.needs_grad for node in group.nodes):
-                continue
-            last = group.nodes[-1]
-            steps += [Recv(number, slot) for number in self._gradients_come.get(last.index, ())]
-            if last.index in self._collected:
-                steps.append(Collected(last.index, slot, True))
-            if not group.backward_view:
-                steps.append(Backward(i, slot))
-            for node, position in group.inputs:
-                source = self._graph.nodes[node.inputs[position]]
-                if source.index in self._collected and source.needs_grad:
-                    steps.append(Collect(source.index, slot, True))
-                if (node.index, position) in self._gradient_goes:
-                    steps.append(Send(self._gradient_goes[node.index, position], slot))
+        pieces = [
+            (self._backward_of(i, group, slot), [Weights(i, slot)] if group.splits else [])
+            for i, group in reversed(self._by_level.get(level, ()))
+            if any(node.needs_grad for node in group.nodes)
+        ]
+        sends = [place for place, (steps, _) in enumerate(pieces) if any(isinstance(step, Send) for step in steps)]
+        last = sends[-1] if sends else -1
+        awaited = [step for steps, _ in pieces[: last + 1] for step in steps]
+        late = [step for _, weights in pieces[: last + 1] for step in weights]
+        return awaited + late + [step for piece in pieces[last + 1 :] for steps in piece for step in steps]
+
+    def _backward_of(self, i: int, group: Group, slot: int) -> list[Instruction]:
+        """Of one group, save the gradients of weights."""
+        last = group.nodes[-1]
+        steps: list[Instruction] = [Recv(number, slot) for number in self._gradients_come.get(last.index, ())]
+        if last.index in self._collected:
+            steps.append(Collected(last.index, slot, True))
+        if not group.backward_view:
+            steps.append(Backward(i, slot))
+        for node, position in group.inputs:
+            source = self._graph.nodes[node.inputs[position]]
+            if source.index in self._collected and source.needs_grad:
+                steps.append(Collect(source.index, slot, True))
+            if (node.index, position) in self._gradient_goes:
+                steps.append(Send(self._gradient_goes[node.index, position], slot))
         return steps
 
 
@@ -308,13 +321,13 @@ def _with_buckets(
     group_of = {
         (param.name, param.lo): i for i, group in enumerate(groups) for node in group.nodes for param in node.params
     }
-    writers: dict[tuple[type[Forward | Backward], int], list[int]] = {}
+    writers: dict[tuple[type[Forward | Backward | Weights], int], list[int]] = {}
     for piece in pieces:
-        kind = Forward if piece.spec.statistic else Backward
-        writers.setdefault((kind, group_of[piece.name, piece.lo]), []).append(piece.offset)
+        for kind in (Forward,) if piece.spec.statistic else (Backward, Weights):
+            writers.setdefault((kind, group_of[piece.name, piece.lo]), []).append(piece.offset)
     places: dict[tuple[int, int], list[int]] = {bucket: [] for bucket in buckets}
     for place, step in enumerate(steps):
-        if not isinstance(step, Forward | Backward):
+        if not isinstance(step, Forward | Backward | Weights):
             continue
         for offset in writers.get((type(step), step.group), ()):
             places[next(bucket for bucket in buckets if bucket[0] <= offset < bucket[1])].append(place)

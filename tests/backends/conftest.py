@@ -5,13 +5,13 @@ A backend that comes later is added to BACKENDS; the bodies of the tests stay as
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from dpnn import nn
-from dpnn.backends.base import Array, Backend, Group, Mode, Op, Step
+from dpnn.backends.base import Array, Backend, Group, Mode, Op, SplitOp, Step
 from dpnn.backends.cuda import Cuda
 from dpnn.backends.onednn import OneDNN
 from dpnn.backends.reference import Reference
@@ -22,6 +22,8 @@ from .cuda.shim import DONE, Shim
 from .cuda.verified import Verified
 
 ONEDNN = OneDNN(Team(2))
+MICROBATCHES = 3
+"""That there is room for where gradients are made of the rows of all."""
 BACKENDS: dict[str, Callable[[Any], Backend]] = {
     "reference": Reference,
     "onednn": lambda dtype: ONEDNN,
@@ -113,7 +115,8 @@ class Bench:
         self.dtype, self.capacity, self.step = backend.dtype, capacity, Step()
         self.channels_last = backend.channels_last
         room = self.group.backend.room(self.group, capacity, mode)
-        self.rooms = [self._bytes(n) for n in (room.kept, room.forward, room.backward)]
+        sizes = room.kept, room.forward, room.backward, room.weights, room.row * capacity * MICROBATCHES
+        self.rooms = [self._bytes(n) for n in sizes]
         self.inputs = [self._room(shape, self._kind(i), self._batched(i)) for i, shape in enumerate(shapes)]
         self.d_inputs = [self._like(x) if np.issubdtype(x.dtype, np.floating) else None for x in self.inputs]
         kind = self.dtype if layer.dtype == "float" else np.dtype(layer.dtype)
@@ -158,9 +161,8 @@ class Bench:
         raw = np.full(n + 64, 255, np.uint8)
         return raw[-raw.ctypes.data % 64 :][:n]
 
-    def room(self, group: Group) -> tuple[Array, Array, Array]:
-        kept, forward, backward = self.rooms
-        return kept, forward, backward
+    def room(self, group: Group) -> tuple[Array, ...]:
+        return tuple(self.rooms)
 
     def input(self, node: nn.Node, position: int = 0) -> Array:
         return self.inputs[position]
@@ -211,6 +213,8 @@ class Bench:
         """The gradients of the inputs, of the rows that were put."""
         if not self.group.backward_view:
             self.op.backward()
+        if self.group.splits:
+            cast(SplitOp, self.op).weights()
         return [
             dx if dx is None or not self._batched(i) else dx[: self.step.rows] for i, dx in enumerate(self.d_inputs)
         ]

@@ -10,8 +10,8 @@ from dpnn.backends.onednn.fuse import fuse
 from dpnn.backends.reference import Reference
 from dpnn.nn import Add, Graph, SoftmaxCrossEntropy
 from dpnn.plan import Arena, Layout, Placed, Store, compile_plan
-from dpnn.plan.instructions import Backward, Forward, Load, Loss, PostRecv, Recv, Send, Sent
-from dpnn.plan.memory import ALIGNMENT, BACKWARD, FORWARD, KEPT, Buffers, Life, pack
+from dpnn.plan.instructions import Backward, Forward, Load, Loss, PostRecv, Recv, Send, Sent, Weights
+from dpnn.plan.memory import ALIGNMENT, BACKWARD, FORWARD, KEPT, WEIGHTS, Buffers, Life, pack
 
 from .conftest import SHAPE, wide
 from .lists import graph_of, plans_over
@@ -146,7 +146,7 @@ def test_buffers_of_a_fused_plan_never_overlap_while_they_live(mode, sync):
 
 
 def test_what_an_op_keeps_lives_from_its_forward_to_its_backward_and_scratch_for_one_call():
-    layout = layout_of(Fusing(Room(kept=700, forward=5000, backward=3000)), Reference(F32))
+    layout = layout_of(Fusing(Room(kept=700, forward=5000, backward=3000, weights=2000)), Reference(F32))
     lives, instructions = layout._lives(layout.plan)[0], layout.plan.instructions
     mine = [(i, group) for i, group in enumerate(layout.plan.groups) if isinstance(group.backend, Fusing)]
     walked = [(i, group) for i, group in mine if not group.forward_view]
@@ -157,6 +157,9 @@ def test_what_an_op_keeps_lives_from_its_forward_to_its_backward_and_scratch_for
         assert lives[index, KEPT] == Life(700, forward, backward)
         assert lives[index, FORWARD] == Life(5000, forward, forward)
         assert lives[index, BACKWARD] == Life(3000, backward, backward)
+        if group.splits:
+            weights = instructions.index(Weights(i, 0))
+            assert lives[index, WEIGHTS] == Life(2000, weights, weights)
 
 
 def test_scratch_is_shared_and_what_is_kept_is_not():
@@ -169,11 +172,11 @@ def test_scratch_is_shared_and_what_is_kept_is_not():
 
 
 def test_room_is_as_large_as_asked_for_and_aligned():
-    layout = layout_of(Fusing(Room(kept=7, forward=130, backward=1)), Reference(F32))
+    layout = layout_of(Fusing(Room(kept=7, forward=130, backward=1, weights=65, row=10)), Reference(F32))
     buffers = buffers_of(layout)
     group = layout.plan.groups[0]
     rooms = buffers.room(group)
-    assert [(room.dtype, room.shape) for room in rooms] == [(np.uint8, (n,)) for n in (7, 130, 1)]
+    assert [(room.dtype, room.shape) for room in rooms] == [(np.uint8, (n,)) for n in (7, 130, 1, 65, 10 * ROWS * 2)]
     assert all(room.ctypes.data % ALIGNMENT == 0 for room in rooms)
 
 
@@ -212,6 +215,8 @@ def lives_of(layout):
             keys = {(i, -1) for i in inputs if plan.part == plan.placed.reader}
         elif isinstance(step, Forward | Backward):
             keys = layout._touched(plan.groups[step.group], FORWARD if isinstance(step, Forward) else BACKWARD)
+        elif isinstance(step, Weights):
+            keys = layout._touched_by_weights(plan.groups[step.group])
         elif isinstance(step, PostRecv | Recv | Send | Sent):
             keys, fresh = {plan.messages[step.message].key}, isinstance(step, PostRecv)
         elif isinstance(step, Loss):

@@ -5,7 +5,7 @@ import pytest
 from dpnn.backends.reference import Reference
 from dpnn.errors import JobError
 from dpnn.nn import Chain, Dense, Flatten
-from dpnn.plan.instructions import Backward, Collect, Collected, Finish, Forward, Load, Loss, Open, Ready
+from dpnn.plan.instructions import Backward, Collect, Collected, Finish, Forward, Load, Loss, Open, Ready, Send, Weights
 from dpnn.plan.schedule import choose_groups, make_buckets
 
 from .conftest import wide
@@ -41,8 +41,10 @@ def test_a_bucket_is_open_while_it_is_written_and_ready_only_when_it_is_complete
     writes = []
     for piece in built.store.pieces:
         kind = Forward if piece.spec.statistic else Backward
-        places = [i for i, step in enumerate(built.plan.instructions) if step == kind(group_of[piece.name], 0)]
-        assert len(places) == microbatches
+        group = group_of[piece.name]
+        kinds = [kind, Weights] if kind is Backward and built.plan.groups[group].splits else [kind]
+        places = [i for i, step in enumerate(built.plan.instructions) if step in [kind(group, 0) for kind in kinds]]
+        assert len(places) == microbatches * len(kinds)
         writes.append((piece, places))
     opened = {(s.lo, s.hi): i for i, s in enumerate(built.plan.instructions) if isinstance(s, Open)}
     ready = {(s.lo, s.hi): i for i, s in enumerate(built.plan.instructions) if isinstance(s, Ready)}
@@ -51,6 +53,20 @@ def test_a_bucket_is_open_while_it_is_written_and_ready_only_when_it_is_complete
         bucket = next(b for b in opened if b[0] <= piece.offset and piece.end <= b[1])
         assert opened[bucket] < places[0]
         assert places[-1] < ready[bucket]
+
+
+def test_gradients_of_weights_come_behind_the_last_gradient_that_is_sent_or_right_behind_their_backward():
+    layers = Chain(Flatten(), Dense(4), Dense(5), Dense(6), Dense(7))
+    first, second = plans_of(placed_by(layers, 2, {"dense[34]": 1, "*": 0}))
+    kinds = {
+        plan.part: [type(step) for step in plan.instructions if isinstance(step, Backward | Weights | Send)]
+        for plan in (first, second)
+    }
+    assert kinds[0][-4:] == [Backward, Weights, Backward, Weights]
+    assert kinds[1][-5:] == [Backward, Backward, Send, Weights, Weights]
+    for plan in (first, second):
+        order = [step.group for step in plan.instructions if isinstance(step, Weights)]
+        assert order == [step.group for step in plan.instructions if isinstance(step, Backward)][-len(order) :]
 
 
 def test_buckets_cover_every_number_once_and_are_large_enough(build):

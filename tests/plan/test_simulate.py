@@ -2,11 +2,12 @@
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from dpnn.nn import Branches, Chain, Concat, Conv, Dense, Flatten, ReLU
-from dpnn.plan.instructions import Backward, Forward, PostRecv, Recv, Send, Sent
+from dpnn.plan.instructions import Backward, Forward, PostRecv, Recv, Send, Sent, Weights
 from dpnn.plan.simulate import Unmatched, simulate
 
 from .lists import graph_of, placed_by, plans_of, plans_over
@@ -74,12 +75,15 @@ def test_what_would_be_sent_into_no_buffer_is_found():
         simulate(changed(plans, 0, steps))
 
 
-def even(plan, step):
-    """A second forward, two backward, on each part."""
-    forward = sum(isinstance(s, Forward) and s.slot == 0 for s in plan.instructions)
-    backward = sum(isinstance(s, Backward) and s.slot == 0 for s in plan.instructions)
+def even(plan, step, weights=0.0):
+    """A second forward, two backward, on each part; of these, `weights` that no other part waits for."""
+    number = {
+        kind: sum(isinstance(s, kind) and s.slot == 0 for s in plan.instructions)
+        for kind in (Forward, Backward, Weights)
+    }
     micros = sum(type(s).__name__ == "Load" and s.slot == 0 for s in plan.instructions)
-    return {Forward: micros / forward, Backward: 2 * micros / backward}.get(type(step), 0.0)
+    seconds = {Forward: 1.0, Backward: 2.0 - weights, Weights: weights}
+    return micros * seconds[type(step)] / number[type(step)] if type(step) in seconds else 0.0
 
 
 @pytest.mark.parametrize("pipeline", ["1f1b", "gpipe"])
@@ -93,6 +97,15 @@ def test_even_stages_take_the_time_that_the_papers_give(pipeline, microbatches):
     assert timing.idle == pytest.approx(3 / (microbatches + 3))
     slots = {"1f1b": [min(4 - part, microbatches) for part in range(4)], "gpipe": [microbatches] * 4}[pipeline]
     assert [plan.slots for plan in plans] == slots
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 5])
+def test_a_part_waits_for_no_gradients_of_weights_of_another(microbatches):
+    """The first one waits for a stage less of them (Qi et al. 2023, section 2.3)."""
+    plans = plans_of(placed_by(STAGES, 4, BY_STAGE), microbatches=microbatches)
+    timing = simulate(plans, partial(even, weights=1.0))
+    assert timing.step == pytest.approx(3 * microbatches + 3 * 2)
+    assert timing.busy == pytest.approx([3 * microbatches] * 4)
 
 
 def test_bytes_are_counted_and_crossing_takes_its_time():

@@ -29,14 +29,14 @@ class WeightedOp(KernelOp[W]):
         self.w = slot.param(self.node, "weight")
         self.bias = slot.param(self.node, "bias") if "bias" in roles else None
         self.operands = Operands(device)
-        _, forward, _ = slot.room(group)
+        forward = slot.room(group)[1]
         self.scratch = carve(forward, self.forward_sizes(self.shape, len(self.x), device.processors))
 
     def bind_gradients(self, group: Group, slot: Slot) -> None:
         super().bind_gradients(group, slot)
         shape, device = Shape.of(self.node), self.device
         patch = patch_of(shape)
-        _, _, backward = slot.room(group)
+        backward = slot.room(group)[2]
         self.backward_scratch = carve(backward, backward_sizes(shape, len(self.x), device.processors))
         self.bias_gradient = BiasGradient(device, shape.groups * shape.k)
         self.narrow_gradient = NarrowGradient(device, patch) if patch else None

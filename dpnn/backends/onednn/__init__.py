@@ -92,9 +92,11 @@ class OneDNN:
         return fuse(nodes, mode, self)
 
     def room(self, group: Group, rows: int, mode: Mode) -> Room:
-        """Scratch of convolutions, what a pooling keeps."""
+        """Scratch of convolutions, what a pooling keeps, what a dense layer gathers."""
         if isinstance(group.nodes[0].layer, Conv):
             return conv.room(group, rows, mode, self._kit)
+        if isinstance(group.nodes[0].layer, Dense):
+            return dense.DenseOp.room(group, mode)
         return pool.room(group, rows, mode)
 
     def build(self, group: Group, slot: Slot, mode: Mode) -> Op:

@@ -93,15 +93,22 @@ class ConvOp(CallsOp):
         return [*calls, *self._bind("forward", rows, self.room_forward, arrays)]
 
     def bind_backward(self, rows: int) -> list[Call]:
-        arrays = Bound(self.w, images_last(self.x[:rows]), dy=images_last(self.tail.dys[0][:rows]), dw=self.dw)
         calls = self.tail.gather(rows, self.total if self.bias is not None else None)
         if self.bias is not None:
             calls.append(partial(put, self.d_bias, self.total[0], self.step))
-        calls += self._bind("backward_weights", rows, self.room_backward, arrays)
         if self.dx is not None:
+            arrays = self._bound_backward(rows)
             arrays.dx = images_last(self.dx[:rows])
             calls += self._bind("backward_data", rows, self.room_backward, arrays)
         return calls
+
+    def bind_weights(self, rows: int) -> list[Call]:
+        arrays = self._bound_backward(rows)
+        arrays.dw = self.dw
+        return self._bind("backward_weights", rows, self.room_weights, arrays)
+
+    def _bound_backward(self, rows: int) -> Bound:
+        return Bound(self.w, images_last(self.x[:rows]), dy=images_last(self.tail.dys[0][:rows]))
 
     def _bind(self, direction: Direction, rows: int, room: Array, arrays: Bound) -> list[Call]:
         """The algorithm is that of the most rows, so that a step's result doesn't depend on when it was timed."""
@@ -120,8 +127,8 @@ class ConvOp(CallsOp):
 def room(group: Group, rows: int, mode: Mode, kit: Kit) -> Room:
     """The scratch of a group."""
     g = Geometry.of(group.nodes[0], rows)
-    forward, *backward = (
-        kit.choose(g, direction).nbytes(g, direction)
-        for direction in (DIRECTIONS if mode == "train" else DIRECTIONS[:1])
+    directions: tuple[Direction, ...] = DIRECTIONS if mode == "train" else ("forward",)
+    nbytes = {direction: kit.choose(g, direction).nbytes(g, direction) for direction in directions}
+    return Room(
+        forward=nbytes["forward"], backward=nbytes.get("backward_data", 0), weights=nbytes.get("backward_weights", 0)
     )
-    return Room(forward=forward, backward=max(backward, default=0))

@@ -7,8 +7,8 @@ from functools import partial
 
 import numpy as np
 
-from dpnn.backends.base import Array, Group, Mode, Slot, put
-from dpnn.backends.onednn.op import CallsOp, Tools
+from dpnn.backends.base import Array, Group, Mode, Room, Slot, put
+from dpnn.backends.onednn.op import Bindings, CallsOp, Tools
 from dpnn.native import Call
 
 _FEW, _SMALL = 32, 1 << 26
@@ -30,7 +30,16 @@ class DenseOp(CallsOp):
             self.dx, self.dw = slot.d_input(node), slot.d_param(node, "weight")
             if biased:
                 self.d_bias, self.total = slot.d_param(node, "bias"), np.empty((1, node.shape[0]))
+            k, c = self.w.shape
+            rows = self.rows.view(np.float32).reshape(-1, k + c)
+            self.gathers, self.xs, self.dys = group.gathers, rows[:, :c], rows[:, c:]
+            self._of_all = Bindings(lambda rows: [self._product(self.xs[:rows], self.dys[:rows])])
         self.prepare(len(self.tail.y))
+
+    @staticmethod
+    def room(group: Group, mode: Mode) -> Room:
+        """For each sample, what `weights` reads of it."""
+        return Room(row=4 * sum(group.nodes[0].params[0].spec.shape) if mode == "train" and group.gathers else 0)
 
     def bind_forward(self, rows: int) -> list[Call]:
         k, c = self.w.shape
@@ -50,24 +59,53 @@ class DenseOp(CallsOp):
 
     def bind_backward(self, rows: int) -> list[Call]:
         k, c = self.w.shape
-        x, dy = self.x[:rows], self.tail.dys[0][:rows]
+        dy = self.tail.dys[0][:rows]
         calls = self.tail.gather(rows, self.total if self.bias is not None else None)
         if self.bias is not None:
             calls.append(partial(put, self.d_bias, self.total[0], self.step))
-        team = self.tools.team
-        shares: list[list[Call]] = [[] for _ in range(team.size)]
-        for share, run in zip(shares, team.cut(k, least=-(-_LEAST // c)), strict=False):
-            mine = slice(run.start, run.stop)
-            part = np.empty((max(1, min(len(run), _LEAST // c)), c), np.float32)
-            share.append(partial(self._weights, dy[:, mine].T, x, self.dw[mine], part))
         if self.dx is not None:
-            for share, run in zip(shares, team.cut(c, least=-(-_LEAST // k)), strict=False):
+            shares = []
+            for run in self.tools.team.cut(c, least=-(-_LEAST // k)):
                 mine = slice(run.start, run.stop)
-                share.append(partial(np.matmul, dy, self.w[:, mine], self.dx[:rows, mine]))
-        calls.append(partial(team.run, [share for share in shares if share]))
+                shares.append([partial(np.matmul, dy, self.w[:, mine], self.dx[:rows, mine])])
+            calls.append(partial(self.tools.team.run, shares))
         return calls
 
-    def _weights(self, dy: Array, x: Array, dw: Array, part: Array) -> None:
+    def bind_weights(self, rows: int) -> list[Call]:
+        x, dy = self.x[:rows], self.tail.dys[0][:rows]
+        if self.gathers:
+            return [partial(self._gather, x, dy, self._product(x, dy))]
+        shares = []
+        for mine in self._runs():
+            dw = self.dw[mine]
+            part = np.empty_like(dw[: max(1, _LEAST // dw.shape[1])])
+            shares.append([partial(self._add, dy[:, mine].T, x, dw, part)])
+        return [partial(self.tools.team.run, shares)]
+
+    def _gather(self, x: Array, dy: Array, alone: Call) -> None:
+        """Keep the rows of a micro-batch, and make the product of all in the last one; of a single one at once."""
+        step = self.step
+        if step.first and step.last:
+            alone()
+            return
+        rows = step.before + len(x)
+        np.copyto(self.xs[step.before : rows], x)
+        np.copyto(self.dys[step.before : rows], dy)
+        if step.last:
+            for call in self._of_all[rows]:
+                call()
+
+    def _runs(self) -> list[slice]:
+        """The units of each thread."""
+        runs = self.tools.team.cut(len(self.w), least=-(-_LEAST // self.w.shape[1]))
+        return [slice(run.start, run.stop) for run in runs]
+
+    def _product(self, x: Array, dy: Array) -> Call:
+        """dw = dy x."""
+        shares = [[partial(np.matmul, dy[:, mine].T, x, out=self.dw[mine])] for mine in self._runs()]
+        return partial(self.tools.team.run, shares)
+
+    def _add(self, dy: Array, x: Array, dw: Array, part: Array) -> None:
         """dw = dy x; in a later micro-batch some rows at a time are made and added."""
         if self.step.first:
             np.matmul(dy, x, out=dw)

@@ -17,6 +17,9 @@ from dpnn.nn.pool import GlobalAvgPool, MaxPool
 _NORMS = (BatchNorm, BatchNormalize)
 _MIXED = (*_NORMS, Add, ReLU, Fork)
 _HEADS = (Conv, Dense, MaxPool, GlobalAvgPool, LocalResponseNorm, Concat, Flatten, BatchSums, *_MIXED)
+_MUCH = 256
+"""A dense layer's weights are kept out of all micro-batches but the last where they are so many times as much as the
+numbers that a sample has there."""
 _BEFORE_RELU = (Conv, Dense, *_NORMS, Add)
 
 
@@ -58,9 +61,16 @@ def fuse(nodes: Sequence[Node], mode: Mode, backend: Backend) -> list[Group]:
         if type(chain[-1].layer) not in (Fork, BatchSums):
             follow(chain, Fork)
         taken.update(node.index for node in chain)
-        group = Group(tuple(chain), backend, forward_view=isinstance(head.layer, Fork))
-        groups.append(replace(group, in_place=_in_place(group)))
+        splits = isinstance(head.layer, Conv | Dense)
+        group = Group(tuple(chain), backend, forward_view=isinstance(head.layer, Fork), splits=splits)
+        groups.append(replace(group, in_place=_in_place(group), gathers=_gathers(head)))
     return sorted(groups, key=lambda group: group.nodes[-1].index)
+
+
+def _gathers(node: Node) -> bool:
+    """Whether the weights are so much more than the numbers of a sample that they should be passed over once a step."""
+    k, c = node.params[0].spec.shape if isinstance(node.layer, Dense) else (0, 0)
+    return k * c >= _MUCH * (k + c) > 0
 
 
 def _fits(node: Node) -> bool:

@@ -49,19 +49,23 @@ class CallsOp(ABC):
     def __init__(self, group: Group, slot: Slot, mode: Mode, tools: Tools) -> None:
         self.step, self.tools = slot.step, tools
         self.tail = Tail(group, slot, mode, tools.kernels)
-        self.kept, self.room_forward, self.room_backward = slot.room(group)
+        self.kept, self.room_forward, self.room_backward, self.room_weights, self.rows = slot.room(group)
         self._forward, self._backward = Bindings(self.bind_forward), Bindings(self.bind_backward)
+        self._weights = Bindings(self.bind_weights)
         params = [(node, param) for node in group.nodes for param in node.params] if self.tail.trains else []
-        # Without rows gradients are zero; those of statistics are forward's to write.
+        # Without rows gradients are zero, as backward writes; those of statistics are forward's to write.
         for calls, statistics in ((self._forward, True), (self._backward, False)):
             wanted = [(node, param.role) for node, param in params if (param.spec.statistic != 0) == statistics]
             calls[0] = [partial(put, slot.d_param(node, role), _ZERO, self.step) for node, role in wanted]
+        if not group.gathers:
+            self._weights[0] = []
 
     def prepare(self, rows: int) -> None:
         """Bind for the most rows; the last thing that a constructor does."""
         self._forward[rows]
         if self.tail.trains:
             self._backward[rows]
+            self._weights[rows]
 
     def forward(self) -> None:
         for call in self._forward[self.step.rows]:
@@ -71,6 +75,11 @@ class CallsOp(ABC):
         for call in self._backward[self.step.rows]:
             call()
 
+    def weights(self) -> None:
+        """What `backward` has left out, where the group splits."""
+        for call in self._weights[self.step.rows]:
+            call()
+
     @abstractmethod
     def bind_forward(self, rows: int) -> list[Call]:
         """The calls of forward."""
@@ -78,6 +87,10 @@ class CallsOp(ABC):
     @abstractmethod
     def bind_backward(self, rows: int) -> list[Call]:
         """The calls of backward."""
+
+    def bind_weights(self, rows: int) -> list[Call]:
+        """Those of `weights`."""
+        return []
 
 
 class Tail:

@@ -69,6 +69,7 @@ class Reference:
                 self,
                 forward_view=isinstance(node.layer, Fork | Flatten),
                 backward_view=isinstance(node.layer, Flatten),
+                splits=isinstance(node.layer, Conv | Dense),
             )
             for node in nodes
             if type(node.layer) in _OPS

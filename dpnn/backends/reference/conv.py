@@ -40,15 +40,18 @@ class ConvOp(LayerOp[Conv]):
                 y += self.bias[:, None, None]
 
     def backward(self) -> None:
-        dw = np.zeros_like(self.w)
-        for x, dy in self._runs(self.x, self.dy):
-            dw += self._outputs(dy) @ self._columns(x).swapaxes(1, 2)
-        put(self.dw, dw.reshape(self.dw.shape), self.step)
         if self.layer.bias:
             put(self.d_bias, self.dy[: self.step.rows].sum(axis=(0, 2, 3)), self.step)
         if self.dx is not None:
             for dx, dy in self._runs(self.dx, self.dy):
                 self._add_columns(self.w.swapaxes(1, 2) @ self._outputs(dy), dx)
+
+    def weights(self) -> None:
+        """The gradient of the filters."""
+        dw = np.zeros_like(self.w)
+        for x, dy in self._runs(self.x, self.dy):
+            dw += self._outputs(dy) @ self._columns(x).swapaxes(1, 2)
+        put(self.dw, dw.reshape(self.dw.shape), self.step)
 
     def _runs(self, *arrays: Array) -> list[tuple[Array, ...]]:
         """The micro-batch's rows of the arrays, a few images at a time."""

@@ -30,9 +30,12 @@ class DenseOp(LayerOp[Dense]):
             y += self.bias
 
     def backward(self) -> None:
-        x, dy = self.x[: self.step.rows], self.dy[: self.step.rows]
-        put(self.dw, dy.T @ x, self.step)
+        dy = self.dy[: self.step.rows]
         if self.layer.bias:
             put(self.d_bias, dy.sum(axis=0), self.step)
         if self.dx is not None:
             np.matmul(dy, self.w, out=self.dx[: self.step.rows])
+
+    def weights(self) -> None:
+        """The gradient of the weights."""
+        put(self.dw, self.dy[: self.step.rows].T @ self.x[: self.step.rows], self.step)

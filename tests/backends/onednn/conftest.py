@@ -54,7 +54,8 @@ class Watched:
 
 class WatchedOp:
     def __init__(self, op: Op, group: Group, slot: Slot, decisions: Decisions) -> None:
-        self.op, self.backward, self.step = op, op.backward, slot.step
+        self.op, self.step = op, slot.step
+        self.backward, self.weights = op.backward, getattr(op, "weights", None)
         kinked = [node for node in group.nodes if isinstance(node.layer, nn.ReLU | nn.MaxPool)]
         self.notes = [decisions.setdefault(node.name, []) for node in kinked]
         self.arrays = [(slot.input(group.nodes[0]), slot.output(group.nodes[-1])) for _ in kinked]
