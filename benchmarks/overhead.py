@@ -55,6 +55,9 @@ class Nothing:
     def backward(self) -> None:
         """Nothing."""
 
+    def weights(self) -> None:
+        """Nothing."""
+
 
 class NullBackend(Reference):
     """Ops that do nothing; the loss is 1."""
