@@ -65,7 +65,7 @@ def going(start_line, job, watched, tmp_path, until_trained):
         line = ["train", str(made.path), *words(*DOWNPOUR, *settings)]
         program = start_line(
             command(ranks, line, (str(watched),), survives=True),
-            env={"SEEN": str(tmp_path / f"{out}-seen"), "PACE": "0.005"},
+            env={"SEEN": str(tmp_path / f"{out}-seen"), "PACE": "0.015"},
         )
         until_trained(program, made.out)
         return program, made.out
