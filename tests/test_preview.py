@@ -7,6 +7,7 @@ import pytest
 
 from dpnn import cli
 from dpnn.plan import Costs
+from dpnn.plan.costs import Time
 
 JOB = """
 [data]
@@ -89,6 +90,15 @@ def test_it_goes_by_what_a_run_measured_and_chose(plan, tmp_path):
     code, text = plan("--ranks", 2, *words("train.global_batch=2"), source=run)
     assert code == 0
     assert "figures measured by the run: 123 G multiply-adds/s" in text
+
+
+def test_measured_costs_are_read_as_they_were_written_by_earlier_runs_too():
+    """These measured backward as a whole."""
+    costs = Costs(groups={"it": Time((1, 4), (1.0, 2.0), (1.5, 3.0), (0.5, 2.0))})
+    assert Costs.load(costs.dump()) == costs
+    earlier = json.loads(costs.dump())
+    del earlier["groups"]["it"]["weights"]
+    assert Costs.load(json.dumps(earlier)).groups["it"].of(4) == (2.0, 3.0, 0.0)
 
 
 @pytest.mark.parametrize(
