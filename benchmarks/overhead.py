@@ -28,8 +28,9 @@ from dpnn.data.pack import pack
 from dpnn.nn import SoftmaxCrossEntropy
 from dpnn.optim import Optimizer
 from dpnn.prepare import prepare
+from dpnn.recovery import Past
 from dpnn.team import Team
-from dpnn.train import Training
+from dpnn.train import Training, located
 
 LIMIT_US = 300.0
 WARM_UP = 300
@@ -102,13 +103,13 @@ class Stamped(Training):
 def step_times(world: World, steps: int, backends: list[Backend]) -> list[float]:
     """Seconds from the start of each step to that of the next, after the warm-up."""
     Path("job.toml").write_text(JOB.format(steps=steps))
-    prepared, _ = prepare("job.toml", (), None, None, 1)
+    prepared = located(world, prepare("job.toml", (), None, None, 1, {}))
     with (
         mock.patch("dpnn.evaluate.choose_backends", return_value=(backends, "")),
         mock.patch.object(Team, "run", run_nothing),
         mock.patch("dpnn.strategies.flats.Optimizer", NullOptimizer),
     ):
-        training = Stamped(world, prepared, None)
+        training = Stamped(world, prepared, Past())
     training.stamps = []
     training.run(StopRequest())
     return np.diff(training.stamps)[WARM_UP:].tolist()
