@@ -39,8 +39,7 @@ class Lone:
         self._d_params = {role: self._device.empty(array.nbytes).view(np.float32).reshape(array.shape)
                           for role, array in self._params.items()}  # fmt: skip
         room = backend.room(self.group, rows, "train")
-        sizes = room.kept, room.forward, room.backward, room.weights, room.row * rows
-        self._room = tuple(self._device.empty(nbytes) for nbytes in sizes)
+        self._room = tuple(self._device.empty(nbytes) for nbytes in room.sizes(rows))
 
     def build(self) -> Op:
         """An op of the group."""

@@ -24,7 +24,7 @@ from dpnn.optim import STATES
 from dpnn.plan import Costs, Placement, Setting, measured, spread
 from dpnn.plan.forecast import message_nbytes
 from dpnn.plan.placement import Pattern
-from dpnn.plan.schedule import Backward, Forward, Send, Weights
+from dpnn.plan.schedule import Compute, Send
 from dpnn.planning import forecasts, read, written
 from dpnn.strategies.allreduce import Allreduce
 from dpnn.strategies.flats import Flats
@@ -153,7 +153,7 @@ class Parts:
             kind, group = "poke", None
             if each is call:
                 kind = type(step).__name__
-                if isinstance(step, Forward | Backward | Weights):
+                if isinstance(step, Compute):
                     group = (kind, plan.groups[step.group].nodes[0].name)
                 step, call = next(bound)
             timed.append(_timed(each, kind, group, kinds, groups))

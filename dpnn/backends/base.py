@@ -96,6 +96,10 @@ class Room:
     weights: int = 0
     row: int = 0
 
+    def sizes(self, rows: int) -> tuple[int, ...]:
+        """Bytes in this order, where a step has at most so many samples."""
+        return self.kept, self.forward, self.backward, self.weights, self.row * rows
+
 
 class Slot(Protocol):
     """The buffers of one micro-batch in flight, by node. Batched arrays have their rows in the first dimension."""

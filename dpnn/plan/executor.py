@@ -20,6 +20,7 @@ from dpnn.plan.instructions import (
     Backward,
     Collect,
     Collected,
+    Compute,
     Finish,
     Forward,
     Instruction,
@@ -39,7 +40,6 @@ from dpnn.plan.store import Store
 
 Array = NDArray[Any]
 
-_COMPUTE = Forward | Backward | Weights
 # The loss tells what isn't finite, on all ranks at once; NumPy would on each, and in its own words.
 _QUIET = np.errstate(over="ignore", invalid="ignore", divide="ignore")
 
@@ -275,9 +275,9 @@ class Executor:
             self._bound.append((step, call))
             calls.append(call)
             under_way = under_way or isinstance(step, Ready | Collect)
-            if under_way and isinstance(step, _COMPUTE) and self._strategy is not None:
+            if under_way and isinstance(step, Compute) and self._strategy is not None:
                 calls.append(self._strategy.poke)
-            if self._calls_of and self._edges is not None and isinstance(step, _COMPUTE):
+            if self._calls_of and self._edges is not None and isinstance(step, Compute):
                 calls.append(self._edges.poke)
             self._instructions += [step] * (len(calls) - len(self._instructions))
         return calls

@@ -114,19 +114,5 @@ class Finish:
     """Every gradient is ready: complete the exchange and update the parameters."""
 
 
-Instruction = (
-    Load
-    | PostRecv
-    | Recv
-    | Forward
-    | Send
-    | Sent
-    | Loss
-    | Backward
-    | Weights
-    | Collect
-    | Collected
-    | Open
-    | Ready
-    | Finish
-)
+Compute = Forward | Backward | Weights
+Instruction = Load | PostRecv | Recv | Compute | Send | Sent | Loss | Collect | Collected | Open | Ready | Finish

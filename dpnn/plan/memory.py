@@ -18,7 +18,7 @@ from dpnn.memory import ALIGNMENT, HOST, Memory
 from dpnn.nn.graph import Node
 from dpnn.nn.join import Fork
 from dpnn.nn.layer import Input
-from dpnn.plan.instructions import Backward, Forward, Load, Loss, PostRecv, Recv, Send, Sent, Weights
+from dpnn.plan.instructions import Backward, Compute, Forward, Load, Loss, PostRecv, Recv, Send, Sent, Weights
 from dpnn.plan.messages import Message
 from dpnn.plan.schedule import Plan
 from dpnn.plan.store import Store
@@ -122,8 +122,8 @@ class Layout:
     def _room(self, group: Group) -> dict[int, int]:
         plan = self.plan
         room = group.backend.room(group, plan.rows, plan.mode)
-        keys = {KEPT: room.kept, FORWARD: room.forward, BACKWARD: room.backward, WEIGHTS: room.weights}
-        return {**keys, ROWS: room.row * plan.rows * self._microbatches}
+        sizes = room.sizes(plan.rows * self._microbatches)
+        return dict(zip((KEPT, FORWARD, BACKWARD, WEIGHTS, ROWS), sizes, strict=True))
 
     def _gradient(self, node: Node) -> Key:
         """The gradient by the output of `node`: its one reader's."""
@@ -230,7 +230,7 @@ def _alike(plan: Plan) -> bool:
     for step in plan.instructions:
         if isinstance(step, Load):
             orders.append([])
-        elif isinstance(step, Forward | Backward | Weights):
+        elif isinstance(step, Compute):
             orders[-1].append((type(step), step.group))
     return all(order == orders[0] for order in orders)
 

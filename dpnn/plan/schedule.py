@@ -32,6 +32,7 @@ from dpnn.plan.instructions import (
     Backward,
     Collect,
     Collected,
+    Compute,
     Finish,
     Forward,
     Instruction,
@@ -321,13 +322,13 @@ def _with_buckets(
     group_of = {
         (param.name, param.lo): i for i, group in enumerate(groups) for node in group.nodes for param in node.params
     }
-    writers: dict[tuple[type[Forward | Backward | Weights], int], list[int]] = {}
+    writers: dict[tuple[type[Compute], int], list[int]] = {}
     for piece in pieces:
         for kind in (Forward,) if piece.spec.statistic else (Backward, Weights):
             writers.setdefault((kind, group_of[piece.name, piece.lo]), []).append(piece.offset)
     places: dict[tuple[int, int], list[int]] = {bucket: [] for bucket in buckets}
     for place, step in enumerate(steps):
-        if not isinstance(step, Forward | Backward | Weights):
+        if not isinstance(step, Compute):
             continue
         for offset in writers.get((type(step), step.group), ()):
             places[next(bucket for bucket in buckets if bucket[0] <= offset < bucket[1])].append(place)

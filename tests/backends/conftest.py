@@ -115,8 +115,7 @@ class Bench:
         self.dtype, self.capacity, self.step = backend.dtype, capacity, Step()
         self.channels_last = backend.channels_last
         room = self.group.backend.room(self.group, capacity, mode)
-        sizes = room.kept, room.forward, room.backward, room.weights, room.row * capacity * MICROBATCHES
-        self.rooms = [self._bytes(n) for n in sizes]
+        self.rooms = [self._bytes(n) for n in room.sizes(capacity * MICROBATCHES)]
         self.inputs = [self._room(shape, self._kind(i), self._batched(i)) for i, shape in enumerate(shapes)]
         self.d_inputs = [self._like(x) if np.issubdtype(x.dtype, np.floating) else None for x in self.inputs]
         kind = self.dtype if layer.dtype == "float" else np.dtype(layer.dtype)

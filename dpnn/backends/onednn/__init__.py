@@ -96,7 +96,7 @@ class OneDNN:
         if isinstance(group.nodes[0].layer, Conv):
             return conv.room(group, rows, mode, self._kit)
         if isinstance(group.nodes[0].layer, Dense):
-            return dense.DenseOp.room(group, mode)
+            return dense.room(group, mode)
         return pool.room(group, rows, mode)
 
     def build(self, group: Group, slot: Slot, mode: Mode) -> Op:

@@ -36,11 +36,6 @@ class DenseOp(CallsOp):
             self._of_all = Bindings(lambda rows: [self._product(self.xs[:rows], self.dys[:rows])])
         self.prepare(len(self.tail.y))
 
-    @staticmethod
-    def room(group: Group, mode: Mode) -> Room:
-        """For each sample, what `weights` reads of it."""
-        return Room(row=4 * sum(group.nodes[0].params[0].spec.shape) if mode == "train" and group.gathers else 0)
-
     def bind_forward(self, rows: int) -> list[Call]:
         k, c = self.w.shape
         x, y = self.x[:rows], self.tail.y[:rows]
@@ -114,3 +109,8 @@ class DenseOp(CallsOp):
             rows = dw[lo : lo + len(part)]
             np.matmul(dy[lo : lo + len(part)], x, out=part[: len(rows)])
             np.add(rows, part[: len(rows)], out=rows)
+
+
+def room(group: Group, mode: Mode) -> Room:
+    """Of each sample what `weights` reads, where that waits for all."""
+    return Room(row=4 * sum(group.nodes[0].params[0].spec.shape) if mode == "train" and group.gathers else 0)
