@@ -9,6 +9,7 @@ of a step (plan/forecast.py), under the limit on memory.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 from dpnn.errors import JobError
@@ -30,20 +31,18 @@ from dpnn.plan.placement import (
 )
 
 GB = 1e9
-_NAMED: dict[str, Callable[[Graph, int, Loads], Placement]] = {
-    "branches": by_branches,
-    "depth": by_depth,
-    "filters": by_filters,
-}
+_NAMED = {"branches": by_branches, "depth": by_depth, "filters": by_filters}
 _ALL = 256
 """So many placements of groups on parts are all looked at."""
 _LOOKS = 20_000
 """Forecasts of the search, times the nodes of the network: larger ones take longer each."""
 _STARTS = 3
 """Kinds of placements whose best is improved."""
-_ROUNDS = 2, 3
-"""Stages that each part has, where there are several: the next micro-batch comes to it earlier, so that it waits less
+_ROUNDS = 1, 2, 3
+"""Stages that each part has: where there are several, the next micro-batch comes to it earlier, so that it waits less
 when a step begins and ends (Narayanan et al. 2021, section 2.2)."""
+_MANY = 4
+"""Layers shared out at once whose forecasts take long."""
 _SHARED = 8
 """Layers whose filters the search shares out or brings together."""
 
@@ -83,31 +82,43 @@ def choose(
 
 
 def _candidates(forecaster: Forecaster, parts: int, number: int) -> Iterator[tuple[str, Placement]]:
-    """The named placements that can be, and these with large layers shared out."""
-    graph, loads = forecaster.graph, forecaster.loads(number)
-    for name, make in _NAMED.items():
+    """The named placements, and these with large layers shared out, as far as they can be."""
+    for name, make in _ways(forecaster.graph, parts, forecaster.loads(number)):
         try:
-            yield name, make(graph, parts, loads)
+            yield name, make()
         except JobError:
             continue
-    for rounds in _ROUNDS:
-        if rounds * parts <= len(loads.units):
-            stages = by_depth(graph, rounds * parts, loads).part_of
-            yield f"depth in {rounds} rounds", settled(graph, parts, [stage % parts for stage in stages], {})
+
+
+def _ways(graph: Graph, parts: int, loads: Loads) -> Iterator[tuple[str, Callable[[], Placement]]]:
+    """Kinds of placements, and how they are made."""
+    yield "filters", partial(by_filters, graph, parts, loads)
+    for shards in _shared_out(graph, parts, loads):
+        also = " and filters" if shards else ""
+        yield f"branches{also}", partial(by_branches, graph, parts, loads, shards)
+        for rounds in _ROUNDS if len(shards) < _MANY else _ROUNDS[:1]:
+            again = f" in {rounds} rounds" if rounds > 1 else ""
+            yield f"depth{again}{also}", partial(by_depth, graph, parts, loads, shards, rounds)
+
+
+def _shared_out(graph: Graph, parts: int, loads: Loads) -> Iterator[dict[int, tuple[int, ...]]]:
+    """Which layers could be shared out, and over which parts: none, all large ones, and the largest Dense ones.
+
+    The latter also over all parts but the first or the last, which have enough of their own: the images' end the most
+    arrays between layers, the other end the layers that aren't shared out.
+    """
+    yield {}
     try:
         large = by_filters(graph, parts, loads).shards
     except JobError:
         return
-    dense = {index: shared for index, shared in large.items() if isinstance(graph.nodes[index].layer, Dense)}
-    for shards in (dense, large) if dense and dense != large else (large,):
-        lighter = loads.work.copy()
-        lighter[list(shards)] /= parts
-        for name, make in (("depth", by_depth), ("branches", by_branches)):
-            try:
-                placement = make(graph, parts, replace(loads, work=lighter))
-            except JobError:
-                continue
-            yield f"{name} and filters", replace(placement, shards=shards)
+    yield dict(large)
+    dense = [index for index in large if isinstance(graph.nodes[index].layer, Dense)]
+    dense.sort(key=lambda index: -n_params(graph.nodes[index]))
+    everybody = tuple(range(parts))
+    for n in range(1, len(dense) + 1):
+        for owners in (everybody, everybody[1:], everybody[:-1])[: 3 if parts > 2 else 1]:
+            yield dict.fromkeys(dense[:n], owners)
 
 
 class _Search:
@@ -183,7 +194,7 @@ class _Search:
         placement, busy = best.setting.placement, best.timing.busy
         moves = [*self._moved_units(placement), *self._moved_branches(placement)]
         moves.sort(key=lambda move: busy[move[2]] - busy[move[1]])
-        shared = list(self._shared(placement))
+        shared = list(self._shared(best))
         # A few of each kind at a time: which kind helps isn't known.
         for at in range(max(len(moves), len(shared))):
             for nodes, _, part in moves[at : at + 1]:
@@ -210,11 +221,17 @@ class _Search:
                     if part != placement.part_of[lo]:
                         yield range(lo, hi), placement.part_of[lo], part
 
-    def _shared(self, placement: Placement) -> Iterator[Placement]:
-        """A large layer's filters shared out over all parts, or brought together."""
+    def _shared(self, best: Forecast) -> Iterator[Placement]:
+        """A large layer's filters shared out over all parts, all but the busiest or fullest, or brought together."""
+        placement, everybody = best.setting.placement, tuple(range(self._parts))
+        spared = [max(everybody, key=lambda part: of[part]) for of in (best.timing.busy, best.nbytes)]
+        choices = [everybody, *(tuple(part for part in everybody if part != one) for one in dict.fromkeys(spared))]
         layers = sorted(shardable(self._graph, self._parts), key=lambda node: -n_params(node))[:_SHARED]
         for node in layers:
-            shards = dict(placement.shards)
-            if shards.pop(node.index, None) is None:
-                shards[node.index] = tuple(range(self._parts))
-            yield replace(placement, shards=shards)
+            others = {index: owners for index, owners in placement.shards.items() if index != node.index}
+            own = placement.shards.get(node.index)
+            if own:
+                yield replace(placement, shards=others)
+            for owners in choices:
+                if owners != own and len(owners) > 1:
+                    yield replace(placement, shards={**others, node.index: owners})

@@ -57,14 +57,14 @@ def _is_summed(graph: Graph, group: Group) -> bool:
 
 def _time(graph: Graph, group: Group, backends: Sequence[Backend], most: int) -> Time:
     """Of several numbers of samples, up to `most`; large arrays come out of memory, not out of caches."""
-    rows: list[int] = []
-    times: list[Phases] = []
+    times: dict[int, Phases] = {}
     for n in (1, *(n for n in _ROWS if n <= most)):
-        rows.append(n)
-        times.append(_seconds(graph, group, backends, n))
-        if n > 1 and max(times[-1]) > _LARGE_S:
+        times[n] = _seconds(graph, group, backends, n)
+        if n > 1 and max(times[n]) > _LARGE_S:
             break
-    return Time(tuple(rows), *zip(*times, strict=True))
+    if group.gathers and most not in times:  # the gradients of its weights are made of all samples of a step at once
+        times[most] = _seconds(graph, group, backends, most)
+    return Time(tuple(times), *zip(*times.values(), strict=True))
 
 
 def _seconds(graph: Graph, group: Group, backends: Sequence[Backend], rows: int) -> Phases:

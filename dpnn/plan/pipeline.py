@@ -18,7 +18,7 @@ from dpnn.plan.costs import Costs
 from dpnn.plan.spread import Placed
 
 Pipeline = Literal["1f1b", "gpipe", "sequence"]
-"""`1f1b`: backward as early as possible, so that few micro-batches are in flight (Narayanan et al. 2019). `gpipe`:
+"""`1f1b`: backward early, so that few micro-batches are in flight (Narayanan et al. 2019; here one more). `gpipe`:
 forward through all, then backward through all (Huang et al. 2019). `sequence`: one after the other."""
 
 
@@ -100,7 +100,8 @@ def _segments(placed: Placed, trains: bool) -> dict[tuple[int, int], _Segment]:
 
 
 def _slots(parts: int, segments: dict[tuple[int, int], _Segment], microbatches: int, pipeline: Pipeline) -> list[int]:
-    """For each part: itself and all parts that come behind it can each have a micro-batch.
+    """For each part: itself and all parts that come behind it can each have a micro-batch, and one may be between them:
+    else a part waits for its first gradient while those behind it make it (as ZB-H2 of Qi et al. 2023).
 
     Where a micro-batch comes to a part several times, on its way forward and back, twice as many.
     """
@@ -113,7 +114,9 @@ def _slots(parts: int, segments: dict[tuple[int, int], _Segment], microbatches: 
         for source, _ in segment.after:
             behind[source].add(part)
     visits = Counter(part for part, _ in segments)
-    return [min(microbatches, len(_reach(behind, part)) * min(2, visits[part])) for part in range(parts)]
+    reached = [len(_reach(behind, part)) for part in range(parts)]
+    wanted = [2 * n if visits[part] > 1 else n + (n > 1) for part, n in enumerate(reached)]
+    return [min(microbatches, n) for n in wanted]
 
 
 def _reach(behind: Sequence[set[int]], part: int) -> set[int]:

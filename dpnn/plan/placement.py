@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +17,11 @@ from dpnn.nn.norm import BatchNormalize, BatchSums
 from dpnn.plan.costs import n_params
 
 Pattern = int | tuple[int, ...]
+Shards = Mapping[int, tuple[int, ...]]
 Array = NDArray[np.float64]
 _LARGE = 0.05
 """Of all parameters or all work: a layer with a larger share is worth to be shared out by its filters."""
+NO_SHARDS: Shards = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Placement:
 
     parts: int
     part_of: tuple[int, ...]
-    shards: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    shards: Shards = field(default_factory=dict)
 
     @classmethod
     def whole(cls) -> "Placement":
@@ -50,7 +53,7 @@ class Placement:
         return cls(1, ())
 
 
-def settled(graph: Graph, parts: int, part_of: Sequence[int], shards: Mapping[int, tuple[int, ...]]) -> Placement:
+def settled(graph: Graph, parts: int, part_of: Sequence[int], shards: Shards) -> Placement:
     """The placement with what has to lie together put together: data with their first reader, a loss with its scores,
     both halves of a synchronous BatchNorm with what they read."""
     settled = list(part_of)
@@ -64,32 +67,38 @@ def settled(graph: Graph, parts: int, part_of: Sequence[int], shards: Mapping[in
     return Placement(parts, tuple(settled), dict(shards))
 
 
-def by_depth(graph: Graph, parts: int, loads: Loads) -> Placement:
-    """Stages: the units in their order, cut where the slowest stage, and what crosses to it, is cheapest."""
-    units = loads.units
-    if parts > len(units):
+def by_depth(graph: Graph, parts: int, loads: Loads, shards: Shards = NO_SHARDS, rounds: int = 1) -> Placement:
+    """Stages: the units in their order, cut where the slowest stage, and what crosses to it, is cheapest.
+
+    Each part has `rounds` stages, one in every round. `shards`: of the placement; who shares a layer has as much less
+    of the others.
+    """
+    units, stages = loads.units, rounds * parts
+    if stages > len(units):
         raise JobError(f"parallel.parts = {parts}: the network is computed in {len(units)} pieces; use at most so many")
-    work = np.concatenate([[0.0], np.cumsum([loads.work[list(unit)].sum() for unit in units])])
+    whole, shared = _divided(loads, parts, shards)
+    shared = np.tile(shared / rounds, rounds)
+    work = np.concatenate([[0.0], np.cumsum([whole[list(unit)].sum() for unit in units])])
     crossing = _crossings(graph, loads)
     n = len(units)
-    best, choice = work + 0.0, []
+    best, choice = work + shared[0], []
     best[0] = np.inf
-    for part in range(1, parts):
+    for stage in range(1, stages):
         new, cuts = np.full(n + 1, np.inf), np.zeros(n + 1, int)
-        for end in range(part + 1, n + 1):
-            starts = np.arange(part, end)
-            slowest = np.maximum(best[starts], work[end] - work[starts] + crossing[starts])
+        for end in range(stage + 1, n + 1):
+            starts = np.arange(stage, end)
+            slowest = np.maximum(best[starts], work[end] - work[starts] + crossing[starts] + shared[stage])
             at = int(np.argmin(slowest))
             new[end], cuts[end] = slowest[at], starts[at]
         best = new
         choice.append(cuts)
     part_of, end = [0] * len(graph.nodes), n
-    for part in range(parts - 1, 0, -1):
-        start = int(choice[part - 1][end])
+    for stage in range(stages - 1, 0, -1):
+        start = int(choice[stage - 1][end])
         for index in (index for unit in units[start:end] for index in unit):
-            part_of[index] = part
+            part_of[index] = stage % parts
         end = start
-    return settled(graph, parts, part_of, {})
+    return settled(graph, parts, part_of, shards)
 
 
 def _crossings(graph: Graph, loads: Loads) -> Array:
@@ -102,20 +111,32 @@ def _crossings(graph: Graph, loads: Loads) -> Array:
     return crossing
 
 
-def by_branches(graph: Graph, parts: int, loads: Loads) -> Placement:
-    """Every Branches spread over the parts, longest branch first to who has least; all else on the first part."""
-    part_of, widest = [0] * len(graph.nodes), ("", 0)
+def _divided(loads: Loads, parts: int, shards: Shards) -> tuple[Array, Array]:
+    """The work of nodes that aren't shared out, and by the part what it has of those that are."""
+    whole, shared = loads.work.copy(), np.zeros(parts)
+    for index, owners in shards.items():
+        shared[list(owners)] += whole[index] / len(owners)
+        whole[index] = 0.0
+    return whole, shared
+
+
+def by_branches(graph: Graph, parts: int, loads: Loads, shards: Shards = NO_SHARDS) -> Placement:
+    """Every Branches spread over the parts, longest branch first to who has least; all else on the first part.
+
+    `shards`: of the placement.
+    """
+    part_of, widest, (whole, _) = [0] * len(graph.nodes), ("", 0), _divided(loads, parts, shards)
     for block in outer_blocks(graph):
         runs = [run for run in block.branches if run[0] < run[1]]
         widest = max(widest, (block.name, len(runs)), key=lambda item: item[1])
-        spread_branches(block, parts, loads, part_of)
+        spread_branches(block, parts, whole, part_of)
     if widest[1] < parts:
         what = f"the widest, {widest[0]}, has {widest[1]} branches" if widest[1] else "the network has none"
         raise JobError(
             f'parallel.placement = "branches" with parallel.parts = {parts}: {what}; '
             f'use parallel.parts = {max(widest[1], 1)} or parallel.placement = "auto"'
         )
-    return settled(graph, parts, part_of, {})
+    return settled(graph, parts, part_of, shards)
 
 
 def outer_blocks(graph: Graph) -> list[Block]:
@@ -128,10 +149,10 @@ def outer_blocks(graph: Graph) -> list[Block]:
     return [block for block in graph.blocks if not any(inside(block, other) for other in graph.blocks)]
 
 
-def spread_branches(block: Block, parts: int, loads: Loads, part_of: list[int]) -> None:
-    """Write into `part_of` where the branches of a block go: the longest first, to who has least."""
+def spread_branches(block: Block, parts: int, work: Array, part_of: list[int]) -> None:
+    """Write into `part_of` where the branches of a block go: the longest first, to who has least. `work`: of nodes."""
     load = dict.fromkeys(range(parts), 0.0)
-    runs = [(float(loads.work[lo:hi].sum()), lo, hi) for lo, hi in block.branches if lo < hi]
+    runs = [(float(work[lo:hi].sum()), lo, hi) for lo, hi in block.branches if lo < hi]
     for seconds, lo, hi in sorted(runs, key=lambda run: -run[0]):
         part = min(load, key=lambda part: load[part])
         load[part] += seconds

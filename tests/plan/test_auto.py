@@ -89,7 +89,7 @@ def test_the_room_of_a_rank_is_kept_where_it_can_be_and_else_the_least_is_taken(
 
 
 def test_more_micro_batches_are_chosen_where_stages_wait():
-    made = forecaster(chain(5), rows=32, costs=Costs(multiply_adds=1e8, call=0.0, latency=1e-6))
+    made = forecaster(chain(1), rows=32, costs=Costs(multiply_adds=1e8, call=0.0, latency=1e-6))
     best = choose(made, 2, "depth")[0][1]
     assert best.setting.microbatches > 4
     alone = made.look(Setting(Placement(1, (0,) * len(made.graph.nodes)), 1))

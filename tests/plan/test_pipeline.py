@@ -31,11 +31,11 @@ def test_a_level_is_how_often_the_longest_way_has_changed_parts():
     assert levels["branches1.join"] == levels["dense1"] == 2
 
 
-def test_1f1b_has_as_few_in_flight_as_there_are_stages_behind():
-    orders, slots = words(placed_by(STAGES, 4, BY_STAGE), 5, "1f1b")
-    assert slots == [4, 3, 2, 1]
+def test_1f1b_has_one_in_flight_for_each_stage_behind_and_one_between_them():
+    orders, slots = words(placed_by(STAGES, 4, BY_STAGE), 6, "1f1b")
+    assert slots == [5, 4, 3, 1]
     assert orders[3].startswith("f0 b0 f1 b1 f2 b2 f3 b3")
-    assert orders[0].startswith("f0 f1 f2 f3 b0")
+    assert orders[0].startswith("f0 f1 f2 f3 f4 b0 f5 b1")
 
 
 def test_gpipe_goes_forward_through_all_first():
