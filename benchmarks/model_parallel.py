@@ -127,16 +127,16 @@ def memory(bench: Benchmark, name: str) -> None:
     """Bytes that stay over a whole run, on the fullest part."""
     network, shape = NETWORKS[name]
     graph = Graph(network, shape, SoftmaxCrossEntropy())
-    job = config.parse(
-        JOB.format(rows=MEMORY_ROWS, rate=RATE, threads=1), [f"parallel.parts={MANY}", f"parallel.memory_gb={LIMIT_GB}"]
-    )
-    backends, _ = choose_backends(job, Team(1))
-    _, best = forecasts(job, graph, MEMORY_ROWS, backends, Costs())[0]
-    placed = best.placed
-    held = [sum(prod(piece.spec.shape) for piece in lay(placed.nodes(part))) for part in range(MANY)]
-    fullest, whole = (4e-6 * HELD * n for n in (max(held), graph.n_params))
-    bench.note(f"{name}, {MANY} parts, memory_gb = {LIMIT_GB}: " + ", ".join(f"{n / graph.n_params:.1%}" for n in held))
-    bench.record(f"{name}, memory, {MANY} parts", fullest, whole * LARGEST_SHARE, f"{LARGEST_SHARE:.0%}", 1.0, "MB")
+    for limit in (0.0, LIMIT_GB):
+        options = [f"parallel.parts={MANY}", f"parallel.memory_gb={limit}"]
+        job = config.parse(JOB.format(rows=MEMORY_ROWS, rate=RATE, threads=1), options)
+        backends, _ = choose_backends(job, Team(1))
+        _, best = forecasts(job, graph, MEMORY_ROWS, backends, Costs())[0]
+        placed, title = best.placed, f"{name}, memory, {MANY} parts" + (f", memory_gb = {limit}" if limit else "")
+        held = [sum(prod(piece.spec.shape) for piece in lay(placed.nodes(part))) for part in range(MANY)]
+        fullest, whole = (4e-6 * HELD * n for n in (max(held), graph.n_params))
+        bench.note(f"{title}: " + ", ".join(f"{n / graph.n_params:.1%}" for n in held))
+        bench.record(title, fullest, whole * LARGEST_SHARE, f"{LARGEST_SHARE:.0%}", 1.0, "MB")
 
 
 def contest(bench: Benchmark, name: str, rows: int, settings: list[Setting]) -> None:

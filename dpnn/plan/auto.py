@@ -3,7 +3,7 @@
 `auto` looks at what the named placements would bring, alone and with large layers shared out by their filters, in
 several numbers of micro-batches; the best are then improved in small steps: a group of nodes goes to the part of a
 neighbour, a branch to another part, a layer's filters are shared out or brought together. What decides is the forecast
-of a step (plan/forecast.py), under the limit on memory.
+of a step (plan/forecast.py), under the limit on memory; where two are near, memory.
 """
 
 import math
@@ -43,6 +43,10 @@ _ROUNDS = 1, 2, 3
 when a step begins and ends (Narayanan et al. 2021, section 2.2)."""
 _MANY = 4
 """Layers shared out at once whose forecasts take long."""
+_HELD = 0.07
+"""What memory counts beside time: half as many bytes on the fullest part are worth 5 % of a step, half as many
+parameters as much again. Forecasts aren't better than that, and what belongs to parameters is read and written in every
+step, in checkpoints and where a run goes on."""
 _SHARED = 8
 """Layers whose filters the search shares out or brings together."""
 
@@ -139,10 +143,11 @@ class _Search:
             self._found[key] = name, self._forecaster.look(setting)
         return self._found[key][1]
 
-    def rank(self, forecast: Forecast) -> tuple[float, float, float]:
-        """Less is better: memory over the limit, seconds of a step, memory."""
+    def rank(self, forecast: Forecast) -> tuple[float, float]:
+        """Less is better: memory over the limit; then seconds of a step, and a little what the fullest part holds."""
         most = max(forecast.nbytes)
-        return max(0.0, most - self._limit), forecast.timing.step, most
+        held = math.log(most) + math.log(max(forecast.params, default=0) or 1)
+        return max(0.0, most - self._limit), math.log(forecast.timing.step or 1e-9) + _HELD * held
 
     def results(self) -> list[tuple[str, Forecast]]:
         """All that was looked at, the best first; JobError where the best needs more memory than the job allows."""

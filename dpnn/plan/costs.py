@@ -52,8 +52,8 @@ class Costs:
     """Rates of a rank, and of a message between two: what a plan assumes, or what was measured.
 
     `multiply_adds`: a second. `bandwidth`: bytes a second that a pass over memory takes. `call`: seconds of a group
-    beside its samples. `latency`: seconds of a message; `crossing`: its bytes a second. `groups`: measured, by
-    `question`.
+    beside its samples and a pass over its parameters. `latency`: seconds of a message; `crossing`: its bytes a second.
+    `groups`: measured, by `question`.
     """
 
     multiply_adds: float = 40e9
@@ -79,10 +79,11 @@ class Costs:
             return known.of(rows)._replace(weights=known.of(rows * microbatches).weights / microbatches)
         if known is not None:
             return known.of(rows)
-        forward, backward, weights = (sum(times) for times in zip(*map(self.phases, group.nodes), strict=True))
-        if not group.splits:
-            backward, weights = backward + weights, 0.0
-        return Phases(self.call + rows * forward, self.call + rows * backward, rows * weights)
+        forward, backward, weights = (rows * sum(times) for times in zip(*map(self.phases, group.nodes), strict=True))
+        once = self.call + sum(map(n_params, group.nodes)) * ITEMSIZE / self.bandwidth
+        forward, backward = forward + once, backward + once
+        weights += once / microbatches if group.gathers else once
+        return Phases(forward, backward, weights) if group.splits else Phases(forward, backward + weights)
 
     def __str__(self) -> str:
         return (
