@@ -1,6 +1,7 @@
 """How long groups take on this rank: each kind once by itself, over arrays of zeros."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import perf_counter
 from typing import cast
 
@@ -25,6 +26,8 @@ _LONG_S = 0.3
 """Calls of a group are repeated until they took so long."""
 _CALLS = 2, 3
 """At least, and at most: the first one may be slower."""
+_ODD = 2.0
+"""Samples don't take so many times as long where there are more of them, nor all so many times as long as more do."""
 _CACHES = 1 << 25
 """Bytes that are written before each call, so that it finds its arrays where it does in a step: in memory."""
 
@@ -58,13 +61,30 @@ def _is_summed(graph: Graph, group: Group) -> bool:
 def _time(graph: Graph, group: Group, backends: Sequence[Backend], most: int) -> Time:
     """Of several numbers of samples, up to `most`; large arrays come out of memory, not out of caches."""
     times: dict[int, Phases] = {}
+    seconds = partial(_seconds, graph, group, backends)
     for n in (1, *(n for n in _ROWS if n <= most)):
-        times[n] = _seconds(graph, group, backends, n)
+        add_time(times, n, seconds)
         if n > 1 and max(times[n]) > _LARGE_S:
             break
     if group.gathers and most not in times:  # the gradients of its weights are made of all samples of a step at once
-        times[most] = _seconds(graph, group, backends, most)
+        add_time(times, most, seconds)
     return Time(tuple(times), *zip(*times.values(), strict=True))
+
+
+def add_time(times: dict[int, Phases], rows: int, seconds: Callable[[int], Phases]) -> None:
+    """Time so many samples, more than were timed before. What can't be beside those before is timed once more.
+
+    A machine that stands still for a moment would else be taken for a layer that takes a second.
+    """
+    before = max(times, default=0)
+    times[rows] = seconds(rows)
+    if not before:
+        return
+    pairs = list(zip(times[before], times[rows], strict=True))
+    if any(less > _ODD * more for less, more in pairs):
+        times[before] = Phases(*map(min, times[before], seconds(before)))
+    elif any(more > _ODD * less * rows / before for less, more in pairs):
+        times[rows] = Phases(*map(min, times[rows], seconds(rows)))
 
 
 def _seconds(graph: Graph, group: Group, backends: Sequence[Backend], rows: int) -> Phases:
