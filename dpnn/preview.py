@@ -116,7 +116,7 @@ def _looked_at(others: Sequence[tuple[str, Forecast]]) -> Iterator[str]:
     for name, forecast in others:
         best.setdefault(name, forecast)
     if best:
-        yield "\nalso looked at"
+        yield "\nalso looked at (where steps are near, memory decides)"
     for name, forecast in list(best.items())[:_LOOKED_AT]:
         yield (
             f"      {forecast.timing.step:.4g} s, {max(forecast.nbytes) / 1e9:.3f} GB at most: {name}, "
