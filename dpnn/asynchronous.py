@@ -226,6 +226,7 @@ class Replica:
         while held and not worker.stop:
             begin, run = perf_counter(), held[0]
             PULSE.epoch, PULSE.step, PULSE.doing = run.epoch + 1, self._steps() + 1, "reading a batch"
+            PULSE.beats += 1  # what is known of all replicas' steps rises only with a fetch
             batch = loader.next(worker.tick) if loader is not None else no_samples(run.epoch, step)
             read = perf_counter()
             counts = course.counts(run.lanes.start, step, micro)

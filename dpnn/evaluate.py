@@ -274,6 +274,7 @@ class Evaluator:
         counts = self._sampler.micro(step, self._replica, self._replicas, 1)
         rows = counts[0][0]
         PULSE.doing = "reading held-out samples"
+        PULSE.beats += 1
         batch = loader.next() if loader is not None else no_samples(0, step)
         PULSE.doing = executor
         executor.run(batch, [(rows, rows)], total=1)
