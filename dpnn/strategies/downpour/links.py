@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from dpnn.comm.faults import wait
+from dpnn.comm.faults import tested, wait
 from dpnn.comm.losses import Losses
 from dpnn.errors import RankError
 from dpnn.strategies.downpour.holders import Holders
@@ -61,7 +61,7 @@ class Links:
         answers.
         """
 
-        def tested() -> object:
+        def looked() -> object:
             self.unserved = False
             if not self._parted:  # who has parted ends
                 self._parts.check()
@@ -70,8 +70,9 @@ class Links:
             self.unserved = True
             return test()
 
-        wait(tested, whom, self._limit_s)
-        self.unserved = False
+        if not tested(test, whom):  # else there is nothing to wait for, and nothing to look for
+            wait(looked, whom, self._limit_s)
+            self.unserved = False
 
     def tick(self, works: bool) -> None:
         """Give a sign of life, if it is time: this rank works, or waits for others.
@@ -106,15 +107,15 @@ class Links:
             if gradients is self._sets[which]:
                 self._holds[other] = 0
 
-    def push(self, which: int, requests: Sequence[Request]) -> None:
-        """Push from a set, to each shard with its own numbers; where they fetch too, receive the parameters."""
+    def push(self, which: int, push: Request, bases: Sequence[int]) -> None:
+        """Push from a set, to each shard with its own base; where that fetches too, receive the parameters."""
         self.pushes += 1
         self._holds[which] = self.pushes
-        for link, request in zip(self._all, requests, strict=True):
-            numbered = request._replace(number=self.pushes)
+        for link, base in zip(self._all, bases, strict=True):
+            numbered = push._replace(number=self.pushes, base=base)
             link.history.append(numbered)
             link.push(which, numbered)
-            if request.fetch:
+            if push.fetch:
                 link.expect()
 
     def have_left(self, which: int) -> bool:

@@ -295,10 +295,10 @@ class Worker:
             gradients = self._sets[turn]
             gradients[self._n_trained :] /= gradients.dtype.type(self._steps)  # the mean, of statistics
         fetches = self._fetches()
-        numbers = Request(Kind.PUSH, self._steps, self._samples, fetches, 0, self.asked, self._loss, self._bad)
+        push = Request(Kind.PUSH, self._steps, self._samples, fetches, 0, self.asked, self._loss, self._bad)
         if fetches:
             self._note_fetch()
-        self.links.push(turn, [numbers._replace(base=base) for base in self._base])
+        self.links.push(turn, push, self._base)
         self._steps, self._samples, self._loss, self._bad = 0, 0, 0.0, 0
 
     def _see_off(self, turn: int) -> None:
