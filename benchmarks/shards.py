@@ -69,7 +69,7 @@ class Turn(NamedTuple):
 class Nothing:
     """In place of an optimizer: parameters stay as they are."""
 
-    def apply(self, lo: int, hi: int, rate: float, scale: float = 1.0) -> None:
+    def apply(self, lo: int, hi: int, rate: float, scale: float = 1.0, streams: bool = False) -> None:
         """Nothing."""
 
 

@@ -40,6 +40,9 @@ _TABLE: dict[str, tuple[Any, ...]] = {
     "descend": (_I, _P, _P, _P, _F, _F, _F, _F, _I),
     "adagrad": (_I, _P, _P, _P, _F, _F, _F, _F),
     "blend": (_I, _P, _P, _F),
+    "descend_streamed": (_I, _P, _P, _P, _F, _F, _F, _F, _I),
+    "adagrad_streamed": (_I, _P, _P, _P, _F, _F, _F, _F),
+    "blend_streamed": (_I, _P, _P, _F),
     "descend_kept": (_I, _P, _P, _P, _F, _F, _F, _F, _I, _I, _P, _I),
     "adagrad_kept": (_I, _P, _P, _P, _F, _F, _F, _F, _I, _P, _I),
     "blend_kept": (_I, _P, _P, _F, _I, _P, _I),
@@ -89,8 +92,8 @@ class Kernels:
         """Of all numbers of some float32 arrays, in float64."""
         return float(sum(self.call("squares", array.size, array) for array in arrays))
 
-    def bind(self, name: str, *arguments: object) -> Call:
-        """The same call, to be made often. The arrays live as long as it does."""
+    def bind(self, name: str, *arguments: object) -> Callable[..., object]:
+        """The same call, to be made often. The arrays live as long as it does; the last numbers may come with it."""
         call = partial(getattr(self, name), *map(_argument, arguments))
         call.arrays = arguments  # type: ignore[attr-defined]
         return call

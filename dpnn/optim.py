@@ -16,12 +16,13 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpnn import config
+from dpnn.native import address
 from dpnn.team import Team
 
 Array = NDArray[Any]
@@ -79,12 +80,13 @@ class Arithmetic(Protocol):
         "descend", n, p, g, m, rate, scale, decay, momentum, nesterov
         "adagrad", n, p, g, s, rate, scale, decay, epsilon
         "blend", n, p, g, share                                        running statistics
-    The C kernels have all three also as "descend_kept" and so on, which keep what they change; behind the other
-    arguments stand the distance to where, the fronts, and how many of them there are (`Keeper`).
+    The C kernels have all three also as "descend_streamed" and so on, which store p past the caches; and as
+    "descend_kept", which keep what they change: behind the other arguments stand the distance to where, the fronts, and
+    how many of them there are (`Keeper`).
     """
 
-    def call(self, name: str, *arguments: Any) -> Any:
-        """Update a run as `name` says."""
+    def bind(self, name: str, n: int, *arrays: Any) -> Callable[..., object]:
+        """What updates a run of these arrays as `name` says: to be called with the numbers behind them, often."""
         ...
 
     def sum_of_squares(self, arrays: Iterable[Array]) -> float:
@@ -111,8 +113,10 @@ class InNumPy:
         self._scratch = np.empty((team.size, 2, _BLOCK), dtype)
         self._wide = np.empty(_BLOCK, np.float64)
 
-    def call(self, name: str, n: int, *arguments: Any) -> None:
-        update: Callable[..., None] = getattr(self, f"_{name}")
+    def bind(self, name: str, n: int, *arrays: Any) -> Callable[..., object]:
+        return partial(self._update, getattr(self, f"_{name}"), n, *arrays)
+
+    def _update(self, update: Callable[..., None], n: int, *arguments: Any) -> None:
         runs = self._team.cut(n, least=_BLOCK)
         self._team.run([[partial(_in_blocks, update, run, self._scratch[i], arguments)] for i, run in enumerate(runs)])
 
@@ -197,6 +201,19 @@ def _scaled(p: Array, g: Array, scale: float, decay: float, scratch: Array) -> A
     return g
 
 
+class _Run(NamedTuple):
+    """Numbers [lo, hi), of one segment, and what updates them: `update`, called with rate, scale and the `numbers`.
+
+    Where they are a `statistic`, it is called with the numbers alone.
+    """
+
+    lo: int
+    hi: int
+    update: Callable[..., object]
+    statistic: bool
+    numbers: list[float]
+
+
 class Optimizer:
     """Updates `params` from `grads`, two flat arrays of n numbers that `segments` cover from 0 to n.
 
@@ -229,35 +246,50 @@ class Optimizer:
         self._kept = next((self.state[name] for name in STATES[options.name]), None)
         compiled = kernels if params.dtype == np.float32 else None
         self._arithmetic: Arithmetic = compiled or InNumPy(team, params.dtype)
-        self._keeper, self._kernels_keep = keeper, compiled is not None
+        self._keeper, self._compiled = keeper, compiled is not None
+        self._bound: dict[tuple[int, int, bool], list[_Run]] = {}
 
-    def apply(self, lo: int, hi: int, rate: float, scale: float = 1.0) -> None:
-        """Update params[lo:hi]. `scale` multiplies the gradients (clipping); they are left as they are."""
-        options = self._options
-        for segment, start, end in self._pieces(lo, hi):
-            n, p, g = end - start, self._params[start:end], self._grads[start:end]
-            if segment.statistic:
-                self._call("blend", start, end, n, p, g, segment.statistic)
-                continue
-            kept = None if self._kept is None else self._kept[start:end]
-            numbers = (rate, scale, options.weight_decay if segment.decay else 0.0)
-            if options.name == "adagrad":
-                self._call("adagrad", start, end, n, p, g, kept, *numbers, _EPSILON)
+    def apply(self, lo: int, hi: int, rate: float, scale: float = 1.0, streams: bool = False) -> None:
+        """Update params[lo:hi]. `scale` multiplies the gradients (clipping); they are left as they are.
+
+        `streams`: store past the caches, if kernels compute, the host's, and nothing is kept.
+        """
+        keeper = self._keeper
+        for run in self._runs(lo, hi, streams):
+            if keeper is not None and self._compiled:
+                keeper.open(run.lo)
+            elif keeper is not None:
+                keeper.keep(run.lo, run.hi)
+            if run.statistic:
+                run.update(*run.numbers)
             else:
-                self._call("descend", start, end, n, p, g, kept, *numbers, options.momentum, options.nesterov)
+                run.update(rate, scale, *run.numbers)
+            if keeper is not None and self._compiled:
+                keeper.note(run.lo, run.hi)
 
-    def _call(self, name: str, lo: int, hi: int, *arguments: Any) -> None:
-        """Change [lo, hi), and keep what was there before, if that is asked for."""
-        keeper, call = self._keeper, self._arithmetic.call
-        if keeper is None:
-            call(name, *arguments)
-        elif self._kernels_keep:
-            keeper.open(lo)
-            call(f"{name}_kept", *arguments, keeper.distance, keeper.fronts, keeper.fronts.size // 2)
-            keeper.note(lo, hi)
-        else:
-            keeper.keep(lo, hi)
-            call(name, *arguments)
+    def _runs(self, lo: int, hi: int, streams: bool) -> list[_Run]:
+        """What updates [lo, hi), segment by segment. It is made once: that takes as long as to update 100 KB."""
+        runs = self._bound.get((lo, hi, streams))
+        if runs is None:
+            runs = self._bound[lo, hi, streams] = [self._bind(*piece, streams) for piece in self._pieces(lo, hi)]
+        return runs
+
+    def _bind(self, segment: Segment, lo: int, hi: int, streams: bool) -> _Run:
+        options, arithmetic, keeper = self._options, self._arithmetic, self._keeper
+        arrays: list[Array | None] = [self._params[lo:hi], self._grads[lo:hi]]
+        name, numbers = "blend", [segment.statistic]
+        if not segment.statistic:
+            arrays.append(None if self._kept is None else self._kept[lo:hi])
+            name, numbers = "descend", [options.weight_decay if segment.decay else 0.0]
+            if options.name == "adagrad":
+                name, numbers = "adagrad", [*numbers, _EPSILON]
+            else:
+                numbers += [options.momentum, options.nesterov]
+        if self._compiled and keeper is not None:
+            name, numbers = f"{name}_kept", [*numbers, keeper.distance, address(keeper.fronts), keeper.fronts.size // 2]
+        elif self._compiled and streams:
+            name = f"{name}_streamed"
+        return _Run(lo, hi, arithmetic.bind(name, hi - lo, *arrays), bool(segment.statistic), numbers)
 
     def sum_of_squares(self, lo: int, hi: int) -> float:
         """Of the trained gradients in [lo, hi), added up in float64."""

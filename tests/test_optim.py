@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dpnn import config, optim
 from dpnn.backends.cuda import Cuda
-from dpnn.native import Kernels
+from dpnn.native import Kernels, address
 from dpnn.optim import STATES, Arithmetic, Optimizer, Segment, cut, merge, schedule
 from dpnn.team import Team
 
@@ -144,6 +144,28 @@ def test_any_split_gives_the_same_bits(cuts: list[int], kind: str, reverse: bool
 
     bounds = list(pairwise([0, *sorted(cuts), N]))
     assert steps(bounds[::-1] if reverse else bounds) == steps([(0, N)])
+
+
+@pytest.mark.parametrize("kernels", LIMITS, indirect=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_stores_past_the_caches_give_the_same_bits_wherever_the_numbers_lie(kernels: Kernels, kind: str):
+    def steps(streams: bool, shift: int) -> list[bytes]:
+        start = (-address(params) // 4 + shift) % 16
+        mine = params[start : start + N]
+        mine[:] = numbers(0)
+        optimizer = Optimizer(KINDS[kind], SEGMENTS, mine, numbers(1), Team(2), kernels)
+        for lo, hi in ((0, 5), (5, 5), (5, N)):
+            optimizer.apply(lo, hi, 0.1, 0.7, streams)
+        assert not params[:start].any()
+        assert not params[start + N :].any()
+        return [mine.tobytes(), *(state.tobytes() for state in optimizer.state.values())]
+
+    params = np.zeros(N + 16, np.float32)
+    for shift in (0, 1, 4, 15):
+        params[:] = 0
+        expected = steps(False, shift)
+        params[:] = 0
+        assert steps(True, shift) == expected
 
 
 @pytest.mark.parametrize("kernels", [*COMPILED, "numpy"], indirect=True)

@@ -1,6 +1,7 @@
 """Arithmetic of flat float32 arrays on a device: updates, sums, bfloat16 (kernels/optim.cu, kernels/wire.cu)."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ _TABLE = {
 
 
 class Flat:
-    """`call` is that of `dpnn.native.Kernels`: the same names, the same arguments, but arrays of the device.
+    """`call` and `bind` are those of `dpnn.native.Kernels`: the same names and arguments, but arrays of the device.
 
     All is done later, in the queue's order; `sum_of_squares` waits.
     """
@@ -48,6 +49,10 @@ class Flat:
         )
         self._partials = device.empty(8 * _PARTIALS).view(np.float64)
         self._sum = device.empty(8).view(np.float64)
+
+    def bind(self, name: str, n: int, *arrays: Any) -> Callable[..., object]:
+        """`call`, but for the arguments behind these."""
+        return partial(self.call, name, n, *arrays)
 
     def call(self, name: str, n: int, *arguments: Any) -> None:
         """Work on n numbers, as the kernel `name` does."""

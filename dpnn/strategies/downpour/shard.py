@@ -212,7 +212,7 @@ class Shard:
         optimizer = copy.optimizer(gradients, self.make, self.state)
 
         def update(lo: int, hi: int) -> None:
-            copy.update(lo, hi, old, optimizer, rate, scale)
+            copy.update(lo, hi, old, optimizer, rate, scale, self.copies.stores)
 
         if send is None:
             update(0, copy.params.size)
