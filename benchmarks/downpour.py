@@ -4,9 +4,10 @@ Workers and servers are those of `dpnn train`; batches of random numbers lie in 
 computing. All sides of a case take turns, and medians count. The rows:
 
     push + fetch       bytes a second between a worker and a server that take turns at it: against MPI's ping-pong
-                       between the same ranks, and, where the server applies what it gets by plain SGD, against what the
-                       ping-pong leaves time for: bytes / (bytes / ping-pong's rate + bytes applied / copy's rate). SGD
-                       reads two numbers and writes one; copies count what they read and what they write.
+                       between the same ranks, of arrays as NumPy makes them (a note has those in large pages), and,
+                       where the server applies what it gets by plain SGD, against what the ping-pong leaves time for:
+                       bytes / (bytes / ping-pong's rate + bytes applied / copy's rate). SGD reads two numbers and
+                       writes one; copies count what they read and what they write.
     waiting            the share of a step of LeNet that a worker waits for the server, the mean over three workers
     pushes             of workers that sleep, as many numbers as LeNet has: against workers / sleep, up to what the
                        server has room for: its rate with as many workers as there are, none of which sleeps. Beyond
@@ -71,15 +72,16 @@ def measure_bytes(bench: Benchmark, times: Times) -> None:
         waits.append(waited(turns))
         return 1 / rate(turns)
 
-    def longest(pair: Group, method: str, number: int) -> float:
-        return max(pair.call(method, number))
+    def longest(pair: Group, method: str, *args: object) -> float:
+        return max(pair.call(method, *args))
 
     for size in QUICK_SIZES if bench.quick else SIZES:
         nbytes, waits = size << 20, ([], [])
         with Group(2, True, "shards.Pair", nbytes) as pair:
             cycles = [partial(cycle, pair, applies, waits[applies]) for applies in (False, True)]
-            limits = [partial(longest, pair, method) for method in ("ping_pong", "copy")]
-            still_s, applied_s, ping_pong_s, copy_s = medians([*cycles, *limits], times.budget_s)
+            limits = [partial(longest, pair, *call) for call in (("ping_pong", False), ("ping_pong", True), ("copy",))]
+            still_s, applied_s, ping_pong_s, large_s, copy_s = medians([*cycles, *limits], times.budget_s)
+            way = "past the caches" if any(pair.call("streams")) else "into the caches"
         gb = 2 * nbytes / 1e9
         copied, applied = 2 * nbytes, 3 * nbytes
         limit_s = ping_pong_s + applied / (copied / copy_s)
@@ -95,7 +97,8 @@ def measure_bytes(bench: Benchmark, times: Times) -> None:
         bench.note(
             f"{size} MiB: a cycle takes {1e3 * still_s:.2f} ms, with SGD {1e3 * applied_s:.2f} ms; of that the worker "
             f"works {own_ms[0]:.2f} and {own_ms[1]:.2f} ms (it copies gradients to where they are sent from, and "
-            f"parameters from where they arrive); ping-pong {1e3 * ping_pong_s:.2f} ms, copy {1e3 * copy_s:.2f} ms"
+            f"parameters from where they arrive); ping-pong {1e3 * ping_pong_s:.2f} ms, "
+            f"in large pages {1e3 * large_s:.3f} ms, copy {1e3 * copy_s:.2f} ms; the server stores {way}"
         )
 
 

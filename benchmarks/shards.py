@@ -18,7 +18,7 @@ from dpnn.comm.node import Node
 from dpnn.comm.world import World, start
 from dpnn.data import Batch
 from dpnn.evaluate import Model, choose_backends, segments_of
-from dpnn.memory import HOST
+from dpnn.memory import HOST, zeros
 from dpnn.nn import Network, Shape
 from dpnn.optim import STATES, Optimizer, Segment
 from dpnn.plan import Placed
@@ -77,6 +77,13 @@ def asynchronous(rows: int, ahead: int) -> config.Job:
     """A job of Downpour SGD with a server; everything is pushed and fetched in every step."""
     parallel = f'strategy = "downpour"\nservers = 1\nfetch_ahead = {ahead}'
     return config.parse(JOB.format(batch="replica_batch", rows=rows, rate=RATE, limit=LIMIT_S, parallel=parallel))
+
+
+def ones(n: int) -> np.ndarray:
+    """As those of `dpnn train`; what was only reserved has no memory yet, and would be read from one page."""
+    array = zeros(n, np.float32)
+    array[:] = 1
+    return array
 
 
 def pause(seconds: float, poke: Callable[[], None]) -> None:
@@ -179,38 +186,44 @@ class Pair:
         self._world = world = start(LIMIT_S)
         job, n = asynchronous(1, 0), nbytes // 4
         whole = [Segment(0, n, decay=True, statistic=0.0)]
-        # Ones: what was only reserved has no memory yet, and is read from one page.
-        arrays = [np.ones(n, np.float32) for _ in range(4)]
-        self._lines = {applies: Line(world, (0, 1), job, *arrays[:2], whole, applies) for applies in (False, True)}
-        self._source, self._target = arrays[2:]
+        arrays = ones(n), ones(n)
+        self._lines = {applies: Line(world, (0, 1), job, *arrays, whole, applies) for applies in (False, True)}
+        self._peers = {False: [np.ones(n, np.float32) for _ in range(2)], True: [ones(n), ones(n)]}
 
     def cycle(self, applies: bool, seconds: float) -> Turn | None:
         """Pushes and fetches, one after the other, by turns."""
         return self._lines[applies].turn(seconds, computing(0.0))
 
-    def ping_pong(self, number: int) -> float:
-        """Seconds for a message there and another one back."""
+    def streams(self) -> bool:
+        """Whether the server found it faster, when it last tried, to store parameters past the caches."""
+        server = self._lines[True].server
+        return server is not None and server.shard.copies.stores.streams
+
+    def ping_pong(self, large: bool, number: int) -> float:
+        """Seconds for a message there and another one back, from arrays of NumPy's or in `large` pages."""
         comm, other = self._world.comm, 1 - self._world.rank
+        source, target = self._peers[large]
         with deadline(LIMIT_S, "ping-pong", self._world.fail):
             for i in range(number + WARM_UP):
                 if i == WARM_UP:
                     begin = perf_counter()
                 if self._world.rank == 0:
-                    comm.Send(self._source, other)
-                    comm.Recv(self._target, other)
+                    comm.Send(source, other)
+                    comm.Recv(target, other)
                 else:
-                    comm.Recv(self._target, other)
-                    comm.Send(self._source, other)
+                    comm.Recv(target, other)
+                    comm.Send(source, other)
         return (perf_counter() - begin) / number
 
     def copy(self, number: int) -> float:
         """Seconds of a copy in memory, on the server; 0 on the other rank, which does nothing meanwhile."""
         if self._world.rank == 0:
             return 0.0
-        np.copyto(self._target, self._source)
+        source, target = self._peers[False]
+        np.copyto(target, source)
         begin = perf_counter()
         for _ in range(number):
-            np.copyto(self._target, self._source)
+            np.copyto(target, source)
         return (perf_counter() - begin) / number
 
 
@@ -252,7 +265,7 @@ class Sleeping:
         """Collective."""
         self._world = world = start(LIMIT_S)
         job, whole = asynchronous(rows, 1), [Segment(0, n, decay=True, statistic=0.0)]
-        params, grads = np.ones((2, n), np.float32)
+        params, grads = ones(n), ones(n)
         server = world.size - 1
         self._lines = {k: Line(world, (*range(k), server), job, params, grads, whole) for k in groups}
 

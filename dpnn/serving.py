@@ -15,6 +15,7 @@ from dpnn.comm.world import World
 from dpnn.course import Course
 from dpnn.errors import Stopped
 from dpnn.evaluate import Array, choose_backends, segments_of
+from dpnn.memory import zeros, zeros_like
 from dpnn.native import denormals_flushed
 from dpnn.nn.init import draw
 from dpnn.observe.folder import RunFolder
@@ -48,8 +49,8 @@ def serve(world: World, mesh: Mesh, link: Any, request: StopRequest, start: Star
         def make(params: Array, grads: Array, state: dict[str, Array]) -> Optimizer:
             return Optimizer(job.optimizer, segments, params, grads, team, kernels, state)
 
-        params = np.zeros(hi - lo, backends[0].dtype)
-        state = {name: np.zeros_like(params) for name in STATES[job.optimizer.name]}
+        params = zeros(hi - lo, backends[0].dtype)
+        state = {name: zeros_like(params) for name in STATES[job.optimizer.name]}
         ledger = Ledger(course.lanes, course.total, mesh.replicas, start.train_at.owners) if shard == 0 else None
         if ledger is not None:
             ledger.resume(course.leases)

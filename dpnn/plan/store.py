@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpnn.memory import HOST, Memory, Wire
+from dpnn.memory import HOST, Memory, Wire, zeros
 from dpnn.nn.graph import Node
 from dpnn.nn.init import draw
 from dpnn.nn.layer import ParamSpec
@@ -79,12 +79,12 @@ class Store:
     @cached_property
     def params_wire(self) -> Wire:
         """Between `params` and the backend's; who changes the one or reads the other pushes, or pulls."""
-        return self._memory.lift(np.zeros(self.size, self._dtype))
+        return self._memory.lift(zeros(self.size, self._dtype))
 
     @cached_property
     def grads_wire(self) -> Wire:
         """Between `grads` and the backend's."""
-        return self._memory.lift(np.zeros(self.size, self._dtype))
+        return self._memory.lift(zeros(self.size, self._dtype))
 
     @property
     def params(self) -> Array:

@@ -10,6 +10,7 @@ from time import perf_counter
 import numpy as np
 
 from dpnn.comm.reduce import blocks
+from dpnn.memory import zeros_like
 from dpnn.optim import Optimizer
 from dpnn.strategies.downpour.protocol import Array, pieces
 
@@ -101,5 +102,5 @@ class Copies:
                 return copy
         if len(self._all) == _MOST:
             return None
-        self._all.append(Copy(np.empty_like(self.newest.params)))
+        self._all.append(Copy(zeros_like(self.newest.params)))
         return self._all[-1]

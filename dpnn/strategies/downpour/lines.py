@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from dpnn.comm.faults import poke
 from dpnn.comm.losses import Losses, outlives
+from dpnn.memory import zeros_like
 from dpnn.strategies.downpour.copies import Copy
 from dpnn.strategies.downpour.protocol import Answer, Array, Kind, Letter, Request, Tag
 
@@ -61,7 +60,7 @@ class Lines:
         n = len(clients) if every else min(len(clients), _STAGED)
         self._keeps = n == len(clients)
         n += more
-        self._staged = [np.empty_like(params) for _ in range(n)]
+        self._staged = [zeros_like(params) for _ in range(n)]
         self._free = list(range(n))
         self._listens = [comm.Recv_init(client.letter.bytes, client.rank, self._tag[Tag.REQUEST]) for client in clients]
         self._requests: list[MPI.Request] = [*self._listens, *[MPI.REQUEST_NULL] * n]
@@ -220,7 +219,7 @@ class Lines:
                 self._free.append(client.staged)
             else:  # it may still be written to: another takes its place
                 self._free.append(len(self._staged))
-                self._staged.append(np.empty_like(self._params))
+                self._staged.append(zeros_like(self._params))
                 self._holders.append(-1)
                 self._requests.append(self._mpi.REQUEST_NULL)
             client.staged, client.announced, client.arrived = -1, False, False

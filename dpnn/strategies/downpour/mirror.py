@@ -10,10 +10,9 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from dpnn.comm.faults import poke
 from dpnn.comm.losses import has_died
+from dpnn.memory import zeros_like
 from dpnn.strategies.downpour.protocol import Array, Change, Deed, Letter, Tag
 from dpnn.strategies.downpour.shard import Shard
 
@@ -112,7 +111,11 @@ class Shadow:
         self._change: Change | None = None
         """What is to be done next; it may have to wait for numbers."""
         self._arriving: deque[tuple[Array, MPI.Request]] = deque()
-        for array in (shard.params, *shard.state.values(), *(np.empty_like(shard.params) for _ in range(BUFFERS))):
+        for array in (
+            shard.params,
+            *shard.state.values(),
+            *(zeros_like(shard.params) for _ in range(BUFFERS)),
+        ):
             self._receive(array)
         self._told: tuple[bytearray, MPI.Request] | None = None
 

@@ -20,6 +20,7 @@ from dpnn.comm.faults import poke
 from dpnn.comm.pulse import PULSE
 from dpnn.data import Run
 from dpnn.errors import NotFiniteError, RankError
+from dpnn.memory import zeros_like
 from dpnn.optim import Optimizer
 from dpnn.strategies.downpour.links import Links
 from dpnn.strategies.downpour.parts import Alone, Note
@@ -74,9 +75,9 @@ class Worker:
         options = self._options
         self._in_step = options.n_push == options.n_fetch == 1 and options.fetch_ahead == 0
         """Whether every step waits for parameters that have its last push in them: then nothing has to be copied."""
-        self._sets = [grads if self._in_step else np.zeros_like(grads) for _ in range(2)]
+        self._sets = [grads if self._in_step else zeros_like(grads) for _ in range(2)]
         """From which gradients are sent, in turn."""
-        self._fetched = np.empty_like(params) if options.fetch_ahead else params
+        self._fetched = zeros_like(params) if options.fetch_ahead else params
         """Where parameters arrive. Only those that aren't waited for at once need a place of their own."""
         held = held or dict(enumerate(shards(params.size, comm.size - workers)))
         self.links = Links(comm, workers, held, self._fetched, self._sets, mirrored, self._parts, self._limit_s)
