@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-_PIECES, _LEAST_PIECE = 8, 1 << 16
+_PIECES, _LEAST_PIECE = 4, 1 << 17
 """Of the numbers of a shard."""
 
 
