@@ -107,10 +107,10 @@ def test_float64_is_the_references(ready, capfd):
 
 
 def test_bfloat16_is_refused_where_the_processor_has_none(ready, capfd, monkeypatch):
-    monkeypatch.setattr("dpnn.backends.onednn.library._BFLOAT16", 1 << 30)
+    monkeypatch.setattr("dpnn.backends.onednn.library._AMX", 1 << 30)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     assert cli.main(["train", str(ready.path), "--set", "backend.precision=bfloat16"]) == 2
-    assert "has no bfloat16" in capfd.readouterr().err
+    assert "not AMX" in capfd.readouterr().err
     more = ["--set", "backend.name=reference", "--set", "backend.precision=bfloat16"]
     assert cli.main(["train", str(ready.path), *more]) == 2
     assert 'backend.name = "reference" computes in "float32" or "float64"' in capfd.readouterr().err

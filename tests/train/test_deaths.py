@@ -47,7 +47,7 @@ def going(start_python, job, until_trained):
     ids=["a worker", "the one that speaks for the run", "all but one", "a part of a replica"],
 )
 def test_the_others_take_every_step_that_is_left(going, python, ranks, settings, victims, lost):
-    program, folder = going(ranks, "train.epochs=60", *settings)
+    program, folder = going(ranks, "train.epochs=200", *settings)
     draw = random.Random(ranks * 10 + len(settings))
     for victim in victims:
         os.kill(program.pids()[victim], signal.SIGKILL)
@@ -64,7 +64,7 @@ def test_the_others_take_every_step_that_is_left(going, python, ranks, settings,
 
 
 def test_a_spare_takes_no_part_until_a_worker_dies(going):
-    program, folder = going(4, "train.epochs=60", "parallel.servers=1", "parallel.spares=1")
+    program, folder = going(4, "train.epochs=200", "parallel.servers=1", "parallel.spares=1")
     time.sleep(0.5)
     assert not [event for event in told(folder, "event") if event["event"] == "spare_joined"]
     os.kill(program.pids()[0], signal.SIGKILL)

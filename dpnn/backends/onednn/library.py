@@ -24,8 +24,8 @@ Dims = c_int64 * _MAX_DIMS
 _OUT = POINTER(c_void_p)
 _STATUSES = {1: "out of memory", 2: "invalid arguments", 3: "unimplemented", 5: "runtime error", 6: "not required"}
 _ISAS = {0x1: "SSE4.1", 0x3: "AVX", 0x7: "AVX2", 0xF: "AVX2", 0x1F: "AVX2"}
-_BFLOAT16 = 0xE7
-"""The instruction set AVX-512 with bfloat16, which AMX includes."""
+_AMX = 0xFEF
+"""The instruction set AVX-512 with AMX. Without AMX oneDNN (3.2) computes in float32 what may be bfloat16."""
 
 
 class Argument(ctypes.Structure):
@@ -103,7 +103,7 @@ class Library:
             function.argtypes, function.restype = arguments, _RESULTS.get(name, c_int)
         isa = self.call("get_effective_cpu_isa")
         self.isa = _ISAS.get(isa, "AVX-512")
-        self.has_bfloat16 = isa & _BFLOAT16 == _BFLOAT16
+        self.has_bfloat16 = isa & _AMX == _AMX
         self.engine = self.make("engine_create", 1, 0)
         self.stream = self.make("stream_create", self.engine, 1)
         self.execute = self._c.dnnl_primitive_execute

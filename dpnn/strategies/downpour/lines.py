@@ -5,8 +5,7 @@ buffer for every worker, they are received before they are announced.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -125,25 +124,23 @@ class Lines:
         for client in self._clients:
             if client.lost or client.rank in self._dead:
                 continue
-            with self._breaking(client):
+            try:
                 if client.listened and self._listens[client.replica].Test():
                     places.append(client.replica)
                 if client.staged >= 0 and not client.arrived:
                     place = len(self._clients) + client.staged
                     if self._requests[place].Test():
                         places.append(place)
+            except self._mpi.Exception as error:
+                self._has_broken(client, error)
         return places
 
-    @contextmanager
-    def _breaking(self, client: Client) -> Iterator[None]:
-        """An error of MPI in the block, where the job goes on, is that the client has died."""
-        try:
-            yield
-        except self._mpi.Exception:
-            if not self.survives:
-                raise
-            if not self._losses.tells:  # else it will be told
-                self.broken.append(client)
+    def _has_broken(self, client: Client, error: Exception) -> None:
+        """MPI reports an error of a client: that it has died, where the job goes on. Else it is raised again."""
+        if not self.survives:
+            raise error
+        if not self._losses.tells:  # else it will be told
+            self.broken.append(client)
 
     def listen(self, client: Client) -> None:
         """Await the next request of a client."""
@@ -184,8 +181,10 @@ class Lines:
 
     def _begun(self, what: Array | bytearray, client: Client, tag: Tag) -> "MPI.Request":
         """Begin to send."""
-        with self._breaking(client):
+        try:
             return self._comm.Isend(what, client.rank, self._tag[tag])
+        except self._mpi.Exception as error:
+            self._has_broken(client, error)
         return self._mpi.REQUEST_NULL
 
     def sent(self) -> bool:
@@ -204,8 +203,10 @@ class Lines:
         return not self._sends
 
     def _are_sent(self, requests: "list[MPI.Request]", client: Client) -> bool:
-        with self._breaking(client):
+        try:
             return self._mpi.Request.Testall(requests)
+        except self._mpi.Exception as error:
+            self._has_broken(client, error)
         return True  # to one who has died
 
     def hang_up(self, client: Client) -> None:
