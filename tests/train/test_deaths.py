@@ -13,6 +13,7 @@ from dpnn.comm.losses import survives
 from tests.train.runs import TOLERANT, told, words
 
 NETWORKS = Path(__file__).parent / "networks.py"
+PROGRAMS = Path(__file__).parent / "programs"
 DOWNPOUR = (
     f"model.name={NETWORKS}:plain", "optimizer.name=sgd", "train.global_batch=0", "train.replica_batch=7",
     "parallel.strategy=downpour", "parallel.stall_abort_s=20", "train.eval_every=0", "output.checkpoint_every=2",
@@ -24,12 +25,15 @@ pytestmark = [pytest.mark.mpi, TOLERANT]
 
 @pytest.fixture
 def going(start_python, job, until_trained):
-    """going(ranks, *settings) -> a run under `dpnn launch` that has taken its first steps, and its folder."""
+    """going(ranks, *settings) -> a run under `dpnn launch` that has taken its first steps, and its folder.
+
+    60 epochs take some seconds however fast the machine is: longer than it takes until a death is known.
+    """
 
     def start(ranks: int, *settings: str):
         made = job()
-        line = ("-m", "dpnn", "launch", "-n", str(ranks), "train", made.path, *words(*DOWNPOUR, *settings))
-        program = start_python(*line)
+        line = ("launch", "-n", str(ranks), "train", made.path, *words(*DOWNPOUR, *settings))
+        program = start_python(PROGRAMS / "launched.py", PROGRAMS / "watched.py", *line, env={"PACE": "0.005"})
         until_trained(program, made.out)
         return program, made.out
 
@@ -47,7 +51,7 @@ def going(start_python, job, until_trained):
     ids=["a worker", "the one that speaks for the run", "all but one", "a part of a replica"],
 )
 def test_the_others_take_every_step_that_is_left(going, python, ranks, settings, victims, lost):
-    program, folder = going(ranks, "train.epochs=200", *settings)
+    program, folder = going(ranks, "train.epochs=60", *settings)
     draw = random.Random(ranks * 10 + len(settings))
     for victim in victims:
         os.kill(program.pids()[victim], signal.SIGKILL)
@@ -64,7 +68,7 @@ def test_the_others_take_every_step_that_is_left(going, python, ranks, settings,
 
 
 def test_a_spare_takes_no_part_until_a_worker_dies(going):
-    program, folder = going(4, "train.epochs=200", "parallel.servers=1", "parallel.spares=1")
+    program, folder = going(4, "train.epochs=60", "parallel.servers=1", "parallel.spares=1")
     time.sleep(0.5)
     assert not [event for event in told(folder, "event") if event["event"] == "spare_joined"]
     os.kill(program.pids()[0], signal.SIGKILL)
@@ -121,9 +125,8 @@ def test_where_a_server_dies_that_has_no_mirror_the_job_ends(going):
 def test_an_error_on_one_worker_ends_that_one_alone(start_line, job, tmp_path):
     """At its 4th batch, of a kind that has nothing to do with the data."""
     made = job()
-    watched = Path(__file__).parent / "programs" / "watched.py"
     line = command(4, ["train", str(made.path), *words(*DOWNPOUR, "train.epochs=20", "parallel.servers=1")],
-                   (str(watched),), survives=True)  # fmt: skip
+                   (str(PROGRAMS / "watched.py"),), survives=True)  # fmt: skip
     ended = start_line(line, env={"FAULT": "1 3 raise"}).finish(LIMIT_S)
     assert "dpnn: rank 1: ValueError: bad value" in ended.stderr
     assert "dpnn: rank 1 ends, the others go on" in ended.stderr
