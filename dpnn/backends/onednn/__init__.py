@@ -67,7 +67,7 @@ class OneDNN:
         self.library = Library(team.size)
         if bfloat16 and not self.library.has_bfloat16:
             raise Unavailable(
-                f"this processor has {self.library.isa}, not AMX, without which oneDNN doesn't compute in bfloat16; "
+                f"this processor's {self.library.isa} has no bfloat16 that oneDNN uses (AMX has); "
                 'use backend.precision = "float32"'
             )
         self._tools = Tools(kernels, team)

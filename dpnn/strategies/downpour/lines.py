@@ -132,10 +132,10 @@ class Lines:
                     if self._requests[place].Test():
                         places.append(place)
             except self._mpi.Exception as error:
-                self._has_broken(client, error)
+                self._note_broken(client, error)
         return places
 
-    def _has_broken(self, client: Client, error: Exception) -> None:
+    def _note_broken(self, client: Client, error: Exception) -> None:
         """MPI reports an error of a client: that it has died, where the job goes on. Else it is raised again."""
         if not self.survives:
             raise error
@@ -184,7 +184,7 @@ class Lines:
         try:
             return self._comm.Isend(what, client.rank, self._tag[tag])
         except self._mpi.Exception as error:
-            self._has_broken(client, error)
+            self._note_broken(client, error)
         return self._mpi.REQUEST_NULL
 
     def sent(self) -> bool:
@@ -206,7 +206,7 @@ class Lines:
         try:
             return self._mpi.Request.Testall(requests)
         except self._mpi.Exception as error:
-            self._has_broken(client, error)
+            self._note_broken(client, error)
         return True  # to one who has died
 
     def hang_up(self, client: Client) -> None:
