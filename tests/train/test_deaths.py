@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.mpi, TOLERANT]
 def going(start_python, job, until_trained):
     """going(ranks, *settings) -> a run under `dpnn launch` that has taken its first steps, and its folder.
 
-    60 epochs take some seconds however fast the machine is: longer than it takes until a death is known.
+    Its batches are paced: 60 epochs take some seconds on any machine, longer than it takes until a death is known.
     """
 
     def start(ranks: int, *settings: str):

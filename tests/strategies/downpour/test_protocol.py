@@ -51,7 +51,7 @@ def test_pieces_cover_a_shard_in_order_and_are_few_and_long(n):
     found = pieces(n)
     assert [lo for lo, _ in found] == [0, *(hi for _, hi in found[:-1])][: len(found)]
     assert sum(hi - lo for lo, hi in found) == n
-    assert len(found) <= 8
+    assert len(found) <= 4
     assert all(hi - lo >= 1 << 17 for lo, hi in found[:-1])
 
 
