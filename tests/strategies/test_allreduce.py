@@ -90,12 +90,16 @@ class Replica:
 @pytest.fixture
 def replica(world, mesh_of, node_of):
     """replica(where, options) -> Replica."""
+    made = []
 
     def make(where: str, options: config.Optimizer) -> Replica:
         mesh = mesh_of(where)
-        return Replica(world, mesh, node_of(where, n=N, states=STATES[options.name], mesh=mesh), options)
+        made.append(Replica(world, mesh, node_of(where, n=N, states=STATES[options.name], mesh=mesh), options))
+        return made[-1]
 
-    return make
+    yield make
+    for one in made:  # before its communicators go: a thread may still be calling MPI on them
+        one.strategy.close()
 
 
 @pytest.mark.parallel([1, 2, 3, 4])
