@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dpnn.backends.base import Backend, Group, SplitOp, Step
-from dpnn.memory import Memory
+from dpnn.memory import HOST, Memory
 from dpnn.native import denormals_flushed
 from dpnn.nn.graph import Graph
 from dpnn.plan.costs import Costs, Phases, Time, multiply_adds, question
@@ -17,6 +18,8 @@ from dpnn.plan.placement import Placement, shardable
 from dpnn.plan.schedule import choose_groups, compile_plan
 from dpnn.plan.spread import Placed, spread
 from dpnn.plan.store import Store
+
+Array = NDArray[Any]
 
 _ROWS = 4, 16
 """Samples that a group is timed with, beside one."""
@@ -29,7 +32,7 @@ _CALLS = 2, 3
 _ODD = 2.0
 """Samples don't take so many times as long where there are more of them, nor all so many times as long as more do."""
 _CACHES = 1 << 25
-"""Bytes that are written before each call, so that it finds its arrays where it does in a step: in memory."""
+"""Bytes that are read before each call, so that it finds its arrays where it does in a step: in memory."""
 
 
 def measured(graph: Graph, parts: int, backends: Sequence[Backend], rows: int) -> Costs:
@@ -97,27 +100,34 @@ def _seconds(graph: Graph, group: Group, backends: Sequence[Backend], rows: int)
     arena.reserve(layout.nbytes)
     memory.zero(arena.take(0, (layout.nbytes,), np.dtype(np.uint8)))
     store = Store(group.nodes, backends[0].dtype, memory)
+    for flat in (store.params, store.grads):
+        memory.zero(flat)  # else all of it is one page
     buffers = Buffers(layout, 0, arena, store, {}, Step(rows=rows, batch=rows, total=rows))
     forward = backward = weights = 0.0
     for mine in plan.groups:
         op = mine.backend.build(mine, buffers, "train")
+        _, *scratch, _ = buffers.room(mine)
+        read = [buffers.input(node, position) for node, position in mine.inputs]
+        gradients = buffers.d_outputs(mine.nodes[-1])
         with denormals_flushed():
             if not mine.forward_view:
-                forward += _fastest(op.forward, memory)
+                forward += _fastest(op.forward, memory, (*read, scratch[0]))
             if not mine.backward_view and any(node.needs_grad for node in mine.nodes):
-                backward += _fastest(op.backward, memory)
-                weights += _fastest(cast(SplitOp, op).weights, memory) if mine.splits else 0.0
+                backward += _fastest(op.backward, memory, (*gradients, scratch[1]))
+                weights += _fastest(cast(SplitOp, op).weights, memory, (*gradients, scratch[2])) if mine.splits else 0.0
     return Phases(forward, backward, weights)
 
 
-def _fastest(call: Callable[[], None], memory: Memory) -> float:
-    times, other = [], np.empty(_CACHES, np.uint8)
-    for _ in range(_CALLS[1]):
-        other.fill(0)
+def _fastest(call: Callable[[], None], memory: Memory, fresh: Sequence[Array]) -> float:
+    """Seconds of a call. `fresh`: what the group before has just written, or used as scratch too."""
+    times: list[float] = []
+    other = np.ones(_CACHES, np.uint8)  # zeros that nobody wrote are one page, and a fill may store past the caches
+    while len(times) < _CALLS[0] or (len(times) < _CALLS[1] and sum(times) <= _LONG_S):
+        if memory is HOST:
+            for array in (other, *fresh):
+                np.max(array, initial=0)
         begin = perf_counter()
         call()
         memory.wait()
         times.append(perf_counter() - begin)
-        if sum(times) > _LONG_S and len(times) >= _CALLS[0]:
-            break
     return min(times)
