@@ -107,12 +107,12 @@ def _seconds(graph: Graph, group: Group, backends: Sequence[Backend], rows: int)
     for mine in plan.groups:
         op = mine.backend.build(mine, buffers, "train")
         _, *scratch, _ = buffers.room(mine)
-        read = [buffers.input(node, position) for node, position in mine.inputs]
-        gradients = buffers.d_outputs(mine.nodes[-1])
         with denormals_flushed():
             if not mine.forward_view:
-                forward += _fastest(op.forward, memory, (*read, scratch[0]))
+                inputs = [buffers.input(node, position) for node, position in mine.inputs]
+                forward += _fastest(op.forward, memory, (*inputs, scratch[0]))
             if not mine.backward_view and any(node.needs_grad for node in mine.nodes):
+                gradients = buffers.d_outputs(mine.nodes[-1])
                 backward += _fastest(op.backward, memory, (*gradients, scratch[1]))
                 weights += _fastest(cast(SplitOp, op).weights, memory, (*gradients, scratch[2])) if mine.splits else 0.0
     return Phases(forward, backward, weights)
