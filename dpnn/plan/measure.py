@@ -100,8 +100,9 @@ def _seconds(graph: Graph, group: Group, backends: Sequence[Backend], rows: int)
     arena.reserve(layout.nbytes)
     memory.zero(arena.take(0, (layout.nbytes,), np.dtype(np.uint8)))
     store = Store(group.nodes, backends[0].dtype, memory)
-    for flat in (store.params, store.grads):
-        memory.zero(flat)  # else all of it is one page
+    flat = store.params_wire
+    memory.zero(flat.array)  # else all of it is one page
+    store.place(flat, flat)  # gradients are zeros too, and a layer may fill half a machine
     buffers = Buffers(layout, 0, arena, store, {}, Step(rows=rows, batch=rows, total=rows))
     forward = backward = weights = 0.0
     for mine in plan.groups:
