@@ -104,6 +104,8 @@ def _seconds(graph: Graph, group: Group, backends: Sequence[Backend], rows: int)
     memory.zero(flat.array)  # else all of it is one page
     store.place(flat, flat)  # gradients are zeros too, and a layer may fill half a machine
     buffers = Buffers(layout, 0, arena, store, {}, Step(rows=rows, batch=rows, total=rows))
+    other = np.ones(_CACHES, np.uint8)  # zeros that nobody wrote are one page, and a fill may store past the caches
+    fastest = partial(_fastest, memory, other)
     forward = backward = weights = 0.0
     for mine in plan.groups:
         op = mine.backend.build(mine, buffers, "train")
@@ -111,18 +113,20 @@ def _seconds(graph: Graph, group: Group, backends: Sequence[Backend], rows: int)
         with denormals_flushed():
             if not mine.forward_view:
                 inputs = [buffers.input(node, position) for node, position in mine.inputs]
-                forward += _fastest(op.forward, memory, (*inputs, scratch[0]))
+                forward += fastest(op.forward, (*inputs, scratch[0]))
             if not mine.backward_view and any(node.needs_grad for node in mine.nodes):
                 gradients = buffers.d_outputs(mine.nodes[-1])
-                backward += _fastest(op.backward, memory, (*gradients, scratch[1]))
-                weights += _fastest(cast(SplitOp, op).weights, memory, (*gradients, scratch[2])) if mine.splits else 0.0
+                backward += fastest(op.backward, (*gradients, scratch[1]))
+                weights += fastest(cast(SplitOp, op).weights, (*gradients, scratch[2])) if mine.splits else 0.0
     return Phases(forward, backward, weights)
 
 
-def _fastest(call: Callable[[], None], memory: Memory, fresh: Sequence[Array]) -> float:
-    """Seconds of a call. `fresh`: what the group before has just written, or used as scratch too."""
+def _fastest(memory: Memory, other: Array, call: Callable[[], None], fresh: Sequence[Array]) -> float:
+    """Seconds of a call, with `other` in the caches in place of its arrays.
+
+    `fresh`: those that the group before has just written, or used as scratch too, and that are in the caches therefore.
+    """
     times: list[float] = []
-    other = np.ones(_CACHES, np.uint8)  # zeros that nobody wrote are one page, and a fill may store past the caches
     while len(times) < _CALLS[0] or (len(times) < _CALLS[1] and sum(times) <= _LONG_S):
         if memory is HOST:
             for array in (other, *fresh):
