@@ -70,8 +70,10 @@ def test_every_sample_is_seen_once_and_the_network_looked_at_between_steps(mpiru
     assert [(line["exit"], line["images_s"] > 0) for line in told(run.out, "end")] == [(0, True)]
     assert told(run.out, "end")[0]["steps"] == told(run.out, "step")[-1]["step"]
     assert len(told(run.out, "eval")) >= 2
-    losses = [[line["loss"] for line in told(run.out, "step") if line["epoch"] == epoch] for epoch in (1, 5)]
-    assert np.mean(losses[1]) < 0.95 * np.mean(losses[0])  # by about a quarter: it learns
+    # A line tells of all that has come since the one before; the first replica may be late with its first.
+    steps, losses = np.transpose([(line["step"], line["loss"]) for line in told(run.out, "step")])
+    slope, first = np.polyfit(steps, losses, 1)
+    assert first + slope * steps[-1] < 0.95 * first  # by about a quarter: it learns
     (start,) = told(run.out, "start")
     assert (start["ranks"], start["replicas"], start["parts"], start["servers"]) == (6, 2, 2, 2)
 
