@@ -27,6 +27,8 @@ from dpnn.comm.launch import command, session_folder, sweep
 
 ROOT = Path(__file__).parents[1]
 STARTS_MPI = {"mpirun", "start_mpirun", "slurm"}
+RANK_OF_ONE_TEST = "_PYTEST_MPI_CHILD_PROCESS"
+"""Set by mpi-pytest in the ranks that it starts for a test that was selected."""
 LAUNCHERS_OWN = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI", "HYD", "SLURM_", "DPNN_", "PYTEST_")
 
 # For plain `pytest`: mpi-pytest looks for mpiexec on the PATH, and Open MPI's doesn't run as root unasked.
@@ -56,10 +58,11 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    soaks = "soak" in config.option.markexpr or RANK_OF_ONE_TEST in os.environ
     for item in items:
         if STARTS_MPI.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.mpi)
-        if item.get_closest_marker("soak") and "soak" not in config.option.markexpr:
+        if item.get_closest_marker("soak") and not soaks:
             item.add_marker(pytest.mark.skip(reason="runs for minutes: make soak"))
 
 

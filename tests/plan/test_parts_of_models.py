@@ -14,7 +14,7 @@ from dpnn.plan import Costs, Placement
 from dpnn.plan.forecast import Forecaster
 from dpnn.plan.placement import by_branches, by_depth, by_filters
 
-from .parts import CLASSES, Course, random_placement, train
+from .parts import CLASSES, Course, Trained, random_placement, train
 from .test_parts import alone
 
 NETWORKS = {
@@ -40,7 +40,7 @@ def placements(name: str, graph: Graph, parts: int) -> Iterator[Placement]:
     yield random_placement(random.Random(parts), graph, parts)
 
 
-def course(name: str, rate: float = 1e-3, **how) -> Course:
+def course(name: str, rate: float = 1e-4, **how) -> Course:
     side, network = NETWORKS[name]
     shape = (3, side, side)
     return Course(network(shape), shape=shape, rows=8, microbatches=2, steps=10, rate=rate, **how)
@@ -48,7 +48,7 @@ def course(name: str, rate: float = 1e-3, **how) -> Course:
 
 def course_in_float32(name: str, **how) -> Course:
     """At a rate at which fewer roundings turn a ReLU or a maximum over."""
-    return course(name, 1e-4, **{"backend": ONEDNN, **how})
+    return course(name, 1e-5, **{"backend": ONEDNN, **how})
 
 
 def once(world, make):
@@ -63,41 +63,43 @@ def once(world, make):
 @pytest.mark.parallel([2, 3, 4, 6])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_of_a_paper_learns_alike_over_any_placement(world, name):
-    """To 1e-9; where rounding errors grow, within three times of what a disturbance of 1e-15 grows to on one rank."""
     it = course(name)
     wanted = once(world, lambda: alone(it))
-    disturbed = once(world, lambda: alone(course(name, disturbance=1e-15)))
     for placement in placements(name, it.graph, world.size):
         found = train(world, it, placement)
         if world.rank == 0:
-            limit = max(1e-9, 3 * distance(wanted, disturbed))
-            print(f"{name} over {world.size} parts differs by {distance(wanted, found):.1e} (limit {limit:.1e})")
-            assert distance(wanted, found) <= limit
-            assert found.losses[:4] == pytest.approx(wanted.losses[:4], rel=1e-9)
-            assert limit == 1e-9 or name.startswith("resnet")
+            print(f"{name} over {world.size} parts differs by {distance(wanted, found):.1e}")
+            assert distance(wanted, found) <= 1e-9
+            assert found.losses == pytest.approx(wanted.losses, rel=1e-9)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(600)
 @pytest.mark.parallel([2, 4])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_in_float32_parts_matter_no_more_than_threads_and_roundings_do(world, name):
-    """Within three times of what one rank differs from itself, on two threads or from parameters rounded otherwise.
-
-    What grows is a rounding that turns one ReLU or one maximum over. Two threads have such a one only where they add in
-    another order, so other roundings stand beside them. The first loss comes before all that.
-    """
+def test_in_float32_parts_matter_no_more_than_threads_do(world, name):
+    """Within three times of what one rank differs from itself; the first loss comes before all that grows."""
     it = course_in_float32(name)
-    one = once(world, lambda: alone(it))
-    others = [{"backend": {**ONEDNN, "threads": 2}}, *({"disturbance": rounding} for rounding in ROUNDINGS)]
-    disturbed = [once(world, lambda other=other: alone(course_in_float32(name, **other))) for other in others]
+    one, differs = once(world, lambda: alone_and_differently(name)) or (None, 0.0)
     for placement in placements(name, it.graph, world.size):
         found = train(world, it, placement)
         if world.rank == 0:
-            limit = 3 * max(EPS / 2, *(distance(one, other) for other in disturbed))
-            print(f"{name} over {world.size} parts differs by {distance(one, found):.1e} (limit {limit:.1e})")
-            assert distance(one, found) <= limit
+            print(f"{name} over {world.size} parts differs by {distance(one, found):.1e} (limit {3 * differs:.1e})")
+            assert distance(one, found) <= 3 * differs
             assert found.losses[0] == pytest.approx(one.losses[0], rel=1e-4)  # a BatchNorm divides by little
+
+
+def alone_and_differently(name: str) -> tuple[Trained, float]:
+    """One rank, and how much two threads differ from it.
+
+    Where they do by less than a rounding, as they add in the same order, parameters that are rounded otherwise tell.
+    """
+    one = alone(course_in_float32(name))
+    differs = distance(one, alone(course_in_float32(name, backend={**ONEDNN, "threads": 2})))
+    if differs < EPS / 2:
+        others = (alone(course_in_float32(name, disturbance=rounding)) for rounding in ROUNDINGS)
+        differs = max(EPS / 2, *(distance(one, other) for other in others))
+    return one, differs
 
 
 def distance(one, other) -> float:
