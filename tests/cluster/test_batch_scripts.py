@@ -171,7 +171,12 @@ def test_the_benchmark_runs_on_two_nodes(under_slurm, sbatch, tmp_path, monkeypa
 def met(*options: str) -> subprocess.CompletedProcess[str]:
     """What ranks say that srun starts with these options."""
     line = ["srun", "--kill-on-bad-exit=1", *options, sys.executable, str(MEETING)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    try:
+        return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired as error:
+        looks = ("squeue", "--steps"), ("scontrol", "show", "job"), ("ps", "-eo", "pid,ppid,stat,etimes,wchan:20,args")
+        found = [subprocess.run(look, capture_output=True, text=True, timeout=60, check=False).stdout for look in looks]
+        raise TimeoutError("\n".join([f"{error.stdout!r}, {error.stderr!r}", *found])) from error
 
 
 def test_ranks_that_srun_starts_meet_and_are_dealt_to_the_nodes_in_turn(under_slurm):
