@@ -6,16 +6,13 @@ nothing is packed, copied or reserved. Parts that share a broadcast or a collati
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpnn.comm.faults import duplicate, reported, wait
 from dpnn.comm.mesh import Mesh
-
-if TYPE_CHECKING:
-    pass
 
 Array = NDArray[Any]
 Call = Callable[[], object]

@@ -1,6 +1,7 @@
 """A network trained over the parts of a mesh, and by one rank; and networks and placements drawn at random."""
 
 import random
+import tracemalloc
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -59,6 +60,8 @@ class Course:
     clip: float = 0.0
     disturbance: float = 0.0
     """Relative, of all parameters to begin with."""
+    traced: bool = False
+    """Whether what Python reserves in the last step is counted."""
 
     @property
     def graph(self) -> Graph:
@@ -85,13 +88,16 @@ class Course:
 
 @dataclass
 class Trained:
-    """The network's parameters by name, whole; the losses of all steps; the plan and the bytes that it sent a step."""
+    """The network's parameters by name, whole; the losses of all steps; the plan, and the bytes that it sent a step;
+    the bytes that were reserved at most in the last one.
+    """
 
     params: dict[str, np.ndarray]
     losses: list[float]
     model: Model
     plan: Any
     sent: float
+    reserved: int
 
 
 def train(world: World, course: Course, placement: Placement | None = None) -> Trained:
@@ -123,11 +129,15 @@ def train(world: World, course: Course, placement: Placement | None = None) -> T
         own = batch._replace(x=batch.x[run], labels=batch.labels[run], ids=batch.ids[run], rows=len(mine))
         strategy.samples = len(mine)
         counts = [(hi - lo, (hi - lo) * mesh.replicas) for lo, hi in pairwise(cuts)]
+        if course.traced and step == course.steps - 1:
+            tracemalloc.start()
         executor.run(own if mesh.part == placed.reader else no_samples(0, step), counts, course.rows)
         losses.append(strategy.loss)
+    reserved = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     strategy.close()
     sent = executor._edges.nbytes / course.steps if executor._edges else 0
-    return Trained(collected(mesh, model), losses, model, layout.plan, sent)
+    return Trained(collected(mesh, model), losses, model, layout.plan, sent, reserved)
 
 
 def collected(mesh: Mesh, model: Model) -> dict[str, np.ndarray]:

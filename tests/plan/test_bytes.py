@@ -20,6 +20,7 @@ WIDE = Chain(
     Flatten(),
     Dense(5),
 )
+PLACED = [(DEEP, "depth"), (WIDE, "branches"), (WIDE, "depth"), (DEEP, "filters"), (WIDE, "filters")]
 
 
 def placement(course: Course, parts: int, wanted) -> Placement:
@@ -43,14 +44,23 @@ def _source(graph, node) -> int:
 
 @pytest.mark.parallel([2, 3])
 @pytest.mark.parametrize("microbatches", [1, 3])
-@pytest.mark.parametrize(
-    ("network", "wanted"), [(DEEP, "depth"), (WIDE, "branches"), (WIDE, "depth"), (DEEP, "filters"), (WIDE, "filters")]
-)
+@pytest.mark.parametrize(("network", "wanted"), PLACED)
 def test_as_many_bytes_cross_as_the_plan_says(world, network, wanted, microbatches):
     course = Course(network, microbatches=microbatches)
     trained = train(world, course, placement(course, world.size, wanted))
     assert trained.sent == planned(trained.plan)
     assert world.comm.allreduce(trained.sent) > 0
+
+
+@pytest.mark.parallel([2, 3])
+@pytest.mark.parametrize(("network", "wanted"), PLACED)
+def test_a_step_reserves_nothing_for_what_crosses(world, network, wanted):
+    """Nothing is packed, pickled or copied on the way: an array of 2 MB crosses, and not a tenth of it is reserved."""
+    onednn = {"name": "onednn", "threads": 1}
+    course = Course(network, shape=(3, 96, 96), rows=16, backend=onednn, traced=True)
+    trained = train(world, course, placement(course, world.size, wanted))
+    assert trained.reserved < 200_000
+    assert max(world.comm.allgather(trained.sent)) > 2_000_000
 
 
 @pytest.mark.parallel([2])
