@@ -44,11 +44,12 @@ def measured(graph: Graph, parts: int, backends: Sequence[Backend], rows: int) -
     shards = {node.index: tuple(range(parts)) for node in shardable(graph, parts)}
     found: dict[str, Time] = {}
     work = seconds = 0.0
+    other = np.ones(_CACHES, np.uint8)  # zeros that nobody wrote are one page, and a fill may store past the caches
     for one in (graph, spread(graph, Placement(parts, (0,) * len(graph.nodes), shards)).graph):
         for group in choose_groups(one.nodes, backends, "train"):
             if question(group) in found or _is_summed(one, group):
                 continue
-            found[question(group)] = time = _time(one, group, backends, rows)
+            found[question(group)] = time = _time(one, group, backends, rows, other)
             if any(multiply_adds(node) for node in group.nodes):
                 work += 3 * sum(map(multiply_adds, group.nodes))
                 seconds += sum(time.of(1))
@@ -61,10 +62,10 @@ def _is_summed(graph: Graph, group: Group) -> bool:
     return any(node.layer.collected for node in (*group.nodes, *sources))
 
 
-def _time(graph: Graph, group: Group, backends: Sequence[Backend], most: int) -> Time:
-    """Of several numbers of samples, up to `most`; large arrays come out of memory, not out of caches."""
+def _time(graph: Graph, group: Group, backends: Sequence[Backend], most: int, other: Array) -> Time:
+    """Of several numbers of samples, up to `most`; `other` is read before each call, to take the caches."""
     times: dict[int, Phases] = {}
-    seconds = partial(_seconds, graph, group, backends)
+    seconds = partial(_seconds, graph, group, backends, other)
     for n in (1, *(n for n in _ROWS if n <= most)):
         add_time(times, n, seconds)
         if n > 1 and max(times[n]) > _LARGE_S:
@@ -90,7 +91,7 @@ def add_time(times: dict[int, Phases], rows: int, seconds: Callable[[int], Phase
         times[rows] = Phases(*map(min, times[rows], seconds(rows)))
 
 
-def _seconds(graph: Graph, group: Group, backends: Sequence[Backend], rows: int) -> Phases:
+def _seconds(graph: Graph, group: Group, backends: Sequence[Backend], other: Array, rows: int) -> Phases:
     """Seconds of a group."""
     inside = {node.index for node in group.nodes}
     lone = Placed(graph, 2, tuple(int(node.index not in inside) for node in graph.nodes))
@@ -104,7 +105,6 @@ def _seconds(graph: Graph, group: Group, backends: Sequence[Backend], rows: int)
     memory.zero(flat.array)  # else all of it is one page
     store.place(flat, flat)  # gradients are zeros too, and a layer may fill half a machine
     buffers = Buffers(layout, 0, arena, store, {}, Step(rows=rows, batch=rows, total=rows))
-    other = np.ones(_CACHES, np.uint8)  # zeros that nobody wrote are one page, and a fill may store past the caches
     fastest = partial(_fastest, memory, other)
     forward = backward = weights = 0.0
     for mine in plan.groups:
