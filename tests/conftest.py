@@ -22,13 +22,12 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from pytest_mpi.plugin import CHILD_PROCESS_FLAG
 
 from dpnn.comm.launch import command, session_folder, sweep
 
 ROOT = Path(__file__).parents[1]
 STARTS_MPI = {"mpirun", "start_mpirun", "slurm"}
-RANK_OF_ONE_TEST = "_PYTEST_MPI_CHILD_PROCESS"
-"""Set by mpi-pytest in the ranks that it starts for a test that was selected."""
 LAUNCHERS_OWN = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI", "HYD", "SLURM_", "DPNN_", "PYTEST_")
 
 # For plain `pytest`: mpi-pytest looks for mpiexec on the PATH, and Open MPI's doesn't run as root unasked.
@@ -58,7 +57,8 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    soaks = "soak" in config.option.markexpr or RANK_OF_ONE_TEST in os.environ
+    # mpi-pytest starts the ranks of a test that was selected without saying how.
+    soaks = "soak" in config.option.markexpr or CHILD_PROCESS_FLAG in os.environ
     for item in items:
         if STARTS_MPI.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.mpi)
