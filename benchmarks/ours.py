@@ -48,6 +48,12 @@ def fill(store: Store) -> None:
     store.params_wire.push()
 
 
+def random_images(rng: np.random.Generator, rows: int, shape: Shape) -> np.ndarray:
+    """A batch, in memory as the loader brings images: channels-last."""
+    x = rng.standard_normal((rows, *shape[1:], shape[0]), np.float32)
+    return x.transpose(0, 3, 1, 2) if len(shape) == 3 else x
+
+
 class Alone(Nobody):
     """The strategy of a rank without others: nothing is exchanged, `finish` updates the parameters."""
 
@@ -90,13 +96,12 @@ class Ours:
             layout = model.training(rows, bucket_nbytes=bucket_nbytes)
         else:
             layout = model.evaluation(rows)
+        self.strategy = updates
         self.executor = model.executor(layout, strategy=updates)
         self._nbytes = layout.nbytes + (3 if updates else 1) * store.params.nbytes
         fill(store)
         rng = np.random.default_rng(0)
-        # In memory as the loader brings images: channels-last.
-        x = rng.standard_normal((rows, *shape[1:], shape[0]), np.float32)
-        x = x.transpose(0, 3, 1, 2) if len(shape) == 3 else x
+        x = random_images(rng, rows, shape)
         (classes,) = model.graph.nodes[model.graph.output].shape
         labels = rng.integers(0, classes, rows, np.int32)
         self._step = (Batch(x, labels, np.arange(rows, dtype=np.uint64), rows, 0, 0, None), [(rows, rows)], rows)

@@ -2,7 +2,7 @@
 
 import numpy as np
 from harness import RATE
-from ours import JOB
+from ours import JOB, random_images
 
 from dpnn import config, models
 from dpnn.comm.grains import stack_places
@@ -55,7 +55,7 @@ class Replica:
         layout = model.lay_out(world, lambda: model.training(*plan))
         self.executor = model.executor(layout, strategy=self._strategy)
         rng = np.random.default_rng(mesh.replica)
-        x = rng.standard_normal((rows, *shape), np.float32)
+        x = random_images(rng, rows, shape)
         (classes,) = model.graph.nodes[model.graph.output].shape
         labels = rng.integers(0, classes, rows, np.int32)
         ids = np.arange(rows, dtype=np.uint64) + mesh.replica * rows
