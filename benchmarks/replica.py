@@ -74,5 +74,10 @@ class Replica:
 
     def about(self) -> str:
         """What lies behind the figures."""
-        note = f", memory isn't shared: {self.node.note}" if self.node.note else ""
-        return f"buckets of {self.bucket_nbytes / 2**20:.2g} MiB, {self.node.comm.size} ranks share memory{note}"
+        found = [f"buckets of {self.bucket_nbytes / 2**20:.2g} MiB, {self.node.comm.size} ranks share memory"]
+        if self.node.note:
+            found.append(f"memory isn't shared: {self.node.note}")
+        progress = self._strategy._progress
+        if progress is not None and progress.helps:
+            found.append("a thread moves MPI")
+        return ", ".join(found)

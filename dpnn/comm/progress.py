@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _NAP_S = 1e-3
 """Over 1 Gbit/s a quarter of it cost 4 % of a step of GoogLeNet, as each call takes the interpreter from who computes,
 and hid no more: the kernel's buffers hold what arrives in some milliseconds."""
+_GAIN = 0.98
+"""Where both are alike, measurements choose by chance; the thread would go on taking its share of a core."""
 _TRIES = 3
 """Steps that are taken with the thread, and as many without it, before one or the other is kept."""
 TRIAL_STEPS = 1 + 2 * _TRIES
@@ -27,8 +29,8 @@ TRIAL_STEPS = 1 + 2 * _TRIES
 class Progress:
     """A thread that calls MPI now and then while it is `on`; any call moves every request of the process.
 
-    The first steps are taken without and with it by turns; it stays where the shortest one, for its samples, was one
-    with it. Each rank decides for itself: what is computed doesn't depend on it.
+    The first steps are taken without and with it by turns; it stays where the shortest one with it was shorter, for
+    its samples. Each rank decides for itself: what is computed doesn't depend on it.
     """
 
     def __init__(self, comm: "MPI.Comm") -> None:
@@ -50,7 +52,7 @@ class Progress:
         if self.helps is None:
             self._tried.append(seconds / samples if samples else math.inf)
             if len(self._tried) == TRIAL_STEPS:
-                self.helps = min(self._tried[2::2]) < min(self._tried[1::2])
+                self.helps = min(self._tried[2::2]) < _GAIN * min(self._tried[1::2])
                 if not self.helps:
                     self.close()
         if self.helps is not False:
