@@ -3,6 +3,8 @@
  */
 #include "cpu.h"
 
+#include <sched.h>
+
 /* to = the sum of k arrays of n numbers, added in their order; `to` may be one of them. */
 KERNEL void dpnn_add(int64_t n, int64_t k, const float **from, float *to) {
 #pragma omp parallel for schedule(static) if (n > WORTH)
@@ -32,14 +34,19 @@ KERNEL double dpnn_squares(int64_t n, const float *x) {
 /* What was written before is seen by whoever sees the counter's new value. */
 KERNEL void dpnn_publish(int64_t *counter, int64_t value) { __atomic_store_n(counter, value, __ATOMIC_RELEASE); }
 
-/* The least of n counters, `stride` numbers apart. */
-KERNEL int64_t dpnn_least(const int64_t *counters, int64_t n, int64_t stride) {
-    int64_t least = INT64_MAX;
-    for (long i = 0; i < n; i++) {
-        int64_t value = __atomic_load_n(counters + i * stride, __ATOMIC_ACQUIRE);
-        least = value < least ? value : least;
+/* The least of n counters, `stride` numbers apart, once it is `wanted`; while it isn't, this thread gives way to others
+ * `patience` times.
+ */
+KERNEL int64_t dpnn_least(const int64_t *counters, int64_t n, int64_t stride, int64_t wanted, int64_t patience) {
+    for (;; patience--) {
+        int64_t least = INT64_MAX;
+        for (long i = 0; i < n; i++) {
+            int64_t value = __atomic_load_n(counters + i * stride, __ATOMIC_ACQUIRE);
+            least = value < least ? value : least;
+        }
+        if (least >= wanted || patience <= 0) return least;
+        sched_yield();
     }
-    return least;
 }
 
 /* bfloat16 for the wire: out = x + error rounded to the nearest, ties to even; error = what that left out. What is not a

@@ -9,7 +9,7 @@ reserved before it is used: memory that isn't there would end a rank by SIGBUS i
 import mmap
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 Array = NDArray[Any]
-Counters = NDArray[np.int64]
 
 SHARED_MEMORY = "/dev/shm"
 _COUNTERS = 2
@@ -101,10 +100,16 @@ class Node:
         ]
         self.all_grads, self.partials = [own[0] for own in arrays], [own[1:] for own in arrays]
         self.grads = self.all_grads[self.comm.rank]
-        self._stride, self._counts = own // 8, [0] * _COUNTERS
-        self._counters = [
-            np.frombuffer(memory, np.int64, (size - 1) * self._stride + 1, common + i * _LINE) for i in range(_COUNTERS)
-        ]
+        self._counts = [0] * _COUNTERS
+        self._publish: list[Callable[[int], object]] = []
+        self._least: list[Callable[..., Any]] = []
+        """Of each counter: set mine, look at all; empty where there is nobody else."""
+        if kernels is not None and size > 1:
+            stride = own // 8
+            for i in range(_COUNTERS):
+                all_of_it = np.frombuffer(memory, np.int64, (size - 1) * stride + 1, common + i * _LINE)
+                self._publish.append(kernels.bind("publish", all_of_it[self.comm.rank * stride :]))
+                self._least.append(kernels.bind("least", all_of_it, size, stride))
 
     @property
     def sums(self) -> Array:
@@ -136,16 +141,16 @@ class Node:
     def advance(self, counter: int) -> int:
         """Add 1 to one of my counters; its new value. Who sees that also sees what I wrote before."""
         self._counts[counter] += 1
-        if self.kernels is not None:
-            mine = self._counters[counter].ctypes.data + self.comm.rank * self._stride * 8
-            self.kernels.call("publish", mine, self._counts[counter])
+        if self._publish:
+            self._publish[counter](self._counts[counter])
         return self._counts[counter]
 
-    def least(self, counter: int) -> int:
-        """The least that a counter stands at, on any replica of the node."""
-        if self.kernels is None or self.comm.size == 1:
-            return self._counts[counter]
-        return int(self.kernels.call("least", self._counters[counter].ctypes.data, self.comm.size, self._stride))
+    def least(self, counter: int, wanted: int, patience: int = 0) -> int:
+        """The least that a counter stands at, on any replica of the node.
+
+        While it isn't as high as `wanted`, this rank gives way to others so many times.
+        """
+        return int(self._least[counter](wanted, patience)) if self._least else self._counts[counter]
 
     def _map(self, mesh: Mesh, common: int, own: int, kernels: Kernels | None) -> tuple[mmap.mmap | None, str]:
         """`common` bytes of the node, then `own` of each replica, mapped; or, on all alike, None and the reason."""

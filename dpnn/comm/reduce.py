@@ -8,6 +8,7 @@ nodes.
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
@@ -26,6 +27,8 @@ BLOCK = 1 << 17
 """Numbers that are summed, and then used, at a time: they stay in a core's own cache meanwhile."""
 _WRITTEN, _SETTLED = 0, 1
 """A node's counters: buckets that a replica has written, steps that it has done with."""
+_PATIENCE = 200
+"""How often a rank that waits for its node gives way between two looks from Python: less than 0.1 ms."""
 _LEAST_PIECE = 1 << 13
 """Numbers that are worth a message to each node; smaller shares are summed by MPI, in float32."""
 _AT_ONCE, _UNDER_WAY = 1 << 18, 64
@@ -111,6 +114,16 @@ class Crossing:
     """Whether its last messages are on their way, so that the next run can send its own."""
 
 
+@dataclass(frozen=True)
+class _Share:
+    """What this rank does with its share of a bucket."""
+
+    blocks: list[tuple[list[Call], int, int]]
+    """The calls that sum it over the node, a block [lo, hi) at a time."""
+    runs: list[tuple[int, int]]
+    """In which it crosses to other nodes."""
+
+
 class GradientReducer:
     """Sums buckets of a node's flat gradients over all replicas, without blocking.
 
@@ -135,8 +148,8 @@ class GradientReducer:
         """Runs of shares that are to be summed over the nodes, lo, hi."""
         self._crossing: deque[Crossing] = deque()
         """Those under way."""
-        self._bound: dict[tuple[int, int], list[tuple[list[Call], int, int]]] = {}
-        """For each share the calls that sum it over the node, a block at a time; made when it first comes."""
+        self._shares: dict[tuple[int, int], _Share] = {}
+        """My share of each bucket, made when it first comes."""
         self._whom = f"the sum of the gradients over {node.replicas} ranks"
         self._lines = Lines(node.across, limit_s) if node.across is not None else None
         self._rounds = rounds
@@ -147,9 +160,12 @@ class GradientReducer:
         self._local.append((self._node.advance(_WRITTEN), lo, hi))
         self.poke()
 
-    def poke(self) -> bool:
-        """Do what can be done now; whether all that was started has arrived."""
-        while self._local and self._node.least(_WRITTEN) >= self._local[0][0]:
+    def poke(self, patience: int = 0) -> bool:
+        """Do what can be done now; whether all that was started has arrived.
+
+        `patience`: how often it gives way to other replicas of the node, for each bucket that they haven't written.
+        """
+        while self._local and self._node.least(_WRITTEN, self._local[0][0], patience) >= self._local[0][0]:
             self._add(*self._local.popleft()[1:])
         if self._lines is not None:
             self._cross_on()
@@ -170,12 +186,13 @@ class GradientReducer:
     def finish(self) -> None:
         """Return once all my shares have arrived; RankError where that takes longer than the limit."""
         if not self.poke():
-            wait(self.poke, self._whom, self._limit_s)
+            wait(partial(self.poke, _PATIENCE), self._whom, self._limit_s)
 
     def settle(self) -> None:
         """Return once all replicas of the node have come here: they have used what arrived."""
         steps = self._node.advance(_SETTLED)
-        wait(lambda: self._node.least(_SETTLED) >= steps, self._whom, self._limit_s)
+        if self._node.least(_SETTLED, steps) < steps:
+            wait(lambda: self._node.least(_SETTLED, steps, _PATIENCE) >= steps, self._whom, self._limit_s)
 
     def close(self) -> None:
         """Give the communicator back. Collective; twice is harmless."""
@@ -183,18 +200,20 @@ class GradientReducer:
             self._lines.close()
 
     def _add(self, lo: int, hi: int) -> None:
-        lo, hi = self._node.mine(lo, hi)
-        if lo == hi:
-            return
-        if (lo, hi) not in self._bound:
-            self._bound[lo, hi] = self._bind(lo, hi)
-        for adds, start, end in self._bound[lo, hi]:
+        if (lo, hi) not in self._shares:
+            self._shares[lo, hi] = self._share(*self._node.mine(lo, hi))
+        share = self._shares[lo, hi]
+        for adds, start, end in share.blocks:
             for add in adds:
                 add()
             if self._lines is None:
                 self._arrived(start, end)
-        if self._lines is not None:
-            self._waiting += blocks(lo, hi, max(_AT_ONCE, _LEAST_PIECE * self._lines.size))
+        self._waiting += share.runs
+
+    def _share(self, lo: int, hi: int) -> _Share:
+        lines = self._lines
+        runs = [] if lines is None else blocks(lo, hi, max(_AT_ONCE, _LEAST_PIECE * lines.size))
+        return _Share(self._bind(lo, hi) if lo < hi else [], runs)
 
     def _bind(self, lo: int, hi: int) -> list[tuple[list[Call], int, int]]:
         """The calls that sum my share over the node, block by block."""
