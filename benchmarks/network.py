@@ -45,7 +45,7 @@ from dpnn.optim import Optimizer
 
 MBIT = 1000
 HOSTS, DEVICES = ("dpnn-h0", "dpnn-h1"), ("dpnn-v0", "dpnn-v1")
-SEGMENT_NBYTES = 200_000
+SEGMENT_NBYTES = 250_000
 RTM_NEWLINK, NLM_F_REQUEST, NLM_F_ACK = 16, 1, 4
 IFLA_IPV4_MAX_SIZES = (63, 64)
 """linux/if_link.h: of what is sent, of what is received."""
