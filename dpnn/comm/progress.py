@@ -1,9 +1,9 @@
 """Who makes MPI move while a rank computes: the pokes between its instructions, or a thread beside them too.
 
 MPI makes no progress by itself. Pokes cost nothing but come only as often as an instruction ends; a thread comes every
-fraction of a millisecond, and takes a little of a core each time. Which is better depends on the network that is
-trained, the network between the nodes, the MPI and the cores, so a run's own first steps tell. On one node there is
-nothing to move: memory is shared.
+millisecond, and takes a little of a core each time. Which is better depends on the network that is trained, the network
+between the nodes, the MPI and the cores, so a run's own first steps tell. On one node there is nothing to move: memory
+is shared.
 """
 
 import math
