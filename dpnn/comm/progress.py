@@ -1,9 +1,9 @@
 """Who makes MPI move while a rank computes: the pokes between its instructions, or a thread beside them too.
 
 MPI makes no progress by itself. Pokes cost nothing but come only as often as an instruction ends; a thread comes every
-millisecond, and takes a little of a core each time. Which is better depends on the network that is trained, the network
-between the nodes, the MPI and the cores, so a run's own first steps tell. On one node there is nothing to move: memory
-is shared.
+few milliseconds, and takes a little of a core each time. Which is better depends on the network that is trained, the
+network between the nodes, the MPI and the cores, so a run's own first steps tell. On one node there is nothing to move:
+memory is shared.
 """
 
 import math
@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_NAP_S = 1e-3
-"""Over 1 Gbit/s a quarter of it cost 4 % of a step of GoogLeNet, as each call takes the interpreter from who computes,
-and hid no more: the kernel's buffers hold what arrives in some milliseconds."""
-_GAIN = 0.98
-"""Where both are alike, measurements choose by chance; the thread would go on taking its share of a core."""
-_TRIES = 3
+_NAP_S = 2e-3
+"""Over 1 Gbit/s a tenth of it cost 6 % of a step of GoogLeNet, as each call takes the interpreter from who computes,
+and hid no more: the kernel's buffers hold what arrives in some milliseconds.
+"""
+_TRIES = 5
 """Steps that are taken with the thread, and as many without it, before one or the other is kept."""
 TRIAL_STEPS = 1 + 2 * _TRIES
 """The first step warms up."""
@@ -29,8 +28,8 @@ TRIAL_STEPS = 1 + 2 * _TRIES
 class Progress:
     """A thread that calls MPI now and then while it is `on`; any call moves every request of the process.
 
-    The first steps are taken without and with it by turns; it stays where the shortest one with it was shorter, for
-    its samples. Each rank decides for itself: what is computed doesn't depend on it.
+    The first steps are taken without and with it by turns; it stays where the shortest one, for its samples, was one
+    with it. Each rank decides for itself: what is computed doesn't depend on it.
     """
 
     def __init__(self, comm: "MPI.Comm") -> None:
@@ -52,7 +51,7 @@ class Progress:
         if self.helps is None:
             self._tried.append(seconds / samples if samples else math.inf)
             if len(self._tried) == TRIAL_STEPS:
-                self.helps = min(self._tried[2::2]) < _GAIN * min(self._tried[1::2])
+                self.helps = min(self._tried[2::2]) < min(self._tried[1::2])
                 if not self.helps:
                     self.close()
         if self.helps is not False:
