@@ -2,7 +2,7 @@
 
 The hosts are two network namespaces on this machine, joined by a cable whose rate the kernel limits; a rank of one
 thread on each. What a network card would do by itself takes the cores that compute here: a timer for each segment that
-the cable has to wait with. So segments may be large (200 kB, as from Linux 6.3 on), and TCP's congestion control is
+the cable has to wait with. So segments may be large (250 kB, as from Linux 6.3 on), and TCP's congestion control is
 Linux's default, cubic: bbr, which some machines choose, paces its packets by timers of its own. For all that the
 program has to be root, with iproute2 and util-linux installed; elsewhere it says so and ends.
 
@@ -263,7 +263,7 @@ def main() -> None:
                     bench.record(title, hidden, hidden_bare, "bare sockets", GOAL, "s", more_is_better=True)
                     bench.note(f"{case}, 2 hosts x {rows}: {whole:.2f} of a whole step's; seconds: {found}")
         except (subprocess.CalledProcessError, OSError) as error:
-            bench.note(f"not measured: {error} {getattr(error, 'stderr', '')}")
+            bench.note(f"not measured: {error} {getattr(error, 'stderr', None) or ''}")
     bench.finish()
 
 

@@ -108,10 +108,10 @@ def test_the_least_of_counters_that_lie_apart(kernels):
 def test_who_is_patient_sees_a_counter_rise(kernels):
     counters = np.array([2, 1])
     look = kernels.bind("least", counters, 2, 1)
-    assert look(2, 100) == 1
+    assert look(2, 1000) == 1
     writer = threading.Timer(0.05, kernels.call, ["publish", counters[1:], 2])
     writer.start()
-    assert look(2, 10_000_000) == 2
+    assert look(2, 10_000_000_000) == 2
     writer.join()
 
 

@@ -145,12 +145,12 @@ class Node:
             self._publish[counter](self._counts[counter])
         return self._counts[counter]
 
-    def least(self, counter: int, wanted: int, patience: int = 0) -> int:
+    def least(self, counter: int, wanted: int = 0, patience_ns: int = 0) -> int:
         """The least that a counter stands at, on any replica of the node.
 
-        While it isn't as high as `wanted`, this rank gives way to others so many times.
+        While it is below `wanted`, this rank gives way to others and looks again, for so long.
         """
-        return int(self._least[counter](wanted, patience)) if self._least else self._counts[counter]
+        return int(self._least[counter](wanted, patience_ns)) if self._least else self._counts[counter]
 
     def _map(self, mesh: Mesh, common: int, own: int, kernels: Kernels | None) -> tuple[mmap.mmap | None, str]:
         """`common` bytes of the node, then `own` of each replica, mapped; or, on all alike, None and the reason."""

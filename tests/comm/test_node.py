@@ -100,7 +100,7 @@ def test_a_counter_is_as_far_as_the_last_replica(world, node_of):
     node.advance(1)
     world.comm.barrier()
     assert steps == list(range(1, 3 + world.rank))
-    assert (node.least(0, 0), node.least(1, 0)) == (2, 1)
+    assert (node.least(0), node.least(1)) == (2, 1)
     assert not any(array.any() for array in (node.params, node.state["momentum"], *node.all_grads))
 
 
