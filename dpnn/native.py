@@ -49,7 +49,7 @@ _TABLE: dict[str, tuple[Any, ...]] = {
     "add": (_I, _I, _PP, _P),
     "squares": (_I, _P),
     "publish": (_P, _I),
-    "least": (_P, _I, _I, _I, _I),
+    "least": (_P, _I, _I),
     "to_bfloat16": (_I, _P, _P, _P),
     "add_bfloat16": (_I, _I, _I, _P, _P),
 }

@@ -3,9 +3,6 @@
  */
 #include "cpu.h"
 
-#include <sched.h>
-#include <time.h>
-
 /* to = the sum of k arrays of n numbers, added in their order; `to` may be one of them. */
 KERNEL void dpnn_add(int64_t n, int64_t k, const float **from, float *to) {
 #pragma omp parallel for schedule(static) if (n > WORTH)
@@ -35,24 +32,14 @@ KERNEL double dpnn_squares(int64_t n, const float *x) {
 /* What was written before is seen by whoever sees the counter's new value. */
 KERNEL void dpnn_publish(int64_t *counter, int64_t value) { __atomic_store_n(counter, value, __ATOMIC_RELEASE); }
 
-static int64_t now_ns(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
-}
-
-/* The least of n counters, `stride` numbers apart. While it is below `wanted` this thread gives way to others, but looks
- * no more once `patience` ns are over.
- */
-KERNEL int64_t dpnn_least(const int64_t *counters, int64_t n, int64_t stride, int64_t wanted, int64_t patience) {
-    for (int64_t end = patience ? now_ns() + patience : 0;; sched_yield()) {
-        int64_t least = INT64_MAX;
-        for (long i = 0; i < n; i++) {
-            int64_t value = __atomic_load_n(counters + i * stride, __ATOMIC_ACQUIRE);
-            least = value < least ? value : least;
-        }
-        if (least >= wanted || !end || now_ns() > end) return least;
+/* The least of n counters, `stride` numbers apart. */
+KERNEL int64_t dpnn_least(const int64_t *counters, int64_t n, int64_t stride) {
+    int64_t least = INT64_MAX;
+    for (long i = 0; i < n; i++) {
+        int64_t value = __atomic_load_n(counters + i * stride, __ATOMIC_ACQUIRE);
+        least = value < least ? value : least;
     }
+    return least;
 }
 
 /* bfloat16 for the wire: out = x + error rounded to the nearest, ties to even; error = what that left out. What is not a

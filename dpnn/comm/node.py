@@ -102,8 +102,8 @@ class Node:
         self.grads = self.all_grads[self.comm.rank]
         self._counts = [0] * _COUNTERS
         self._publish: list[Callable[[int], object]] = []
-        self._least: list[Callable[..., Any]] = []
-        """Of each counter: set mine, look at all; empty where there is nobody else."""
+        self._least: list[Callable[[], Any]] = []
+        """Of each counter: set mine, the least of all; empty where there is nobody else."""
         if kernels is not None and size > 1:
             stride = own // 8
             for i in range(_COUNTERS):
@@ -145,12 +145,9 @@ class Node:
             self._publish[counter](self._counts[counter])
         return self._counts[counter]
 
-    def least(self, counter: int, wanted: int = 0, patience_ns: int = 0) -> int:
-        """The least that a counter stands at, on any replica of the node.
-
-        While it is below `wanted`, this rank gives way to others and looks again, for so long.
-        """
-        return int(self._least[counter](wanted, patience_ns)) if self._least else self._counts[counter]
+    def least(self, counter: int) -> int:
+        """The least that a counter stands at, on any replica of the node."""
+        return int(self._least[counter]()) if self._least else self._counts[counter]
 
     def _map(self, mesh: Mesh, common: int, own: int, kernels: Kernels | None) -> tuple[mmap.mmap | None, str]:
         """`common` bytes of the node, then `own` of each replica, mapped; or, on all alike, None and the reason."""

@@ -26,8 +26,6 @@ BLOCK = 1 << 17
 """Numbers that are summed, and then used, at a time: they stay in a core's own cache meanwhile."""
 _WRITTEN, _SETTLED = 0, 1
 """A node's counters: buckets that a replica has written, steps that it has done with."""
-_PATIENCE_NS = 100_000
-"""So long a rank looks for the others of its node from C, before it waits for them as for all else."""
 _LEAST_PIECE = 1 << 13
 """Numbers that are worth a message to each node; smaller shares are summed by MPI, in float32."""
 _AT_ONCE, _UNDER_WAY = 1 << 18, 64
@@ -159,12 +157,9 @@ class GradientReducer:
         self._local.append((self._node.advance(_WRITTEN), lo, hi))
         self.poke()
 
-    def poke(self, patience_ns: int = 0) -> bool:
-        """Do what can be done now; whether all that was started has arrived.
-
-        `patience_ns`: how long it looks for each bucket that others of the node haven't written.
-        """
-        while self._local and self._node.least(_WRITTEN, self._local[0][0], patience_ns) >= self._local[0][0]:
+    def poke(self) -> bool:
+        """Do what can be done now; whether all that was started has arrived."""
+        while self._local and self._node.least(_WRITTEN) >= self._local[0][0]:
             self._add(*self._local.popleft()[1:])
         if self._lines is not None:
             self._cross_on()
@@ -184,14 +179,13 @@ class GradientReducer:
 
     def finish(self) -> None:
         """Return once all my shares have arrived; RankError where that takes longer than the limit."""
-        if not self.poke(_PATIENCE_NS):
+        if not self.poke():
             wait(self.poke, self._whom, self._limit_s)
 
     def settle(self) -> None:
         """Return once all replicas of the node have come here: they have used what arrived."""
         steps = self._node.advance(_SETTLED)
-        if self._node.least(_SETTLED, steps, _PATIENCE_NS) < steps:
-            wait(lambda: self._node.least(_SETTLED) >= steps, self._whom, self._limit_s)
+        wait(lambda: self._node.least(_SETTLED) >= steps, self._whom, self._limit_s)
 
     def close(self) -> None:
         """Give the communicator back. Collective; twice is harmless."""
